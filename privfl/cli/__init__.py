@@ -1,0 +1,69 @@
+"""The command line. Commands are imported when they are called, and import what they need when they run."""
+
+from __future__ import annotations
+
+import importlib
+import sys
+from collections.abc import Sequence
+from typing import NoReturn
+
+import click
+
+from privfl import __version__
+from privfl.cli import launcher
+from privfl.errors import EXIT_USER, PrivflError
+
+_COMMANDS = {
+    "train": "Train one model at all sites of an experiment.",
+    "init": "Write a commented starter experiment that runs as it stands.",
+    "doctor": "Show versions, MPI, threads, and probe the encryption.",
+}
+
+
+class _Lazy(click.Group):
+    def list_commands(self, context: click.Context) -> list[str]:
+        return list(_COMMANDS)
+
+    def get_command(self, context: click.Context, name: str) -> click.Command | None:
+        if name not in _COMMANDS:
+            return None
+        command: click.Command = importlib.import_module(f"privfl.cli.{name}").command
+        return command
+
+    def format_commands(self, context: click.Context, formatter: click.HelpFormatter) -> None:
+        with formatter.section("Commands"):
+            formatter.write_dl(list(_COMMANDS.items()))
+
+
+@click.group(cls=_Lazy, context_settings={"help_option_names": ["-h", "--help"]})
+@click.version_option(__version__, prog_name="privfl")
+def cli() -> None:
+    """Differentially private federated learning over MPI.
+
+    Start with:  mpiexec -n 5 privfl train
+    """
+
+
+def main(arguments: Sequence[str] | None = None) -> NoReturn:
+    """Run one command. A user's mistake is one sentence, printed once per job, with exit code 2."""
+    try:
+        code = cli.main(arguments, prog_name="privfl", standalone_mode=False)
+        sys.exit(code if isinstance(code, int) else 0)
+    except click.exceptions.NoArgsIsHelpError as error:
+        click.echo(error.format_message(), err=True)
+        sys.exit(EXIT_USER)
+    except click.ClickException as error:
+        where = f" (see `{error.ctx.command_path} --help`)" if isinstance(error, click.UsageError) and error.ctx else ""
+        _complain(error.format_message().rstrip(".") + where)
+        sys.exit(EXIT_USER)
+    except click.Abort:
+        sys.exit(130)
+    except PrivflError as error:
+        _complain(str(error))
+        sys.exit(error.exit_code)
+
+
+def _complain(sentence: str) -> None:
+    # Every rank of a job meets the same mistake; only the first one speaks.
+    if launcher.rank_by_environment() in (None, 0):
+        sys.stderr.write(f"privfl: {sentence}\n")

@@ -1,0 +1,235 @@
+"""`privfl train`: under mpiexec one rank of a run, with --ranks the launcher of one."""
+
+from __future__ import annotations
+
+import os
+import sys
+import time
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import click
+
+from privfl.cli import launcher
+from privfl.errors import EXIT_OURS, InternalError, PrivflError
+
+if TYPE_CHECKING:
+    from privfl.config import Experiment
+    from privfl.transport import Transport
+
+
+@click.command(name="train")
+@click.argument("experiment", required=False, type=click.Path(path_type=Path))
+@click.option("--sites", type=click.Path(path_type=Path), help="Folder with one file per site, DIR/<site>.yaml.")
+@click.option("--output", type=click.Path(path_type=Path), help="Folder in which the run folder is made.")
+@click.option(
+    "--set",
+    "settings",
+    multiple=True,
+    metavar="KEY.PATH=VALUE",
+    help="Change one value of the experiment; may be repeated.",
+)
+@click.option("--ranks", type=click.IntRange(min=1), help="Start this many ranks with the mpiexec that fits this environment.")
+def command(
+    experiment: Path | None, sites: Path | None, output: Path | None, settings: tuple[str, ...], ranks: int | None
+) -> int:
+    """Train one model at all sites of EXPERIMENT (a YAML file; the built-in demo if none is given).
+
+    One coordinator and N sites are N + 1 MPI ranks:
+
+        mpiexec -n 5 privfl train experiment.yaml
+    """
+    if ranks is not None:
+        _launch(ranks, experiment, sites, output, settings)
+    from privfl.transport import mpi
+
+    # A world of size 1 although the launcher started more: found out here, before anything else goes wrong.
+    transport = mpi.start()
+    started = launcher.size_by_environment()
+    if transport.size == 1 and started is not None and started > 1:
+        raise PrivflError(
+            f"the launcher started {started} processes, but MPI sees each of them alone; use the mpiexec of the MPI library that `privfl doctor` "
+            "shows, or with Slurm `srun --mpi=pmi2` for MPICH and `srun --mpi=pmix` for Open MPI"
+        )
+    return run(transport, experiment, sites, output, settings)
+
+
+def _launch(ranks: int, experiment: Path | None, sites: Path | None, output: Path | None, settings: tuple[str, ...]) -> None:
+    if (launcher.size_by_environment() or 1) > 1:
+        raise PrivflError("--ranks starts mpiexec itself; leave it out under mpiexec or srun")
+    arguments = [*launcher.mpiexec_command(ranks), sys.executable, "-m", "privfl.cli", "train"]
+    arguments += [str(experiment)] if experiment else []
+    for option, value in (("--sites", sites), ("--output", output)):
+        arguments += [option, str(value)] if value else []
+    for setting in settings:
+        arguments += ["--set", setting]
+    os.execv(arguments[0], arguments)  # noqa: S606  (an argument list of our own)
+
+
+def run(
+    transport: Transport,
+    experiment: Path | None,
+    sites: Path | None = None,
+    output: Path | None = None,
+    settings: tuple[str, ...] = (),
+) -> int:
+    """One rank's part of a run over any transport; the exit code of the job."""
+    from privfl.config import demo_path
+
+    path = (experiment or demo_path()).resolve()
+    if transport.rank == 0:
+        return _lead(transport, path, output, settings, shown="" if experiment is None else f" {experiment}")
+    return _serve(transport, path, sites, settings)
+
+
+def _serve(transport: Transport, path: Path, sites: Path | None, settings: tuple[str, ...]) -> int:
+    from privfl.config import check_functions, load_experiment, load_site
+    from privfl.site import agent
+
+    def prepare() -> agent.SiteSetup:
+        experiment = load_experiment(path, settings)
+        site = _site_of(transport.rank, experiment)
+        check_functions(experiment, path.parent)
+        return agent.prepare_site(site, experiment, path.parent, load_site(sites, site))
+
+    return agent.serve(transport, prepare)
+
+
+def _site_of(rank: int, experiment: Experiment) -> str:
+    named = os.environ.get("PRIVFL_SITE")
+    if named is not None:
+        if named not in experiment.sites:
+            raise PrivflError(
+                f"PRIVFL_SITE is {named!r}, which is not one of the experiment's sites: {', '.join(experiment.sites)}"
+            )
+        return named
+    if rank > len(experiment.sites):
+        raise PrivflError(f"rank {rank} has no site; the experiment has {len(experiment.sites)}")
+    return experiment.sites[rank - 1]
+
+
+def _lead(transport: Transport, path: Path, output: Path | None, settings: tuple[str, ...], shown: str) -> int:
+    from privfl.config import load_experiment
+    from privfl.site import coordinator
+
+    try:
+        experiment = load_experiment(path, settings)
+        needed = len(experiment.sites) + 1
+        if transport.size != needed:
+            how = "was not started under mpiexec" if transport.size == 1 else f"was started with {transport.size} ranks"
+            raise PrivflError(
+                f"the experiment has {needed - 1} sites and needs {needed} MPI ranks (one coordinates), but it {how}; "
+                f"start it with: mpiexec -n {needed} privfl train{shown}"
+            )
+    except PrivflError as error:
+        sys.stderr.write(f"privfl: {error}\n")
+        return coordinator.dismiss(transport, error.exit_code)
+    return _Leader(transport, experiment, output or Path(experiment.output)).run()
+
+
+class _Leader:
+    """The run on rank 0: the coordinator, the run folder and the terminal."""
+
+    def __init__(self, transport: Transport, experiment: Experiment, output: Path) -> None:
+        from privfl.reporting import RunFolder, Terminal
+
+        self._transport = transport
+        self._experiment = experiment
+        self._run = os.urandom(16)
+        stamp = time.strftime("%Y%m%d-%H%M%S")
+        self._folder = RunFolder((output / f"{stamp}-{self._run.hex()[:8]}").resolve())
+        self._terminal = Terminal(sys.stdout)
+        self._sites: dict[str, Any] = {}
+        self._last: dict[str, Any] = {}
+        self._metrics: dict[str, float] = {}
+        self._seconds: dict[str, float] = {}
+
+    def run(self) -> int:
+        from privfl.federation.coordinator import Plan
+        from privfl.secagg.ckks import block_count
+        from privfl.site import agent, coordinator
+
+        experiment = self._experiment
+        evaluation = experiment.evaluation
+        public = evaluation.records == "public" and bool(evaluation.metrics)
+        plan = Plan(
+            run=self._run,
+            folder=str(self._folder.path),
+            digest=experiment.digest(),
+            versions=agent.versions(),
+            sites=experiment.sites,
+            rounds=experiment.rounds,
+            evaluate_every=evaluation.every if public else 0,
+            weights=experiment.weights,
+            blocks=block_count,
+        )
+        return coordinator.coordinate(self._transport, plan, self._tell, sys.stderr)
+
+    def _tell(self, what: str, facts: dict[str, Any]) -> None:
+        for phase, seconds in facts["seconds"].items():
+            self._seconds[phase] = self._seconds.get(phase, 0.0) + seconds
+        match what:
+            case "greeted":
+                self._folder.create(self._resolved())
+            case "started":
+                self._sites = facts["sites"]
+                private, delta = self._experiment.private, self._experiment.privacy.delta
+                public = self._experiment.evaluation.records == "public" and bool(self._experiment.evaluation.metrics)
+                self._terminal.started(
+                    self._run.hex(), {**facts, "seconds": self._seconds}, delta, private=private, public_metrics=public
+                )
+            case "round":
+                self._round(facts)
+            case "finished":
+                summary = self._summary()
+                self._folder.write_summary(summary)
+                self._terminal.finished(str(self._folder.path), summary, facts["sites"])
+            case "failed":
+                sys.stderr.write(f"privfl: {facts['error']}\n")
+                sys.stderr.flush()
+            case _:
+                raise InternalError(f"unknown news {what} (exit code {EXIT_OURS})")
+
+    def _resolved(self) -> str:
+        import yaml
+
+        head = f"# Resolved experiment of run {self._run.hex()}\n"
+        return head + yaml.safe_dump(self._experiment.model_dump(mode="json"), sort_keys=False)
+
+    def _round(self, facts: dict[str, Any]) -> None:
+        self._last = facts
+        self._metrics = facts["metrics"] or self._metrics
+        self._folder.add_round(
+            {
+                "run": self._run.hex(),
+                "private": self._experiment.private,
+                "delta": self._experiment.privacy.delta,
+                **facts,
+            }
+        )
+        self._terminal.round_done(self._experiment.rounds, facts)
+
+    def _summary(self) -> dict[str, Any]:
+        experiment = self._experiment
+        sites = {
+            name: {
+                "epsilon": self._last["sites"][name]["epsilon"],
+                "delta": experiment.privacy.delta,
+                "steps": self._last["sites"][name]["steps"],
+                "noise_multiplier": facts["noise_multiplier"],
+                "sampling_rate": facts["sampling_rate"],
+                "records": facts["records"],
+                "weight": facts["weight"],
+            }
+            for name, facts in self._sites.items()
+        }
+        return {
+            "run": self._run.hex(),
+            "private": experiment.private,
+            "trust": "single trust domain",
+            "accountant": "rdp",
+            "rounds": self._last["round"],
+            "metrics": self._metrics,
+            "sites": sites,
+            "seconds": self._seconds | {"total": sum(self._seconds.values())},
+        }

@@ -1,0 +1,17 @@
+"""The experiment file and the site files, as frozen, validated objects."""
+
+from privfl.config.experiment import Experiment, Optimizer
+from privfl.config.functions import check_functions, load_function
+from privfl.config.load import demo_path, load_experiment, load_site
+from privfl.config.site import SiteFile
+
+__all__ = [
+    "Experiment",
+    "Optimizer",
+    "SiteFile",
+    "check_functions",
+    "demo_path",
+    "load_experiment",
+    "load_function",
+    "load_site",
+]

@@ -1,0 +1,120 @@
+"""The experiment file: what the consortium proposes to train. Field for field the keys of the YAML file."""
+
+from __future__ import annotations
+
+import hashlib
+from typing import Any, Literal
+
+from pydantic import field_validator, model_validator
+
+from privfl.config.values import (
+    Below1,
+    Count,
+    FunctionName,
+    MetricName,
+    NotNegative,
+    Positive,
+    Probability,
+    Rate,
+    Section,
+    SiteName,
+)
+
+
+class Optimizer(Section):
+    """The optimizer of the local steps; its state starts anew each round."""
+
+    name: Literal["sgd", "adam", "adamw"] = "sgd"
+    lr: Positive
+    momentum: Below1 = 0.0
+    weight_decay: NotNegative = 0.0
+
+    @model_validator(mode="after")
+    def _momentum_needs_sgd(self) -> Optimizer:
+        if self.momentum and self.name != "sgd":
+            raise ValueError(f"has momentum, which only sgd takes; remove it or set name: sgd instead of {self.name}")
+        return self
+
+    def options(self) -> dict[str, float]:
+        """Keyword arguments for the torch optimizer of this name."""
+        options = {"lr": self.lr, "weight_decay": self.weight_decay}
+        return options | {"momentum": self.momentum} if self.name == "sgd" else options
+
+
+class Evaluation(Section):
+    """Held-out metrics. They leave a site only inside an encrypted sum, and only if the held-out records are public."""
+
+    records: Literal["private", "public"] = "private"
+    every: Count = 1
+    metrics: dict[MetricName, FunctionName] = {}
+
+
+class Privacy(Section):
+    """The guarantee: (epsilon, delta) per record at each site, by clipping and noise in every local step."""
+
+    noise: Literal["site"] = "site"
+    target_epsilon: Positive | None = None
+    noise_multiplier: Positive | None = None
+    delta: Probability
+    max_grad_norm: Positive
+
+    @model_validator(mode="after")
+    def _one_of_two(self) -> Privacy:
+        if (self.target_epsilon is None) == (self.noise_multiplier is None):
+            raise ValueError("needs exactly one of target_epsilon and noise_multiplier")
+        return self
+
+
+class Experiment(Section):
+    """One experiment."""
+
+    sites: tuple[SiteName, ...]
+    rounds: Count
+    local_steps: Count
+    sampling_rate: Rate | dict[SiteName, Rate]
+    algorithm: Literal["fedavg"] = "fedavg"
+    weights: Literal["uniform", "records"] = "uniform"
+    model: FunctionName
+    data: FunctionName
+    data_options: dict[str, Any] = {}
+    loss: FunctionName
+    optimizer: Optimizer
+    evaluation: Evaluation = Evaluation()
+    privacy: Privacy
+    output: str = "runs"
+    insecure_test_seed: int | None = None
+
+    @field_validator("sites")
+    @classmethod
+    def _two_or_more_and_none_twice(cls, sites: tuple[str, ...]) -> tuple[str, ...]:
+        if len(sites) < 2:
+            raise ValueError("must name at least two sites: the sum of one site is its own update")
+        twice = sorted({site for site in sites if sites.count(site) > 1})
+        if twice:
+            raise ValueError(f"names {', '.join(twice)} more than once")
+        return sites
+
+    @model_validator(mode="after")
+    def _a_rate_for_every_site(self) -> Experiment:
+        if isinstance(self.sampling_rate, dict) and set(self.sampling_rate) != set(self.sites):
+            wrong = sorted(set(self.sampling_rate) ^ set(self.sites))
+            raise ValueError(f"sampling_rate must name each of the sites once; check {', '.join(wrong)}")
+        return self
+
+    def rate(self, site: str) -> float:
+        """The public sampling rate q of a site."""
+        return self.sampling_rate[site] if isinstance(self.sampling_rate, dict) else self.sampling_rate
+
+    @property
+    def steps(self) -> int:
+        """DP-SGD steps of each site over the whole run."""
+        return self.rounds * self.local_steps
+
+    @property
+    def private(self) -> bool:
+        """False if the noise can be recomputed from a seed."""
+        return self.insecure_test_seed is None
+
+    def digest(self) -> str:
+        """SHA-256 over everything the sites must agree on (all but where outputs go), in hexadecimal."""
+        return hashlib.sha256(self.model_dump_json(exclude={"output"}).encode()).hexdigest()

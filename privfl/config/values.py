@@ -1,0 +1,57 @@
+"""The kinds of value that configuration files hold, with their constraints."""
+
+from __future__ import annotations
+
+import re
+from typing import Annotated, Any
+
+from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field
+
+
+def _no_bool(value: Any) -> Any:
+    # YAML reads yes, no, on and off as booleans, and a boolean would pass for 1 or 0.
+    if isinstance(value, bool):
+        raise ValueError(f"must be a number, got {str(value).lower()}")
+    return value
+
+
+def _site_name(value: str) -> str:
+    if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9_-]{0,63}", value):
+        raise ValueError("must be a name of letters, digits, '-' and '_'")
+    return value
+
+
+def _function(value: str) -> str:
+    if not re.fullmatch(r"([\w./~-]+\.py|[A-Za-z_][\w.]*):[A-Za-z_]\w*", value):
+        raise ValueError("must look like file.py:function or package.module:function")
+    return value
+
+
+def _metric_name(value: str) -> str:
+    if not re.fullmatch(r"[A-Za-z_][A-Za-z0-9_]{0,63}", value):
+        raise ValueError("must be a name of letters, digits and '_'")
+    return value
+
+
+def _device(value: str) -> str:
+    if not re.fullmatch(r"cpu|mps|cuda(:\d+)?", value):
+        raise ValueError(f"must be cpu, mps, cuda or cuda:N, got {value!r}")
+    return value
+
+
+class Section(BaseModel):
+    """A mapping with known keys only."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+
+Count = Annotated[int, BeforeValidator(_no_bool), Field(ge=1)]
+Positive = Annotated[float, BeforeValidator(_no_bool), Field(gt=0, allow_inf_nan=False)]
+NotNegative = Annotated[float, BeforeValidator(_no_bool), Field(ge=0, allow_inf_nan=False)]
+Below1 = Annotated[float, BeforeValidator(_no_bool), Field(ge=0, lt=1)]
+Probability = Annotated[float, BeforeValidator(_no_bool), Field(gt=0, lt=1)]
+Rate = Annotated[float, BeforeValidator(_no_bool), Field(gt=0, le=1)]
+SiteName = Annotated[str, AfterValidator(_site_name)]
+FunctionName = Annotated[str, AfterValidator(_function)]
+MetricName = Annotated[str, AfterValidator(_metric_name)]
+Device = Annotated[str, AfterValidator(_device)]

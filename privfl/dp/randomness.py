@@ -1,0 +1,72 @@
+"""Where noise and samples come from: the operating system, in every process anew.
+
+torch's generators are not used for anything that protects: an unseeded ``torch.Generator()`` has the same constant seed in every
+process, and a user's ``torch.manual_seed`` would make the noise of all sites equal.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import os
+from typing import Protocol
+
+import numpy as np
+from numpy.typing import NDArray
+
+
+class Randomness(Protocol):
+    """A source of random bytes."""
+
+    private: bool
+
+    def bytes(self, count: int) -> bytes:
+        """``count`` random bytes."""
+        ...
+
+
+class SystemRandomness:
+    """The operating system's cryptographic generator."""
+
+    private = True
+
+    def bytes(self, count: int) -> bytes:
+        return os.urandom(count)
+
+
+class SeededRandomness:
+    """A repeatable source for tests. Whoever knows the seed can subtract the noise: nothing made with it is private."""
+
+    private = False
+
+    def __init__(self, seed: int, site: str) -> None:
+        key = hashlib.sha256(f"privfl insecure test seed {seed} {site}".encode()).digest()
+        self._generator = np.random.Generator(np.random.Philox(key=np.frombuffer(key[:16], dtype=np.uint64)))
+
+    def bytes(self, count: int) -> bytes:
+        return self._generator.bytes(count)
+
+
+def poisson_sample(records: int, sampling_rate: float, randomness: Randomness) -> NDArray[np.int64]:
+    """The indices of a Poisson sample: each of ``records`` records independently with probability ``sampling_rate``.
+
+    The decision compares a 64-bit integer with floor(q * 2^64), so the true probability is never above q. Shape: (batch,), where
+    the batch may be empty; its size is private and must not leave the site.
+    """
+    if sampling_rate >= 1.0:
+        return np.arange(records, dtype=np.int64)
+    draws = np.frombuffer(randomness.bytes(8 * records), dtype=np.uint64)
+    return np.flatnonzero(draws < np.uint64(int(sampling_rate * 2**64)))
+
+
+def gaussian(count: int, standard_deviation: float, randomness: Randomness) -> NDArray[np.float64]:
+    """``count`` normal variates with mean 0 by inversion; shape (count,).
+
+    53 uniform bits, centred in their cells, go through the inverse of the normal distribution function, so the tails end at 8.2
+    standard deviations: a total variation distance of 2^-53 per variate. Floating-point noise is not hardened against attacks on
+    its low-order bits (Mironov 2012); docs/sharp-edges.md says so.
+    """
+    from scipy.special import ndtri
+
+    bits = np.frombuffer(randomness.bytes(8 * count), dtype=np.uint64) >> np.uint64(11)
+    uniform = (bits.astype(np.float64) + 0.5) * 2.0**-53
+    return np.asarray(ndtri(uniform), dtype=np.float64) * standard_deviation

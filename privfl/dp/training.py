@@ -1,0 +1,223 @@
+"""The local training of one site: one Opacus engine for the whole run, rounds of DP-SGD on a flat vector of parameters."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from opacus import GradSampleModule
+from torch import nn
+from torch.utils.data import TensorDataset, default_collate
+
+from privfl.dp.checks import check_buffers, check_model, fingerprint_buffers
+from privfl.dp.optimizer import SystemNoiseOptimizer
+from privfl.dp.randomness import Randomness, poisson_sample
+from privfl.errors import PrivflError, in_one_line
+
+# Per-example gradients of one physical batch may take this much memory; larger Poisson batches are processed in pieces.
+_GRADIENT_BYTES = 512 << 20
+_EVALUATION_BATCH = 4096
+
+Loss = Callable[[torch.Tensor, torch.Tensor], torch.Tensor]
+Metric = Callable[[torch.Tensor, torch.Tensor], tuple[Any, Any]]
+
+_OPTIMIZERS: dict[str, Callable[..., torch.optim.Optimizer]] = {
+    "sgd": torch.optim.SGD,
+    "adam": torch.optim.Adam,
+    "adamw": torch.optim.AdamW,
+}
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """How a site trains. ``sampling_rate`` is the public q, never derived from batch sizes."""
+
+    sampling_rate: float
+    noise_multiplier: float
+    max_grad_norm: float
+    local_steps: int
+    optimizer: str
+    optimizer_options: Mapping[str, float]
+
+
+class LocalTraining:
+    """DP-SGD on one site's records, for the whole run.
+
+    Raises (from the constructor):
+        PrivflError: the model or the number of records does not fit.
+    """
+
+    def __init__(
+        self, model: nn.Module, loss: Loss, train: Any, recipe: Recipe, randomness: Randomness, device: torch.device
+    ) -> None:
+        check_model(model)
+        self.records = _size("train", train)
+        expected = recipe.sampling_rate * self.records
+        if self.records == 0:
+            raise PrivflError("data() returned no training records")
+        if expected < 1.0:
+            raise PrivflError(
+                f"{self.records} training records at sampling_rate {recipe.sampling_rate:g} make {expected:.2g} records a step on average; "
+                f"raise sampling_rate to at least {1.0 / self.records:.2g}"
+            )
+        self.model = model.to(device)
+        self._loss = loss
+        self._train = train
+        self._recipe = recipe
+        self._randomness = randomness
+        self._device = device
+        self._parameters = [p for p in self.model.parameters() if p.requires_grad]
+        self._names = [name for name, p in self.model.named_parameters() if p.requires_grad]
+        self.parameters = sum(p.numel() for p in self._parameters)
+        self._piece = max(1, _GRADIENT_BYTES // (4 * self.parameters))
+        try:
+            self._wrapped = GradSampleModule(self.model, batch_first=True, loss_reduction="mean", strict=True)
+        except (NotImplementedError, ValueError) as error:
+            raise PrivflError(f"model() cannot be trained with DP-SGD: {in_one_line(error)}") from error
+        self.optimizer = SystemNoiseOptimizer(
+            _OPTIMIZERS[recipe.optimizer](self._parameters, **recipe.optimizer_options),
+            randomness=randomness,
+            noise_multiplier=recipe.noise_multiplier,
+            max_grad_norm=recipe.max_grad_norm,
+            expected_batch_size=expected,
+            loss_reduction="mean",
+        )
+
+    def flat(self) -> NDArray[np.float32]:
+        """The trainable parameters as one vector of shape (parameters,)."""
+        return torch.cat([p.detach().reshape(-1) for p in self._parameters]).cpu().numpy()
+
+    def load(self, replica: NDArray[np.float32]) -> None:
+        """Put a vector of shape (parameters,) into the model."""
+        vector, start = torch.from_numpy(replica).to(self._device), 0
+        with torch.no_grad():
+            for p in self._parameters:
+                p.copy_(vector[start : start + p.numel()].view_as(p))
+                start += p.numel()
+
+    def train_round(self, replica: NDArray[np.float32]) -> NDArray[np.float32]:
+        """``local_steps`` steps of DP-SGD from ``replica``; the update (end - start) of shape (parameters,).
+
+        The optimizer's state starts anew, so that an update is a function of the replica and this round's records only.
+
+        Raises:
+            PrivflError: the loss or the parameters are not finite, or the model changed a buffer.
+        """
+        self.load(replica)
+        self.optimizer.original_optimizer.state.clear()
+        self.optimizer.examples_seen = self.optimizer.examples_dropped = 0
+        self._wrapped.train()
+        buffers = fingerprint_buffers(self.model)
+        for _ in range(self._recipe.local_steps):
+            self._step(poisson_sample(self.records, self._recipe.sampling_rate, self._randomness))
+        check_buffers(self.model, buffers)
+        update = self.flat() - replica
+        # Asked of the round as a whole: a single broken record is dropped and must not be able to stop a run.
+        if self.optimizer.examples_seen and self.optimizer.examples_dropped == self.optimizer.examples_seen:
+            raise PrivflError(
+                "loss() or its gradient is NaN or infinite for every record of the round; look for log(0), division by 0 or unscaled inputs"
+            )
+        if not np.isfinite(update).all():
+            raise PrivflError("the parameters became NaN or infinite; lower optimizer.lr")
+        return update
+
+    def _step(self, indices: NDArray[np.int64]) -> None:
+        """One logical step: the Poisson batch in pieces that fit into memory, then noise and one optimizer step."""
+        self.optimizer.forget_unfinished_step()
+        for start in range(0, len(indices), self._piece):
+            piece = indices[start : start + self._piece]
+            inputs, targets = self._batch(piece)
+            loss = self._loss(self._wrapped(inputs), targets)
+            if loss.ndim != 0:
+                raise PrivflError(
+                    f"loss() must return the mean over the batch, a single number; it returned shape {tuple(loss.shape)}"
+                )
+            loss.backward()  # type: ignore[no-untyped-call]
+            self._check_gradients()
+            self._advance(last=start + self._piece >= len(indices))
+        if len(indices) == 0:
+            # An empty batch is a step like any other: its sum is zero and gets the same noise. The user's code never sees it.
+            for p in self._parameters:
+                p.grad_sample = p.new_zeros((0, *p.shape))  # type: ignore[attr-defined]
+            self._advance(last=True)
+
+    def _advance(self, *, last: bool) -> None:
+        self.optimizer.signal_skip_step(do_skip=not last)
+        self.optimizer.step()
+        self.optimizer.zero_grad(set_to_none=True)
+
+    def _check_gradients(self) -> None:
+        for name, p in zip(self._names, self._parameters, strict=True):
+            if getattr(p, "grad_sample", None) is None:
+                raise PrivflError(
+                    f"parameter '{name}' of model() took no part in the forward pass; use it, or freeze it with requires_grad=False"
+                )
+
+    def _batch(self, indices: NDArray[np.int64]) -> tuple[torch.Tensor, torch.Tensor]:
+        return _to_pair(_rows(self._train, indices), self._device)
+
+    def outputs(self, dataset: Any) -> tuple[torch.Tensor, torch.Tensor]:
+        """(model outputs, targets) of all records of ``dataset``, without gradients, on the CPU."""
+        self._wrapped.eval()
+        outputs, targets = [], []
+        with torch.no_grad():
+            for start in range(0, len(dataset), _EVALUATION_BATCH):
+                indices = np.arange(start, min(start + _EVALUATION_BATCH, len(dataset)))
+                inputs, target = _to_pair(_rows(dataset, indices), self._device)
+                outputs.append(self.model(inputs).cpu())
+                targets.append(target.cpu())
+        self._wrapped.train()
+        return torch.cat(outputs), torch.cat(targets)
+
+
+def measure(
+    metrics: Mapping[str, Metric], output: torch.Tensor, target: torch.Tensor
+) -> dict[str, tuple[list[float], list[float]]]:
+    """(sums, counts) of every metric over all held-out records of a site.
+
+    Raises:
+        PrivflError: a metric returns something else than two numbers or two vectors of one length, or a count below 0.
+    """
+    measured = {}
+    for name, metric in metrics.items():
+        try:
+            sums, counts = metric(output, target)
+            pair = [torch.as_tensor(x, dtype=torch.float64).reshape(-1).tolist() for x in (sums, counts)]
+        except (TypeError, ValueError, RuntimeError) as error:
+            raise PrivflError(
+                f"evaluation.metrics.{name} must return (sums, counts), numbers or vectors of one length: {error}"
+            ) from error
+        if len(pair[0]) != len(pair[1]) or not pair[0] or not np.isfinite(pair).all() or min(pair[1]) < 0:
+            raise PrivflError(
+                f"evaluation.metrics.{name} must return finite (sums, counts) of one length with counts not below 0"
+            )
+        measured[name] = (pair[0], pair[1])
+    return measured
+
+
+def _size(what: str, dataset: Any) -> int:
+    try:
+        return len(dataset)
+    except TypeError as error:
+        raise PrivflError(
+            f"data() must return map-style data sets (with len() and [index]); {what} is a {type(dataset).__name__}"
+        ) from error
+
+
+def _rows(dataset: Any, indices: NDArray[np.int64]) -> Sequence[Any]:
+    if isinstance(dataset, TensorDataset):
+        return dataset[torch.from_numpy(indices)]  # type: ignore[no-any-return]
+    fetch = getattr(dataset, "__getitems__", None)
+    rows = fetch(indices.tolist()) if fetch is not None else [dataset[int(i)] for i in indices]
+    return default_collate(rows)  # type: ignore[no-any-return]
+
+
+def _to_pair(rows: Sequence[Any], device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
+    if not isinstance(rows, list | tuple) or len(rows) != 2:
+        raise PrivflError("a record of data() must be a pair (input, target)")
+    inputs, targets = rows
+    return inputs.to(device), targets.to(device)

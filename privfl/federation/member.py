@@ -1,0 +1,235 @@
+"""A site's side of the protocol: what a site may be told when, and what it then has to do.
+
+``step`` takes messages of the coordinator, ``done`` takes the results of the site's own work; both are pure. A round or attempt that
+is not newer than the last one is refused: a relay that repeats a message must not make a site send anything twice.
+"""
+
+from __future__ import annotations
+
+import enum
+from dataclasses import dataclass, replace
+from typing import NamedTuple
+
+from privfl.errors import ProtocolError
+from privfl.federation.messages import (
+    NO_RUN,
+    Applied,
+    Begin,
+    Body,
+    Finish,
+    Finished,
+    Kind,
+    Measured,
+    Message,
+    Prepared,
+    Round,
+    Sum,
+    Trained,
+    Vector,
+    Welcome,
+    vector_length,
+)
+
+
+class Phase(enum.Enum):
+    """What the site is doing."""
+
+    GREETED = "greeted"
+    PREPARING = "preparing"
+    IDLE = "idle"
+    TRAINING = "training"
+    TRAINED = "trained"
+    SUMMING = "summing"
+    WORKING = "working"
+    FINISHING = "finishing"
+
+
+@dataclass(frozen=True)
+class State:
+    """Where this site stands."""
+
+    site: str
+    digest: str
+    phase: Phase = Phase.GREETED
+    run: bytes = NO_RUN
+    members: tuple[str, ...] = ()
+    has_key: bool = False
+    begin: Begin | None = None
+    round: int = 0
+    attempt: int = 0
+    vector: Vector = "update"
+    parts_in: int = 0
+
+
+class Prepare(NamedTuple):
+    """Start the trainer; ``make_key`` tells whether this site makes the shared key."""
+
+    welcome: Welcome
+    make_key: bool
+
+
+class Unseal(NamedTuple):
+    """Open the shared key."""
+
+    sealed: bytes | memoryview
+
+
+class Start(NamedTuple):
+    """Check what the others agreed on against what this site has and allows."""
+
+    begin: Begin
+
+
+class Train(NamedTuple):
+    """Train one round."""
+
+
+class Contribute(NamedTuple):
+    """Encrypt this vector for a sum of ``contributors`` and send it."""
+
+    vector: Vector
+    contributors: int
+
+
+class Collect(NamedTuple):
+    """Decrypt this block of the total."""
+
+    part: int
+    block: bytes | memoryview
+
+
+class Combine(NamedTuple):
+    """The total is complete: use it."""
+
+    vector: Vector
+
+
+class Write(NamedTuple):
+    """Write the model."""
+
+
+Action = Prepare | Unseal | Start | Train | Contribute | Collect | Combine | Write
+
+
+def step(state: State, message: Message, blocks_of: dict[Vector, int]) -> tuple[State, tuple[Action, ...]]:
+    """The state after a message of the coordinator (but Stop, which needs no state), and what to do.
+
+    ``blocks_of`` is the number of blocks of each vector.
+
+    Raises:
+        ProtocolError: the message is not allowed now; nothing has changed.
+    """
+    body = message.body
+    if isinstance(body, Welcome):
+        return _welcome(state, body)
+    if message.run != state.run:
+        raise ProtocolError(f"the coordinator sent a {message.kind.name} message for another run")
+    if message.kind is Kind.SEALED_KEY:
+        return _take_key(state, message)
+    if isinstance(body, Begin):
+        _expect(state, message, Phase.IDLE)
+        if state.begin is not None or set(body.weights) != set(state.members):
+            raise ProtocolError("the coordinator began the run twice, or for other sites")
+        return replace(state, begin=body), (Start(body),)
+    if isinstance(body, Round):
+        _expect(state, message, Phase.IDLE)
+        if state.begin is None or message.round != state.round + 1 or message.attempt != 0:
+            raise ProtocolError(f"the coordinator opened round {message.round} after round {state.round}")
+        return replace(state, phase=Phase.TRAINING, round=message.round, attempt=0), (Train(),)
+    if isinstance(body, Sum):
+        return _open_sum(state, message, body)
+    if message.kind is Kind.TOTAL:
+        return _take_total(state, message, blocks_of)
+    if isinstance(body, Finish):
+        _expect(state, message, Phase.IDLE)
+        if (message.round, message.attempt) != (state.round, state.attempt) or state.begin is None:
+            raise ProtocolError(
+                f"the coordinator finished the run after round {message.round}, this site is in round {state.round}"
+            )
+        return replace(state, phase=Phase.FINISHING), (Write(),)
+    raise ProtocolError(f"the coordinator sent a {message.kind.name} message, which it may not send")
+
+
+def done(state: State, body: Body) -> tuple[State, Message]:
+    """The state after this site's own work produced ``body``, and the message that says so."""
+    transitions: dict[type[Body], tuple[Phase, Phase]] = {
+        Prepared: (Phase.PREPARING, Phase.IDLE),
+        Trained: (Phase.TRAINING, Phase.TRAINED),
+        Applied: (Phase.WORKING, Phase.IDLE),
+        Measured: (Phase.WORKING, Phase.IDLE),
+        Finished: (Phase.FINISHING, Phase.IDLE),
+    }
+    before, after = transitions[type(body)]
+    if state.phase is not before:
+        raise ProtocolError(f"{type(body).__name__} is no result of a site that is {state.phase.value}")
+    return replace(state, phase=after), Message.of(body, state.run, state.round, state.attempt)
+
+
+def length(state: State, vector: Vector) -> int:
+    """How many values ``vector`` has in this run."""
+    if state.begin is None:
+        raise ProtocolError("the run has not begun")
+    return vector_length(state.begin, vector)
+
+
+def _expect(state: State, message: Message, *phases: Phase) -> None:
+    if state.phase not in phases:
+        raise ProtocolError(f"the coordinator sent a {message.kind.name} message while this site was {state.phase.value}")
+
+
+def _welcome(state: State, welcome: Welcome) -> tuple[State, tuple[Action, ...]]:
+    names = tuple(member.site for member in welcome.members)
+    if (
+        state.phase is not Phase.GREETED
+        or state.site not in names
+        or len(set(names)) != len(names)
+        or welcome.digest != state.digest
+    ):
+        raise ProtocolError("the coordinator's welcome is for other sites, for another experiment, or a second one")
+    try:
+        run = bytes.fromhex(welcome.run)
+    except ValueError as error:
+        raise ProtocolError("the coordinator's welcome names no valid run") from error
+    make_key = names[0] == state.site
+    state = replace(state, phase=Phase.PREPARING, run=run, members=names, has_key=make_key)
+    return state, (Prepare(welcome, make_key),)
+
+
+def _take_key(state: State, message: Message) -> tuple[State, tuple[Action, ...]]:
+    _expect(state, message, Phase.PREPARING)
+    if state.has_key:
+        raise ProtocolError("the coordinator sent a shared key to a site that has one")
+    if message.part != state.members.index(state.site):
+        raise ProtocolError("the coordinator sent the shared key of another site")
+    return replace(state, has_key=True), (Unseal(message.bulk),)
+
+
+def _open_sum(state: State, message: Message, body: Sum) -> tuple[State, tuple[Action, ...]]:
+    _expect(state, message, Phase.TRAINED if body.vector == "update" else Phase.IDLE)
+    if message.round != state.round or message.attempt <= state.attempt:
+        raise ProtocolError(
+            f"the coordinator opened attempt {message.attempt} of round {message.round} after attempt {state.attempt} of round {state.round}"
+        )
+    if length(state, body.vector) == 0:
+        raise ProtocolError("the coordinator opened a sum of metrics, but none may leave")
+    if body.members != state.members:
+        raise ProtocolError("the coordinator opened a sum for other members than this run's sites")
+    state = replace(state, phase=Phase.SUMMING, attempt=message.attempt, vector=body.vector, parts_in=0)
+    return state, (Contribute(body.vector, len(body.members)),)
+
+
+def _take_total(state: State, message: Message, blocks_of: dict[Vector, int]) -> tuple[State, tuple[Action, ...]]:
+    _expect(state, message, Phase.SUMMING)
+    blocks = blocks_of[state.vector]
+    if (
+        (message.round, message.attempt) != (state.round, state.attempt)
+        or message.parts != blocks
+        or message.part != state.parts_in
+    ):
+        raise ProtocolError(
+            f"the coordinator sent part {message.part} of {message.parts} of a total, expected part {state.parts_in} of {blocks}"
+        )
+    collect = Collect(message.part, message.bulk)
+    if message.part + 1 < blocks:
+        return replace(state, parts_in=message.part + 1), (collect,)
+    return replace(state, phase=Phase.WORKING), (collect, Combine(state.vector))

@@ -1,0 +1,242 @@
+"""Every message of the protocol, and its bytes.
+
+A message is a head of fixed size (kind, run, round, attempt, part, parts) and a payload: a JSON body checked against the
+dataclass of its kind, or flat bytes (ciphertexts, sealed keys) that this package only passes on.
+"""
+
+from __future__ import annotations
+
+import enum
+import struct
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+
+from privfl.errors import ProtocolError
+
+_HEAD = struct.Struct("<B16sIIII")
+NO_RUN = b"\0" * 16
+BODY_LIMIT = 16 << 20
+
+Vector = Literal["update", "metrics"]
+
+
+class Body(BaseModel):
+    """A JSON body: unknown fields, wrong types and numbers that are not finite are refused."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True, strict=True, allow_inf_nan=False)
+
+
+class Hello(Body):
+    """Site to coordinator, first of all: who I am, and whether I can take part at all."""
+
+    site: str | None
+    digest: str = ""
+    versions: dict[str, str] = {}
+    exchange_key: str = ""
+    error: str | None = None
+    exit_code: int = 0
+
+
+class Member(Body):
+    """One site as the coordinator presents it to the others."""
+
+    site: str
+    exchange_key: str
+
+
+class Welcome(Body):
+    """Coordinator to sites: the run exists, these are the sites in order of the experiment, start."""
+
+    run: str
+    folder: str
+    digest: str
+    members: tuple[Member, ...]
+
+
+class Prepared(Body):
+    """Site to coordinator: the trainer is up and the model made; public facts only.
+
+    ``tag`` is the keyed digest of the replica; ``layout`` the number of ratios in each metric (empty: no held-out records).
+    """
+
+    records: int = Field(ge=1)
+    parameters: int = Field(ge=1)
+    layout: dict[str, int]
+    noise_multiplier: float
+    sampling_rate: float
+    planned_epsilon: float
+    tag: str
+
+
+class Begin(Body):
+    """Coordinator to sites: everybody is prepared; what they agreed on, and each site's weight in the mean."""
+
+    parameters: int
+    layout: dict[str, int]
+    weights: dict[str, float]
+
+
+def vector_length(begin: Begin, vector: Vector) -> int:
+    """How many values a contribution has: the parameters, or for each metric its sums, its counts, one ratio and one indicator."""
+    if vector == "update":
+        return begin.parameters
+    return sum(2 * ratios + 2 for ratios in begin.layout.values())
+
+
+class Round(Body):
+    """Coordinator to sites: train."""
+
+
+class Trained(Body):
+    """Site to coordinator: local steps are done and charged; ready for the sum."""
+
+    event: dict[str, Any]
+    steps: int
+    epsilon: float
+    seconds: float
+
+
+class Sum(Body):
+    """Coordinator to sites: contribute ``vector`` to the sum of exactly these members."""
+
+    vector: Vector
+    members: tuple[str, ...]
+
+
+class Applied(Body):
+    """Site to coordinator: the mean is part of my replica, whose keyed digest is ``tag``."""
+
+    tag: str
+
+
+class Measured(Body):
+    """Site to coordinator: the summed held-out metrics, which the experiment declares public."""
+
+    metrics: dict[str, float]
+
+
+class Finish(Body):
+    """Coordinator to sites: the last round is over; write the model."""
+
+
+class Finished(Body):
+    """Site to coordinator: what I wrote, as paths on my machine."""
+
+    model: str
+    log: str
+
+
+class Failed(Body):
+    """Site to coordinator, at any time: one sentence, and the exit code it calls for."""
+
+    error: str
+    exit_code: int
+
+
+class Stop(Body):
+    """Coordinator to all: end with this exit code."""
+
+    exit_code: int
+
+
+class Bye(Body):
+    """Site to coordinator: the trainer is gone, this was my last message."""
+
+
+class Kind(enum.IntEnum):
+    """What a message is. Kinds without a body carry flat bytes."""
+
+    HELLO = 1
+    WELCOME = 2
+    ADDING_CONTEXT = 3
+    SEALED_KEY = 4
+    PREPARED = 5
+    BEGIN = 6
+    ROUND = 7
+    TRAINED = 8
+    SUM = 9
+    CONTRIBUTION = 10
+    TOTAL = 11
+    APPLIED = 12
+    MEASURED = 13
+    FINISH = 14
+    FINISHED = 15
+    FAILED = 16
+    STOP = 17
+    BYE = 18
+
+
+_BODIES: dict[Kind, type[Body]] = {
+    Kind.HELLO: Hello,
+    Kind.WELCOME: Welcome,
+    Kind.PREPARED: Prepared,
+    Kind.BEGIN: Begin,
+    Kind.ROUND: Round,
+    Kind.TRAINED: Trained,
+    Kind.SUM: Sum,
+    Kind.APPLIED: Applied,
+    Kind.MEASURED: Measured,
+    Kind.FINISH: Finish,
+    Kind.FINISHED: Finished,
+    Kind.FAILED: Failed,
+    Kind.STOP: Stop,
+    Kind.BYE: Bye,
+}
+_KINDS = {body: kind for kind, body in _BODIES.items()}
+
+
+@dataclass(frozen=True)
+class Message:
+    """One message. ``part`` counts the pieces of flat bytes from 0; for a sealed key it is the index of the site it is for."""
+
+    kind: Kind
+    run: bytes = NO_RUN
+    round: int = 0
+    attempt: int = 0
+    part: int = 0
+    parts: int = 1
+    body: Body | None = None
+    bulk: bytes | memoryview = field(default=b"", repr=False)
+
+    @classmethod
+    def of(cls, body: Body, run: bytes = NO_RUN, round: int = 0, attempt: int = 0) -> Message:  # noqa: A002
+        """The message with this JSON body."""
+        return cls(_KINDS[type(body)], run, round, attempt, body=body)
+
+    def encode(self) -> tuple[bytes, bytes | memoryview]:
+        """(head, payload)."""
+        head = _HEAD.pack(self.kind, self.run, self.round, self.attempt, self.part, self.parts)
+        return head, self.bulk if self.body is None else self.body.model_dump_json().encode()
+
+
+def decode(head: bytes, payload: bytes | memoryview) -> Message:
+    """The message that :meth:`Message.encode` wrote.
+
+    Raises:
+        ProtocolError: anything else.
+    """
+    if len(head) != _HEAD.size:
+        raise ProtocolError(f"a message head has {len(head)} bytes, expected {_HEAD.size}")
+    number, run, round_, attempt, part, parts = _HEAD.unpack(head)
+    try:
+        kind = Kind(number)
+    except ValueError as error:
+        raise ProtocolError(f"a message has the unknown kind {number}; do all ranks run one version of privfl?") from error
+    if part >= parts:
+        raise ProtocolError(f"a {kind.name} message says it is part {part} of {parts}")
+    if kind not in _BODIES:
+        return Message(kind, run, round_, attempt, part, parts, bulk=payload)
+    if len(payload) > BODY_LIMIT:
+        raise ProtocolError(f"a {kind.name} message has a body of {len(payload)} bytes")
+    try:
+        body = _BODIES[kind].model_validate_json(bytes(payload))
+    except ValidationError as error:
+        raise ProtocolError(f"a {kind.name} message is malformed ({error.error_count()} wrong fields)") from error
+    return Message(kind, run, round_, attempt, part, parts, body=body)
+
+
+def is_kind(head: bytes, kind: Kind) -> bool:
+    """Whether a frame's head announces this kind; for a receiver that ignores everything else."""
+    return len(head) == _HEAD.size and head[0] == kind

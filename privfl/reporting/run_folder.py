@@ -1,0 +1,47 @@
+"""The folder of one run: resolved experiment, one line a round, summary."""
+
+from __future__ import annotations
+
+import json
+import os
+from pathlib import Path
+from typing import Any
+
+from privfl.errors import PrivflError
+
+
+class RunFolder:
+    """Writes ``experiment.yaml``, ``rounds.jsonl`` and ``summary.json``; every file is whole or not there."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+
+    def create(self, resolved_experiment: str) -> None:
+        """Make the folder.
+
+        Raises:
+            PrivflError: it exists already or cannot be written.
+        """
+        try:
+            self.path.mkdir(parents=True)
+            self._write("experiment.yaml", resolved_experiment)
+        except OSError as error:
+            raise PrivflError(
+                f"cannot create the run folder {self.path}: {error.strerror}; choose another with --output"
+            ) from error
+
+    def add_round(self, record: dict[str, Any]) -> None:
+        """Append one round to ``rounds.jsonl`` and see it to the disk."""
+        with open(self.path / "rounds.jsonl", "a", encoding="utf-8") as file:
+            file.write(json.dumps(record) + "\n")
+            file.flush()
+            os.fsync(file.fileno())
+
+    def write_summary(self, summary: dict[str, Any]) -> None:
+        """Write ``summary.json``: its presence says that the run succeeded."""
+        self._write("summary.json", json.dumps(summary, indent=2) + "\n")
+
+    def _write(self, name: str, text: str) -> None:
+        unfinished = self.path / f".{name}"
+        unfinished.write_text(text, encoding="utf-8")
+        os.replace(unfinished, self.path / name)

@@ -1,0 +1,126 @@
+"""Starting, asking and ending a site's trainer, as its agent does it."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import signal
+import socket
+import subprocess
+import sys
+from typing import Any, TextIO
+
+from privfl.errors import InternalError, PrivflError
+from privfl.site.link import Closed, Link, SharedVector
+
+# What launchers tell a rank about itself. A child that inherits it may be taken for the rank, by MPI or by a library.
+_LAUNCHER_PREFIXES = (
+    "PMI",
+    "PMIX",
+    "OMPI_",
+    "OPAL_",
+    "ORTE_",
+    "PRTE_",
+    "HYDI_",
+    "HYDRA_",
+    "MPI_LOCAL",
+    "MPICH_",
+    "MPIR_",
+    "PALS_",
+    "I_MPI_",
+    "MV2_",
+    "SLURM_MPI",
+    "SLURM_PMI",
+)
+_GRACE_SECONDS = 5.0
+
+
+def trainer_environment(environment: dict[str, str], threads: int) -> dict[str, str]:
+    """The environment of a trainer: the agent's, less the launcher's variables, with a number of threads if none was chosen."""
+    kept = {name: value for name, value in environment.items() if not name.startswith(_LAUNCHER_PREFIXES)}
+    kept.setdefault("OMP_NUM_THREADS", str(threads))
+    return kept
+
+
+def threads_for(sites_here: int, environment: dict[str, str]) -> int:
+    """Threads for one trainer when ``sites_here`` of them share this machine's processors."""
+    chosen = environment.get("OMP_NUM_THREADS") or environment.get("SLURM_CPUS_PER_TASK") or ""
+    if chosen.isdigit() and int(chosen) > 0:
+        return int(chosen)
+    processors = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    return max(1, processors // max(1, sites_here))
+
+
+class Trainer:
+    """A running trainer. ``replica`` goes to it, ``update`` comes from it."""
+
+    def __init__(self, site: str, threads: int, log: TextIO, setup: dict[str, Any]) -> None:
+        self._site = site
+        self._log = log.name
+        self.replica = SharedVector.create()
+        self.update = SharedVector.create()
+        ours, theirs = socket.socketpair()
+        # The trainer ends as soon as this pipe closes, however the agent died.
+        alive, self._life = os.pipe()
+        passed = (theirs.fileno(), alive, self.replica.descriptor, self.update.descriptor)
+        # A fresh interpreter and never a fork: MPI and TenSEAL do not survive one.
+        self._process = subprocess.Popen(
+            [sys.executable, "-m", "privfl.site.trainer", site, *map(str, passed)],
+            pass_fds=passed,
+            stdin=subprocess.DEVNULL,
+            stdout=log,
+            stderr=subprocess.STDOUT,
+            env=trainer_environment(dict(os.environ), threads),
+        )
+        theirs.close()
+        os.close(alive)
+        self._link = Link(ours)
+        self.ask(setup)
+
+    def fileno(self) -> int:
+        """Readable when an answer or the end of the trainer is there to be read."""
+        return self._link.fileno()
+
+    def ask(self, request: dict[str, Any]) -> None:
+        """Send a request; the answer is read with :meth:`answer`."""
+        # If the trainer is gone, reading its answer says so, and says why.
+        with contextlib.suppress(Closed):
+            self._link.send(request)
+
+    def answer(self) -> dict[str, Any]:
+        """The trainer's next answer.
+
+        Raises:
+            PrivflError: the trainer reports a failure, or died.
+        """
+        try:
+            answer = self._link.receive()
+        except Closed:
+            raise self._obituary() from None
+        if "failed" in answer:
+            kind = PrivflError if answer.get("exit_code") == PrivflError.exit_code else InternalError
+            raise kind(str(answer["failed"]))
+        return answer
+
+    def _obituary(self) -> PrivflError:
+        try:
+            code = self._process.wait(_GRACE_SECONDS)
+        except subprocess.TimeoutExpired:
+            return InternalError(f"the trainer closed its link but still runs; see {self._log}")
+        if code < 0:
+            name = signal.Signals(-code).name if -code in signal.Signals._value2member_map_ else str(-code)
+            hint = " (perhaps out of memory)" if -code == signal.SIGKILL else ""
+            return PrivflError(f"the trainer was killed by signal {name}{hint}; see {self._log}")
+        return PrivflError(f"the trainer ended by itself with code {code}; see {self._log}")
+
+    def stop(self) -> None:
+        """End the trainer, by force if it does not answer."""
+        self._link.close()
+        os.close(self._life)
+        try:
+            self._process.wait(_GRACE_SECONDS)
+        except subprocess.TimeoutExpired:
+            self._process.kill()
+            self._process.wait()
+        self.replica.close()
+        self.update.close()

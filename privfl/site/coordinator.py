@@ -1,0 +1,142 @@
+"""Rank 0: drives the pure protocol of ``federation.coordinator`` over a transport and adds ciphertexts. It never holds a key or a model."""
+
+from __future__ import annotations
+
+import time
+import traceback
+from collections.abc import Callable
+from typing import Any, TextIO
+
+from privfl.errors import EXIT_OURS, EXIT_USER, InternalError, PrivflError, in_one_line
+from privfl.federation import coordinator, messages
+from privfl.federation.coordinator import Phase
+from privfl.federation.messages import Kind, Message
+from privfl.secagg import Adder
+from privfl.transport import Transport
+
+Told = Callable[[str, dict[str, Any]], None]
+
+_GREETING_SECONDS = 180.0
+_GOODBYE_SECONDS = 20.0
+# Phases whose time is reported, and under which name.
+_CLOCKS = {
+    Phase.GREETING: "start",
+    Phase.PREPARING: "start",
+    Phase.TRAINING: "training",
+    Phase.SUMMING: "aggregation",
+    Phase.APPLYING: "aggregation",
+    Phase.MEASURING: "evaluation",
+    Phase.FINISHING: "writing",
+}
+
+
+def coordinate(transport: Transport, plan: coordinator.Plan, tell: Told, trace: TextIO) -> int:
+    """Lead one run; the exit code of the job.
+
+    Args:
+        tell: called with what happened ('greeted', 'started', 'round', 'finished', 'failed') and its facts, each with the seconds spent
+            per phase since the last call.
+        trace: where the traceback of an error of ours goes.
+    """
+    return _Driver(transport, plan, tell, trace).run()
+
+
+def dismiss(transport: Transport, exit_code: int) -> int:
+    """Tell every rank to end with ``exit_code`` and wait for their goodbyes; Abort only if one does not answer."""
+    stop = Message.of(messages.Stop(exit_code=exit_code)).encode()
+    waiting = set(range(1, transport.size))
+    for rank in waiting:
+        transport.send(rank, *stop)
+    deadline = time.monotonic() + _GOODBYE_SECONDS
+    while waiting and time.monotonic() < deadline:
+        frame = transport.receive(deadline - time.monotonic())
+        if frame is not None and messages.is_kind(frame.head, Kind.BYE):
+            waiting.discard(frame.peer)
+    if waiting or not transport.flush(_GOODBYE_SECONDS):
+        transport.abort(exit_code or EXIT_OURS)
+    transport.close()
+    return exit_code
+
+
+class _Driver:
+    def __init__(self, transport: Transport, plan: coordinator.Plan, tell: Told, trace: TextIO) -> None:
+        self._transport = transport
+        self._plan = plan
+        self._tell = tell
+        self._trace = trace
+        self._state = coordinator.State()
+        self._context: bytes | None = None
+        self._adder: Adder | None = None
+        self._exit_code: int | None = None
+        self._seconds: dict[str, float] = {}
+        self._since = time.perf_counter()
+
+    def run(self) -> int:
+        started = time.monotonic()
+        while self._exit_code is None:
+            try:
+                frame = self._transport.receive(1.0)
+                if frame is not None:
+                    message = messages.decode(frame.head, frame.bulk)
+                    self._follow(coordinator.step(self._plan, self._state, frame.peer, message))
+                elif self._state.phase is Phase.GREETING and time.monotonic() - started > _GREETING_SECONDS:
+                    missing = sorted(set(range(1, self._transport.size)) - set(self._state.hellos))
+                    raise PrivflError(f"rank {missing[0]} did not report within {_GREETING_SECONDS:.0f} s; look at its machine")
+            except PrivflError as error:
+                self._fail(str(error), error.exit_code)
+            except Exception as error:  # whatever it is, the sites must be told
+                traceback.print_exc(file=self._trace)
+                self._fail(in_one_line(f"internal error of the coordinator: {type(error).__name__}: {error}"), EXIT_OURS)
+        return dismiss(self._transport, self._exit_code)
+
+    def _fail(self, error: str, exit_code: int) -> None:
+        """End the run; nothing here may raise again."""
+        try:
+            self._follow(coordinator.fail(self._state, error, exit_code))
+        except Exception:  # the run folder may be what is broken
+            traceback.print_exc(file=self._trace)
+            self._exit_code = exit_code or EXIT_USER
+
+    def _follow(self, result: coordinator.Result) -> None:
+        before = self._state.phase
+        self._state, outputs = result
+        if self._state.phase is not before and before in _CLOCKS:
+            now = time.perf_counter()
+            self._seconds[_CLOCKS[before]] = self._seconds.get(_CLOCKS[before], 0.0) + now - self._since
+            self._since = now
+        for output in outputs:
+            self._perform(output)
+
+    def _perform(self, output: coordinator.Output) -> None:
+        match output:
+            case coordinator.Send():
+                self._transport.send(output.rank, *output.message.encode())
+            case coordinator.SetContext():
+                self._context = bytes(output.context)
+            case coordinator.OpenSum():
+                if self._context is None:
+                    raise InternalError("a sum was opened before the context for adding came")
+                self._adder = Adder(self._context, output.blocks)
+            case coordinator.Fold():
+                self._open_adder().add(output.part, output.block)
+            case coordinator.Release():
+                self._release(output)
+            case coordinator.Tell():
+                self._tell(output.what, {**output.facts, "seconds": self._seconds})
+                self._seconds = {}
+            case coordinator.Dismiss():
+                self._exit_code = output.exit_code
+
+    def _release(self, output: coordinator.Release) -> None:
+        for part in range(output.blocks):
+            total = self._open_adder().block(part)
+            head = output.message
+            message = Message(head.kind, head.run, head.round, head.attempt, part, output.blocks, bulk=total)
+            for rank in output.ranks:
+                self._transport.send(rank, *message.encode())
+        self._adder = None
+
+    def _open_adder(self) -> Adder:
+        if self._adder is None:
+            raise InternalError("no sum is open")
+        return self._adder

@@ -1,0 +1,185 @@
+"""A site's trainer: the process that holds torch, the user's code and the records, and no key.
+
+Started by the agent as ``python -m privfl.site.trainer SITE ...``; it answers requests until the agent goes away. It never imports
+mpi4py: an MPI library in a child of a rank would take itself for that rank.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import os
+import socket
+import sys
+import threading
+import time
+import traceback
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from privfl.config import Experiment, load_function
+from privfl.errors import EXIT_OURS, EXIT_USER, PrivflError, in_one_line
+from privfl.site.link import Closed, Link, SharedVector
+
+
+def main(arguments: list[str]) -> None:
+    """Serve the agent. ``arguments``: site, descriptors of the link, of the life line and of the two vectors."""
+    sys.modules["mpi4py"] = None  # type: ignore[assignment]
+    site, *descriptors = arguments
+    link_end, life, replica, update = map(int, descriptors)
+    threading.Thread(target=_end_with_agent, args=(life,), daemon=True).start()
+    link = Link(socket.socket(fileno=link_end))
+    trainer = None
+    with contextlib.suppress(Closed):
+        while True:
+            request = link.receive()
+            try:
+                if trainer is None:
+                    trainer = _Trainer(site, request, SharedVector(replica), SharedVector(update))
+                    answer = trainer.facts()
+                else:
+                    answer = trainer.serve(request)
+            except (Exception, SystemExit) as error:
+                # SystemExit too: user code that calls sys.exit() must not look like a crash.
+                traceback.print_exc()
+                ours = not isinstance(error, PrivflError)
+                text = f"internal error in the trainer: {type(error).__name__}: {error}" if ours else str(error)
+                answer = {"failed": in_one_line(text), "exit_code": EXIT_OURS if ours else EXIT_USER}
+            sys.stdout.flush()
+            link.send(answer)
+
+
+def _end_with_agent(life: int) -> None:
+    """Leave at once when the agent's end of the pipe closes, also in the middle of a long step."""
+    os.read(life, 1)
+    os._exit(0)
+
+
+@contextlib.contextmanager
+def _user_code(what: str) -> Iterator[None]:
+    """Turn whatever user code raises into one sentence; the traceback goes to the site's log."""
+    try:
+        yield
+    except PrivflError:
+        raise
+    except (Exception, SystemExit) as error:
+        traceback.print_exc()
+        raise PrivflError(f"{what} raised {type(error).__name__}: {in_one_line(error)} (traceback in the site's log)") from error
+
+
+class _Trainer:
+    """Model, records and the local training of one site."""
+
+    def __init__(self, site: str, setup: dict[str, Any], replica: SharedVector, update: SharedVector) -> None:
+        import torch
+
+        from privfl.dp.randomness import SeededRandomness, SystemRandomness
+        from privfl.dp.training import LocalTraining, Recipe
+
+        experiment = Experiment.model_validate_json(setup["experiment"])
+        folder = Path(setup["folder"])
+        self._replica, self._update = replica, update
+        sys.path.insert(0, str(folder))
+        self._metrics = {
+            name: load_function(f"evaluation.metrics.{name}", reference, folder)
+            for name, reference in experiment.evaluation.metrics.items()
+        }
+        torch.set_num_threads(int(os.environ["OMP_NUM_THREADS"]))
+        device = _device(setup["device"])
+        functions = {key: load_function(key, getattr(experiment, key), folder) for key in ("model", "data", "loss")}
+
+        # torch's own generator starts from one constant in every process; dropout must differ between sites.
+        torch.seed()
+        with _user_code(f"model ({experiment.model})"), torch.random.fork_rng():
+            # The one public seed: it makes the initial replicas equal. Noise and samples never come from torch.
+            torch.manual_seed(_public_seed(experiment, setup["run"]))
+            model = functions["model"]()
+        with _user_code(f"data ({experiment.data})"):
+            pair = functions["data"](site, **setup["data_options"])
+            if not isinstance(pair, tuple) or len(pair) != 2:
+                raise PrivflError(f"data ({experiment.data}) must return a pair (train, held_out)")
+        train, self._held_out = pair
+        seed = experiment.insecure_test_seed
+        recipe = Recipe(
+            sampling_rate=experiment.rate(site),
+            noise_multiplier=setup["noise_multiplier"],
+            max_grad_norm=experiment.privacy.max_grad_norm,
+            local_steps=experiment.local_steps,
+            optimizer=experiment.optimizer.name,
+            optimizer_options=experiment.optimizer.options(),
+        )
+        randomness = SystemRandomness() if seed is None else SeededRandomness(seed, site)
+        with _user_code("preparing the model"):
+            self._training = LocalTraining(model, functions["loss"], train, recipe, randomness, device)
+        # The number of ratios of each metric is fixed before training; it must be the same at all sites.
+        self._layout = {name: len(sums) for name, (sums, _) in self._measure().items()}
+        self._replica.write(self._training.flat())
+
+    def facts(self) -> dict[str, Any]:
+        """What the agent tells the others: public numbers only."""
+        return {"records": self._training.records, "parameters": self._training.parameters, "layout": self._layout}
+
+    def serve(self, request: dict[str, Any]) -> dict[str, Any]:
+        match request["do"]:
+            case "train":
+                return self._train()
+            case "measure":
+                self._load()
+                return {"measured": self._measure()}
+            case "write":
+                return self._write(Path(request["path"]))
+        raise ValueError(f"unknown request {request['do']}")
+
+    def _load(self) -> np.ndarray[Any, np.dtype[np.float32]]:
+        replica = self._replica.read(self._training.parameters, np.float32)
+        self._training.load(replica)
+        return replica
+
+    def _train(self) -> dict[str, Any]:
+        started = time.perf_counter()
+        with _user_code("training"):
+            update = self._training.train_round(self._load())
+        self._update.write(update)
+        return {"draws": self._training.optimizer.noise_draws, "seconds": time.perf_counter() - started}
+
+    def _measure(self) -> dict[str, tuple[list[float], list[float]]]:
+        from privfl.dp.training import measure
+
+        if not self._metrics or self._held_out is None or len(self._held_out) == 0:
+            return {}
+        with _user_code("evaluating model and metrics on the held-out records"):
+            return measure(self._metrics, *self._training.outputs(self._held_out))
+
+    def _write(self, path: Path) -> dict[str, Any]:
+        from safetensors.torch import save_file
+
+        self._load()
+        # Copies, because tied weights share memory, and a file that loads strictly needs every name.
+        tensors = {name: tensor.detach().cpu().clone().contiguous() for name, tensor in self._training.model.state_dict().items()}
+        unfinished = path.with_name(f".{path.name}.{os.getpid()}")
+        save_file(tensors, unfinished)
+        os.replace(unfinished, path)
+        return {"written": str(path)}
+
+
+def _public_seed(experiment: Experiment, run: str) -> int:
+    text = run if experiment.insecure_test_seed is None else str(experiment.insecure_test_seed)
+    return int.from_bytes(hashlib.sha256(f"privfl initial model {text}".encode()).digest()[:8], "little") >> 1
+
+
+def _device(name: str) -> Any:
+    import torch
+
+    try:
+        device = torch.device(name)
+        torch.empty(1, device=device)
+    except (RuntimeError, AssertionError) as error:
+        raise PrivflError(f"device {name} in the site file is not available to torch here: {in_one_line(error)[:120]}") from error
+    return device
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:])

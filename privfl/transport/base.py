@@ -1,0 +1,82 @@
+"""The interface that every transport has, and that ``privfl.transport.conformance`` checks."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import NoReturn, Protocol
+
+# No single message is larger: MPI counts end at 2 GiB in some libraries, and smaller pieces are faster anyway.
+CHUNK = 64 << 20
+HEAD_LIMIT = 256
+
+
+@dataclass(frozen=True)
+class Frame:
+    """One message: a small ``head`` (at most HEAD_LIMIT bytes) and a flat ``bulk`` (at most CHUNK bytes).
+
+    ``peer`` is the rank it came from.
+    """
+
+    peer: int
+    head: bytes
+    bulk: bytes | memoryview
+
+
+class Transport(Protocol):
+    """Point-to-point frames between rank 0 and every other rank.
+
+    Frames between two ranks arrive in the order they were sent, whole or not at all. No call blocks longer than its timeout.
+    """
+
+    @property
+    def rank(self) -> int: ...
+
+    @property
+    def size(self) -> int: ...
+
+    @property
+    def sites_here(self) -> int:
+        """How many ranks other than 0 share this machine with this one, itself included."""
+        ...
+
+    def send(self, to: int, head: bytes, bulk: bytes | memoryview = b"") -> None:
+        """Start sending and return at once. ``bulk`` must not change until :meth:`flush` has returned True.
+
+        Raises:
+            ValueError: no such peer, or head or bulk beyond the limits.
+        """
+        ...
+
+    def receive(self, timeout: float | None, wake: int | None = None) -> Frame | None:
+        """The next frame, or None after ``timeout`` seconds (None: no limit) or as soon as descriptor ``wake`` is readable.
+
+        Raises:
+            ProtocolError: what arrived is not a frame, or was damaged on the way.
+        """
+        ...
+
+    def flush(self, timeout: float) -> bool:
+        """Wait until everything sent has left; False if that took longer than ``timeout`` seconds."""
+        ...
+
+    def close(self) -> None:
+        """Give up receiving; to be called after the last flush."""
+        ...
+
+    def abort(self, code: int) -> NoReturn:
+        """End all ranks at once: for the case that one of them no longer answers."""
+        ...
+
+
+def check_limits(head: bytes, bulk: bytes | memoryview) -> None:
+    """Raise ValueError if a frame is larger than a transport must carry."""
+    if len(head) > HEAD_LIMIT:
+        raise ValueError(f"a head of {len(head)} bytes exceeds {HEAD_LIMIT}")
+    if memoryview(bulk).nbytes > CHUNK:
+        raise ValueError(f"a payload of {memoryview(bulk).nbytes} bytes exceeds one chunk of {CHUNK}")
+
+
+def check_peer(rank: int, size: int, to: int) -> None:
+    """Raise ValueError unless ``rank`` may talk to ``to``: only pairs with rank 0 are connected."""
+    if not 0 <= to < size or to == rank or 0 not in (rank, to):
+        raise ValueError(f"rank {rank} of {size} has no connection to rank {to}")

@@ -1,0 +1,181 @@
+"""Checks that every transport must pass. Each runs on all ranks of a world at once: rank 0 and its peers play their parts.
+
+For a transport of your own: give each rank its transport and call :func:`run`; it raises AssertionError naming what is wrong.
+"""
+
+from __future__ import annotations
+
+import socket
+import time
+from collections.abc import Callable
+
+from privfl.transport.base import CHUNK, HEAD_LIMIT, Frame, Transport
+
+_SECONDS = 30.0
+
+
+def run(transport: Transport) -> list[str]:
+    """Run all checks on this rank; the names of those passed."""
+    if transport.size < 3:
+        raise ValueError("the conformance checks need at least 3 ranks")
+    for check in CHECKS:
+        check(transport)
+        _meet(transport)
+    return [check.__name__.removeprefix("_check_") for check in CHECKS]
+
+
+def _peers(transport: Transport) -> list[int]:
+    return list(range(1, transport.size)) if transport.rank == 0 else [0]
+
+
+def _collect(transport: Transport, count: int) -> dict[int, list[Frame]]:
+    """``count`` frames from each peer, in order of arrival. Nobody sends more before all have met."""
+    got: dict[int, list[Frame]] = {peer: [] for peer in _peers(transport)}
+    for _ in range(count * len(got)):
+        frame = transport.receive(_SECONDS)
+        assert frame is not None, f"rank {transport.rank}: nothing arrived within {_SECONDS:.0f} s"
+        got[frame.peer].append(frame)
+    assert all(len(frames) == count for frames in got.values()), (
+        f"rank {transport.rank}: frames of one peer came twice or not at all"
+    )
+    return got
+
+
+def _meet(transport: Transport) -> None:
+    """Wait until every rank is here: rank 0 lets the others go on only when all its own frames have come."""
+    assert transport.flush(_SECONDS)
+    if transport.rank == 0:
+        for peer in _peers(transport):
+            transport.send(peer, b"done?")
+        assert all(frames[0].head == b"done" for frames in _collect(transport, 1).values())
+        for peer in _peers(transport):
+            transport.send(peer, b"go on")
+    else:
+        assert _collect(transport, 1)[0][0].head == b"done?"
+        transport.send(0, b"done")
+        assert _collect(transport, 1)[0][0].head == b"go on"
+    assert transport.flush(_SECONDS)
+
+
+def _in_silence(transport: Transport, part: Callable[[], None]) -> None:
+    """Run ``part`` while nobody sends to this rank: rank 0 first, then all others."""
+    if transport.rank == 0:
+        part()
+        for peer in _peers(transport):
+            transport.send(peer, b"your turn")
+        _collect(transport, 1)
+    else:
+        _collect(transport, 1)
+        part()
+        transport.send(0, b"done")
+    _meet(transport)
+
+
+def _pattern(length: int, key: int) -> bytes:
+    block = bytes((i * 7 + key) % 251 for i in range(4096))
+    return (block * (length // len(block) + 1))[:length]
+
+
+def _check_identity(transport: Transport) -> None:
+    assert 0 <= transport.rank < transport.size
+    assert 1 <= transport.sites_here <= transport.size - 1 or transport.rank == 0
+
+
+def _check_sizes_both_ways(transport: Transport) -> None:
+    """Payloads around every limit arrive whole, in order, and both directions do not wait for each other."""
+    sizes = [0, 1, 4095, 4096, 4097, 1 << 20, CHUNK]
+    for peer in _peers(transport):
+        for number, size in enumerate(sizes):
+            transport.send(peer, b"h" * number, _pattern(size, transport.rank))
+    for peer, frames in _collect(transport, len(sizes)).items():
+        for number, frame in enumerate(frames):
+            assert frame.head == b"h" * number, f"rank {transport.rank}: message {number} from {peer} is out of order"
+            assert bytes(frame.bulk) == _pattern(sizes[number], peer), f"{sizes[number]} bytes from {peer} are damaged"
+
+
+def _check_many_unreceived(transport: Transport) -> None:
+    """Many sends may be under way at once, and temporary buffers may be dropped by the sender."""
+    count = 200
+    for peer in _peers(transport):
+        for number in range(count):
+            transport.send(peer, number.to_bytes(4, "little"), _pattern(5000, number))
+    for frames in _collect(transport, count).values():
+        for number, frame in enumerate(frames):
+            assert int.from_bytes(frame.head, "little") == number
+            assert bytes(frame.bulk) == _pattern(5000, number)
+
+
+def _check_memoryview_payload(transport: Transport) -> None:
+    """A flat buffer is sent as it is, also a slice of a larger one."""
+    whole = bytearray(_pattern(100_000, 1))
+    for peer in _peers(transport):
+        transport.send(peer, b"slice", memoryview(whole)[10_000:90_000])
+    for frames in _collect(transport, 1).values():
+        assert bytes(frames[0].bulk) == _pattern(100_000, 1)[10_000:90_000]
+
+
+def _check_limits(transport: Transport) -> None:
+    """What is too large, or for nobody, is refused before anything is sent."""
+    peer = _peers(transport)[0]
+    refused: list[Callable[[], None]] = [
+        lambda: transport.send(peer, b"x" * (HEAD_LIMIT + 1)),
+        lambda: transport.send(peer, b"x", bytes(CHUNK + 1)),
+        lambda: transport.send(transport.rank, b"x"),
+        lambda: transport.send(transport.size, b"x"),
+        lambda: transport.send(-1, b"x"),
+    ]
+    if transport.rank > 0:
+        other = 1 if transport.rank != 1 else 2
+        refused.append(lambda: transport.send(other, b"x"))
+    for attempt in refused:
+        try:
+            attempt()
+        except ValueError:
+            continue
+        raise AssertionError(f"rank {transport.rank}: a send beyond the limits was accepted")
+
+
+def _check_timeout(transport: Transport) -> None:
+    """Waiting for nothing ends on time and burns no processor."""
+
+    def wait() -> None:
+        wall, processor = time.monotonic(), time.process_time()
+        assert transport.receive(0.3) is None
+        assert 0.2 < time.monotonic() - wall < 5.0, "a timeout was not kept"
+        # In-process ranks share one clock of processor time.
+        assert time.process_time() - processor < 0.2 * transport.size, "waiting burns the processor"
+        assert transport.receive(0.0) is None
+
+    _in_silence(transport, wait)
+
+
+def _check_wake(transport: Transport) -> None:
+    """A readable descriptor ends the waiting, a quiet one does not."""
+    reader, writer = socket.socketpair()
+
+    def wait() -> None:
+        writer.send(b"x")
+        started = time.monotonic()
+        assert transport.receive(30.0, reader.fileno()) is None
+        assert time.monotonic() - started < 5.0, "a readable descriptor did not end the waiting"
+        reader.recv(1)
+
+    with reader, writer:
+        _in_silence(transport, wait)
+        for peer in _peers(transport):
+            transport.send(peer, b"awake")
+        for _ in _peers(transport):
+            frame = transport.receive(_SECONDS, reader.fileno())
+            assert frame is not None, "a quiet descriptor ended the waiting"
+            assert frame.head == b"awake"
+
+
+CHECKS = [
+    _check_identity,
+    _check_sizes_both_ways,
+    _check_many_unreceived,
+    _check_memoryview_payload,
+    _check_limits,
+    _check_timeout,
+    _check_wake,
+]

@@ -1,0 +1,192 @@
+"""Configuration: what is accepted, and the one sentence for everything that is not."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from privfl.config import Experiment, check_functions, demo_path, load_experiment, load_function, load_site
+from privfl.errors import PrivflError
+from tests.conftest import edit
+
+
+def refused(path: Path, *settings: str) -> str:
+    with pytest.raises(PrivflError) as caught:
+        load_experiment(path, settings)
+    sentence = str(caught.value)
+    assert "\n" not in sentence
+    return sentence
+
+
+@pytest.mark.parametrize(
+    ("setting", "sentence"),
+    [
+        ("privacy.target_epsilom=1", "unknown key 'privacy.target_epsilom'; did you mean 'target_epsilon'?"),
+        ("sampling_rat=0.1", "unknown key 'sampling_rat'; did you mean 'sampling_rate'?"),
+        ("evaluation.metric={}", "unknown key 'evaluation.metric'; did you mean 'metrics'?"),
+        ("zzz=1", "unknown key 'zzz'"),
+        ("rounds=0", "rounds must be greater than or equal to 1, got 0"),
+        ("rounds=many", "rounds must be a valid integer, unable to parse string as an integer, got 'many'"),
+        ("rounds=yes", "rounds must be a number, got true"),
+        ("sampling_rate=1.5", "sampling_rate must be less than or equal to 1, got 1.5"),
+        ("sampling_rate=0", "sampling_rate must be greater than 0, got 0"),
+        ("sampling_rate=on", "sampling_rate must be a number, got true"),
+        ("sampling_rate={aa: 0.1}", "sampling_rate must name each of the sites once; check bbb"),
+        ("sites=[aa, aa]", "sites names aa more than once"),
+        ("sites=[aa]", "sites must name at least two sites"),
+        ("sites=[aa, 'b c']", "sites.1 must be a name"),
+        ("sites=[aa, no]", "sites.1 must be a valid string, got False"),
+        ("privacy.delta=1", "privacy.delta must be less than 1, got 1"),
+        ("privacy.delta=0", "privacy.delta must be greater than 0, got 0"),
+        ("privacy.noise_multiplier=0", "privacy.noise_multiplier must be greater than 0, got 0"),
+        ("privacy.noise_multiplier=.inf", "privacy.noise_multiplier must be a finite number, got inf"),
+        ("privacy.target_epsilon=1", "privacy needs exactly one of target_epsilon and noise_multiplier"),
+        ("privacy.noise=none", "privacy.noise must be 'site', got 'none'"),
+        ("algorithm=fedsgd", "algorithm must be 'fedavg', got 'fedsgd'"),
+        ("optimizer.lr=-1", "optimizer.lr must be greater than 0, got -1"),
+        ("optimizer={name: adam, lr: 1, momentum: 0.9}", "optimizer has momentum, which only sgd takes"),
+        ("optimizer.name=lion", "optimizer.name must be 'sgd', 'adam' or 'adamw', got 'lion'"),
+        ("model=task.py", "model must look like file.py:function or package.module:function"),
+        ("evaluation.records=secret", "evaluation.records must be 'private' or 'public', got 'secret'"),
+        ("evaluation.metrics={a b: 'task.py:accuracy'}", "evaluation.metrics.a b"),
+        ("rounds", "--set rounds: write it as key.path=value"),
+        ("rounds.x=1", "--set rounds.x=1: 'rounds' is not a section"),
+        ("rounds=[", "--set rounds=[: the value is not valid YAML"),
+    ],
+)
+def test_one_sentence_with_the_key(small: Path, setting: str, sentence: str):
+    said = refused(small, setting)
+    assert sentence in said
+    assert said.startswith(("--set", str(small)))
+
+
+@pytest.mark.parametrize(
+    ("old", "new", "sentence"),
+    [
+        ("rounds: 2", "", "key 'rounds' is missing"),
+        ("delta: 1e-5, ", "", "key 'privacy.delta' is missing"),
+        ("rounds: 2", "rounds: 2\nrounds: 3", "key 'rounds' stands twice"),
+        ("rounds: 2", "rounds: [", "is not valid YAML"),
+        ("rounds: 2", "rounds: 2\nround: 3", "unknown key 'round'; did you mean 'rounds'?"),
+    ],
+)
+def test_broken_files(small: Path, old: str, new: str, sentence: str):
+    edit(small, old, new)
+    assert sentence in refused(small)
+
+
+def test_files_that_are_none(tmp_path: Path):
+    assert "cannot read the experiment file" in refused(tmp_path / "none.yaml")
+    (tmp_path / "list.yaml").write_text("- 1\n")
+    assert "must hold keys and values, it holds a list" in refused(tmp_path / "list.yaml")
+    (tmp_path / "binary.yaml").write_bytes(b"\xff\xfe\x00")
+    assert "not a text file" in refused(tmp_path / "binary.yaml")
+    (tmp_path / "empty.yaml").write_text("")
+    assert "is missing" in refused(tmp_path / "empty.yaml")
+    (tmp_path / "unsafe.yaml").write_text("rounds: !!python/object/apply:os.system ['true']\n")
+    assert "not valid YAML" in refused(tmp_path / "unsafe.yaml")
+
+
+def test_settings_go_over_the_file(small: Path):
+    experiment = load_experiment(small, ["rounds=7", "privacy.noise_multiplier=3", "data_options.shift=0.5"])
+    assert (experiment.rounds, experiment.privacy.noise_multiplier, experiment.data_options) == (7, 3.0, {"shift": 0.5})
+    assert experiment.privacy.delta == 1e-5, "YAML reads 1e-5 as a string"
+
+
+def test_a_rate_per_site(small: Path):
+    experiment = load_experiment(small, ["sampling_rate={aa: 0.1, bbb: 1}"])
+    assert (experiment.rate("aa"), experiment.rate("bbb")) == (0.1, 1.0)
+
+
+def test_the_digest_covers_everything_but_where_outputs_go(small: Path):
+    def digest(*settings: str) -> str:
+        return load_experiment(small, settings).digest()
+
+    assert digest() == digest() == digest("output=elsewhere")
+    others = ["rounds=3", "privacy.delta=1e-6", "data_options.x=1", "optimizer.lr=0.3", "insecure_test_seed=1", "sites=[bbb, aa]"]
+    assert len({digest(), *map(digest, others)}) == len(others) + 1
+
+
+def test_experiments_are_frozen_and_survive_json(small: Path):
+    experiment = load_experiment(small)
+    assert Experiment.model_validate_json(experiment.model_dump_json()) == experiment
+    with pytest.raises(ValueError, match="frozen"):
+        experiment.rounds = 3
+
+
+def test_the_demo_is_a_valid_experiment():
+    experiment = load_experiment(demo_path())
+    check_functions(experiment, demo_path().parent)
+    assert len(experiment.sites) == 4
+    assert experiment.evaluation.records == "public"
+
+
+# -- site files -----------------------------------------------------------------------------------------------------------
+
+
+def test_site_files_have_their_own_paths(tmp_path: Path):
+    (tmp_path / "aa.yaml").write_text("data_options: {folder: /data}\ndevice: cuda:1\noutput: out\nlog: /var/log/aa.log\n")
+    found = load_site(tmp_path, "aa")
+    assert found.data_options == {"folder": "/data"}
+    assert found.device == "cuda:1"
+    assert found.output == str(tmp_path / "out")
+    assert found.log == "/var/log/aa.log"
+    assert load_site(None, "aa").device == "cpu"
+
+
+@pytest.mark.parametrize(
+    ("text", "sentence"),
+    [
+        ("devise: cpu", "unknown key 'devise'; did you mean 'device'?"),
+        ("device: gpu", "device must be cpu, mps, cuda or cuda:N, got 'gpu'"),
+        ("data_options: 3", "data_options must be a valid dictionary, got 3"),
+    ],
+)
+def test_broken_site_files(tmp_path: Path, text: str, sentence: str):
+    (tmp_path / "aa.yaml").write_text(text)
+    with pytest.raises(PrivflError) as caught:
+        load_site(tmp_path, "aa")
+    assert sentence in str(caught.value)
+    assert str(tmp_path / "aa.yaml") in str(caught.value)
+
+
+def test_a_missing_site_file_is_an_error(tmp_path: Path):
+    with pytest.raises(PrivflError, match=r"cannot read the file of site aa .*aa\.yaml"):
+        load_site(tmp_path, "aa")
+
+
+# -- user functions -------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("setting", "sentence"),
+    [
+        ("model=task.py:modle", r"model: .*task\.py defines no 'modle'; did you mean 'model'\?"),
+        ("loss=tusk.py:loss", r"loss: cannot read .*tusk\.py: No such file"),
+        ("evaluation.metrics.accuracy=task.py:acuracy", r"evaluation\.metrics\.accuracy: .*did you mean 'accuracy'\?"),
+    ],
+)
+def test_functions_are_checked_without_running_code(small: Path, setting: str, sentence: str):
+    (small.parent / "task.py").write_text((small.parent / "task.py").read_text() + "\nraise SystemExit('must not run')\n")
+    experiment = load_experiment(small, [setting])
+    with pytest.raises(PrivflError, match=sentence):
+        check_functions(experiment, small.parent)
+
+
+def test_code_that_is_not_python(small: Path):
+    (small.parent / "task.py").write_text("def model(:\n")
+    with pytest.raises(PrivflError, match="not valid Python"):
+        check_functions(load_experiment(small), small.parent)
+
+
+def test_loading_functions(small: Path):
+    assert load_function("loss", "math:hypot", small.parent)(3, 4) == 5.0
+    assert load_function("loss", "task.py:loss", small.parent).__name__ == "loss"
+    for reference, sentence in [
+        ("math:nothing_like_it", "math has no function 'nothing_like_it'"),
+        ("math:pi", "has no function 'pi'"),
+        ("no_such_package:f", "importing no_such_package raised ModuleNotFoundError"),
+    ]:
+        with pytest.raises(PrivflError, match=sentence):
+            load_function("loss", reference, small.parent)

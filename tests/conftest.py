@@ -1,0 +1,194 @@
+"""Shared fixtures: where the real data lie, and how a test starts a job of several ranks or its in-process twin."""
+
+from __future__ import annotations
+
+import contextlib
+import io
+import os
+import subprocess
+import sys
+import sysconfig
+import threading
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parent.parent
+MPIEXEC = str(Path(sysconfig.get_path("scripts")) / "mpiexec")
+PRIVFL = str(Path(sysconfig.get_path("scripts")) / "privfl")
+
+
+@pytest.fixture(scope="session")
+def heart_disease() -> Path:
+    """The folder with UCI's four processed.*.data files: HEART_DISEASE_DIR, or shared/data beside the checkout."""
+    folder = Path(os.environ.get("HEART_DISEASE_DIR") or ROOT.parent / "shared" / "data" / "heart-disease")
+    if not (folder / "processed.cleveland.data").exists():
+        pytest.skip("UCI Heart Disease is not here: set HEART_DISEASE_DIR to the folder with the four processed.*.data files")
+    return folder
+
+
+@dataclass(frozen=True)
+class Job:
+    """What a finished job left: its exit code, both streams, and the run folder if it named one."""
+
+    code: int
+    out: str
+    err: str
+
+    @property
+    def folder(self) -> Path:
+        last = self.out.strip().splitlines()[-1]
+        assert last.startswith("run folder: "), f"the last line is {last!r}\n{self.err}"
+        return Path(last.removeprefix("run folder: "))
+
+
+def start_job(
+    ranks: int, command: Sequence[str], *, env: dict[str, str] | None = None, cwd: Path | None = None
+) -> subprocess.Popen[str]:
+    """A job under the mpiexec of this environment, started and not waited for."""
+    return subprocess.Popen(
+        [MPIEXEC, "-n", str(ranks), *command],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        env=os.environ | (env or {}),
+        cwd=cwd,
+    )
+
+
+def run_job(
+    ranks: int, command: Sequence[str], *, env: dict[str, str] | None = None, cwd: Path | None = None, timeout: float = 150
+) -> Job:
+    """Run a job to its end; a hanging one is killed and fails the test."""
+    process = start_job(ranks, command, env=env, cwd=cwd)
+    try:
+        out, err = process.communicate(timeout=timeout)
+    except subprocess.TimeoutExpired:
+        process.kill()
+        out, err = process.communicate()
+        pytest.fail(f"the job did not end within {timeout} s\n{out}\n{err}")
+    return Job(process.returncode, out, err)
+
+
+def train(
+    ranks: int, *arguments: str | Path, env: dict[str, str] | None = None, cwd: Path | None = None, timeout: float = 150
+) -> Job:
+    """`mpiexec -n RANKS privfl train ARGUMENTS`."""
+    return run_job(ranks, [PRIVFL, "train", *map(str, arguments)], env=env, cwd=cwd, timeout=timeout)
+
+
+def run_cli(*arguments: str | Path, env: dict[str, str] | None = None, cwd: Path | None = None) -> Job:
+    """`privfl ARGUMENTS` without a launcher."""
+    done = subprocess.run(
+        [PRIVFL, *map(str, arguments)],
+        capture_output=True,
+        text=True,
+        env=os.environ | (env or {}),
+        cwd=cwd,
+        timeout=120,
+        check=False,
+    )
+    return Job(done.returncode, done.stdout, done.stderr)
+
+
+@dataclass
+class Twin:
+    """A federation whose ranks are threads of this process (the trainers are real children)."""
+
+    codes: list[int | BaseException] = field(default_factory=list)
+    out: str = ""
+    err: str = ""
+
+    @property
+    def folder(self) -> Path:
+        return Job(0, self.out, self.err).folder
+
+
+def run_twin(
+    experiment: Path | None, *settings: str, output: Path, ranks: int, wrap: Callable[[object], object] = lambda t: t
+) -> Twin:
+    """The same code as under mpiexec over the in-process transport; ``wrap`` may put something around each rank's transport."""
+    from privfl.cli.train import run
+    from privfl.transport import connect
+
+    twin = Twin(codes=[-1] * ranks)
+    world = [wrap(transport) for transport in connect(ranks)]
+
+    def rank(number: int) -> None:
+        try:
+            twin.codes[number] = run(world[number], experiment, output=output, settings=settings)
+        except BaseException as error:
+            twin.codes[number] = error
+
+    out, err = io.StringIO(), io.StringIO()
+    with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
+        threads = [threading.Thread(target=rank, args=(number,), daemon=True) for number in range(ranks)]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join(150)
+    assert not any(thread.is_alive() for thread in threads), f"the twin hangs\n{out.getvalue()}\n{err.getvalue()}"
+    twin.out, twin.err = out.getvalue(), err.getvalue()
+    return twin
+
+
+TASK = """
+import torch
+from torch import nn
+from torch.utils.data import TensorDataset
+
+
+def model():
+    return nn.Linear(5, 2)
+
+
+def data(site, shift=0.0):
+    generator = torch.Generator().manual_seed(len(site))
+    x = torch.randn(120, 5, generator=generator) + shift
+    y = (x.sum(dim=1) > 0).long()
+    return TensorDataset(x[:100], y[:100]), TensorDataset(x[100:], y[100:])
+
+
+def loss(output, target):
+    return nn.functional.cross_entropy(output, target)
+
+
+def accuracy(output, target):
+    return (output.argmax(dim=1) == target).sum(), len(target)
+"""
+
+EXPERIMENT = """
+sites: [aa, bbb]
+rounds: 2
+local_steps: 3
+sampling_rate: 0.1
+model: task.py:model
+data: task.py:data
+loss: task.py:loss
+optimizer: {name: sgd, lr: 0.2}
+evaluation: {records: public, metrics: {accuracy: "task.py:accuracy"}}
+privacy: {noise_multiplier: 1.5, delta: 1e-5, max_grad_norm: 1.0}
+output: runs
+"""
+
+
+@pytest.fixture
+def small(tmp_path: Path) -> Path:
+    """A two-site experiment on generated data; the path of its file. A test may edit both files."""
+    (tmp_path / "task.py").write_text(TASK)
+    path = tmp_path / "experiment.yaml"
+    path.write_text(EXPERIMENT)
+    return path
+
+
+def edit(path: Path, old: str, new: str) -> None:
+    """Replace a piece of text that must be there."""
+    text = path.read_text()
+    assert old in text
+    path.write_text(text.replace(old, new))
+
+
+__all__ = ["Job", "Twin", "edit", "run_cli", "run_job", "run_twin", "start_job", "train"]
+assert sys.version_info >= (3, 11)

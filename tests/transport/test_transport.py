@@ -1,0 +1,67 @@
+"""The conformance suite on every transport, and what only the wire of MPI can get wrong."""
+
+from __future__ import annotations
+
+import json
+import sys
+import threading
+
+from privfl.transport import Recorded, Recording, conformance, connect
+from tests.conftest import run_job
+
+NAMES = [check.__name__.removeprefix("_check_") for check in conformance.CHECKS]
+
+
+def _in_threads(world: list[object]) -> list[object]:
+    results: list[object] = [None] * len(world)
+
+    def rank(number: int) -> None:
+        try:
+            results[number] = conformance.run(world[number])
+        except BaseException as error:
+            results[number] = error
+
+    threads = [threading.Thread(target=rank, args=(n,), daemon=True) for n in range(len(world))]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join(120)
+    return results
+
+
+def test_in_process():
+    assert _in_threads(connect(4)) == [NAMES] * 4
+
+
+def test_recording_changes_nothing_and_keeps_everything():
+    kept: list[Recorded] = []
+    lock = threading.Lock()
+
+    def keep(recorded: Recorded) -> None:
+        with lock:
+            kept.append(recorded)
+
+    assert _in_threads([Recording(transport, keep) for transport in connect(3)]) == [NAMES] * 3
+    sent = sorted((r.rank, r.peer, r.head, r.bulk) for r in kept if r.sent)
+    received = sorted((r.peer, r.rank, r.head, r.bulk) for r in kept if not r.sent)
+    assert sent == received
+    assert len(sent) > 800
+
+
+def test_mpi():
+    job = run_job(4, [sys.executable, "-m", "tests.jobs.conformance"])
+    assert job.code == 0, job.err
+    assert [json.loads(line) for line in job.out.splitlines()] == [NAMES] * 4
+
+
+def test_mpi_over_a_network_device():
+    """The loopback network instead of shared memory: dropped requests and reordering show only there."""
+    job = run_job(3, [sys.executable, "-m", "tests.jobs.conformance"], env={"MPIR_CVAR_NOLOCAL": "1", "UCX_TLS": "tcp,self"})
+    assert job.code == 0, job.err
+    assert len(job.out.splitlines()) == 3
+
+
+def test_mpi_refuses_what_is_no_message_and_what_was_damaged():
+    job = run_job(2, [sys.executable, "-m", "tests.jobs.damaged_frames"])
+    assert job.code == 0, job.err
+    assert json.loads(job.out) == ["not a privfl message", "head too long", "payload too long", "damaged"]
