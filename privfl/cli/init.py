@@ -13,23 +13,21 @@ from privfl.errors import PrivflError
 @click.argument("directory", type=click.Path(path_type=Path))
 def command(directory: Path) -> None:
     """Write a commented starter into DIRECTORY: the experiment, its Python functions, and one file per site."""
-    from privfl.config import demo_path
+    from privfl.config import demo_path, load_experiment
 
     source = demo_path().parent
-    names = [
-        path.relative_to(source)
-        for path in sorted(source.rglob("*"))
-        if path.suffix in (".yaml", ".py") and path.name != "__init__.py"
-    ]
-    existing = [name for name in names if (directory / name).exists()]
+    files = {Path(name): (source / name).read_bytes() for name in ("experiment.yaml", "digits.py")}
+    for site in load_experiment(demo_path()).sites:
+        files[Path("sites") / f"{site}.yaml"] = (source / "site.yaml").read_bytes()
+    existing = [name for name in files if (directory / name).exists()]
     if existing:
-        raise PrivflError(f"{directory / existing[0]} exists already; nothing was written, choose an empty directory")
+        raise PrivflError(f"{directory / existing[0]} exists already; nothing was written, choose another directory")
     try:
-        for name in names:
+        for name, content in files.items():
             (directory / name).parent.mkdir(parents=True, exist_ok=True)
-            (directory / name).write_bytes((source / name).read_bytes())
+            (directory / name).write_bytes(content)
     except OSError as error:
         raise PrivflError(f"cannot write {error.filename}: {error.strerror}") from error
-    for name in names:
+    for name in files:
         click.echo(f"wrote {directory / name}")
     click.echo(f"try it:  mpiexec -n 5 privfl train {directory / 'experiment.yaml'} --sites {directory / 'sites'}")

@@ -99,7 +99,7 @@ class _Trainer:
             model = functions["model"]()
         with _user_code(f"data ({experiment.data})"):
             pair = functions["data"](site, **setup["data_options"])
-            if not isinstance(pair, tuple) or len(pair) != 2:
+            if not isinstance(pair, tuple | list) or len(pair) != 2:
                 raise PrivflError(f"data ({experiment.data}) must return a pair (train, held_out)")
         train, self._held_out = pair
         seed = experiment.insecure_test_seed

@@ -1,9 +1,11 @@
-"""Run under mpiexec: `privfl train`, with one change at the sites: the secret key's words are left where the test finds them.
+"""Run under mpiexec: `privfl train`, with two changes for the test that searches memories.
 
-Arguments: the file for the words, then those of `privfl train`.
+The site that makes the secret key leaves its words, and its serialised form, in files; rank 0 stops (SIGSTOP) after each thing it does, until
+the test has looked at it. Arguments: the file for the words, then those of `privfl train`.
 """
 
 import os
+import signal
 import struct
 import sys
 
@@ -11,6 +13,7 @@ import zstandard
 
 from privfl.cli import main
 from privfl.secagg import ckks
+from privfl.site import coordinator
 
 target = sys.argv[1]
 make = ckks.SumKey.__init__
@@ -33,11 +36,23 @@ def spying(self: ckks.SumKey, *, _context: object = None) -> None:
     make(self, _context=_context)
     if os.environ["PMI_RANK"] != "0" and _context is None:
         words = key_words(self._context)
+        with open(target + ".serialised", "wb") as file:
+            file.write(self.secret_bytes())
         with open(target + ".part", "wb") as file:
             file.write(words)
         os.replace(target + ".part", target)
         del words
 
 
+perform = coordinator._Driver._perform
+
+
+def stopping(self: coordinator._Driver, output: coordinator.coordinator.Output) -> None:
+    perform(self, output)
+    if os.path.exists(target):
+        os.kill(os.getpid(), signal.SIGSTOP)
+
+
 ckks.SumKey.__init__ = spying
+coordinator._Driver._perform = stopping
 main(sys.argv[2:])

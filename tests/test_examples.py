@@ -1,0 +1,138 @@
+"""The starter and the examples run as they stand."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from statistics import mean
+
+import pytest
+import yaml
+
+from tests.conftest import ROOT, run_cli, train
+
+HEART = ROOT / "examples" / "heart_disease"
+
+
+def test_the_starter_runs_as_it_stands(tmp_path: Path):
+    made = run_cli("init", tmp_path / "mine")
+    assert made.code == 0, made.err
+    names = {str(p.relative_to(tmp_path / "mine")) for p in (tmp_path / "mine").rglob("*") if p.is_file()}
+    assert names == {"experiment.yaml", "digits.py", *(f"sites/{s}.yaml" for s in ("north", "east", "south", "west"))}
+    again = run_cli("init", tmp_path / "mine")
+    assert (again.code, again.err.count("\n")) == (2, 1)
+    assert "exists already; nothing was written" in again.err
+    # Every key of the experiment is there with a comment, and the command that init names works.
+    text = (tmp_path / "mine" / "experiment.yaml").read_text()
+    assert all("#" in line or not line.strip() or line.rstrip().endswith(":") for line in text.splitlines())
+    job = train(5, "mine/experiment.yaml", "--sites", "mine/sites", "--set", "rounds=2", cwd=tmp_path)
+    assert job.code == 0, job.err
+    assert job.folder.parent == tmp_path / "runs"
+
+
+def test_site_file_options_work_once_uncommented(tmp_path: Path):
+    run_cli("init", tmp_path)
+    path = tmp_path / "sites" / "north.yaml"
+    values = yaml.safe_load(
+        "\n".join(line[2:] for line in path.read_text().splitlines() if line.startswith("# ") and ": " in line[2:20])
+    )
+    assert set(values) == {"data_options", "device", "output", "log"}
+
+
+@pytest.mark.parametrize("path", [HEART / "heart_disease.py", ROOT / "privfl" / "demo" / "digits.py"], ids=lambda p: p.name)
+def test_examples_are_short(path: Path):
+    assert len(path.read_text().splitlines()) <= 60
+
+
+def test_each_site_of_the_demo_lacks_three_digits():
+    from privfl.demo import digits
+
+    for site in digits.SITES:
+        train_set, held_out = digits.data(site)
+        assert len(set(train_set.tensors[1].tolist())) <= 7
+        assert len(set(held_out.tensors[1].tolist())) == 10
+
+
+def test_heart_disease(heart_disease: Path, tmp_path: Path):
+    job = train(
+        5,
+        HEART / "fedavg.yaml",
+        "--output",
+        tmp_path,
+        "--set",
+        "loss=heart_disease.py:weighted_loss",
+        env={"HEART_DISEASE_DIR": str(heart_disease)},
+    )
+    assert job.code == 0, job.err
+    summary = json.loads((job.folder / "summary.json").read_text())
+    assert {"accuracy", "balanced_accuracy", "auc", "accuracy_mean_over_sites"} <= set(summary["metrics"])
+    assert all(site["epsilon"] <= 1.0 for site in summary["sites"].values())
+    assert summary["metrics"]["auc"] > 0.8
+
+
+def test_heart_disease_without_data_says_what_to_do(tmp_path: Path):
+    job = train(5, HEART / "fedavg.yaml", "--output", tmp_path, env={"HEART_DISEASE_DIR": str(tmp_path)})
+    assert job.code == 2
+    assert "set data_options.folder or HEART_DISEASE_DIR" in job.err
+    assert job.err.count("privfl: ") == 1
+
+
+@pytest.mark.long
+@pytest.mark.timeout(600)
+@pytest.mark.parametrize(("scaling", "bar"), [("public", 0.82), ("flamby", 0.69)])
+def test_heart_disease_reaches_its_bar(heart_disease: Path, tmp_path: Path, scaling: str, bar: float):
+    """Mean over the four hospitals' test accuracies at epsilon 1, mean of five independent runs."""
+    values = []
+    for _ in range(5):
+        job = train(
+            5,
+            HEART / "fedavg.yaml",
+            "--output",
+            tmp_path,
+            "--set",
+            f"data_options.scaling={scaling}",
+            env={"HEART_DISEASE_DIR": str(heart_disease)},
+        )
+        assert job.code == 0, job.err
+        values.append(json.loads((job.folder / "summary.json").read_text())["metrics"]["accuracy_mean_over_sites"])
+    assert mean(values) >= bar, values
+
+
+@pytest.mark.long
+@pytest.mark.timeout(600)
+def test_the_federation_beats_every_site_alone(tmp_path: Path):
+    """At the same budget (the same noise for as many steps) the best site alone ends at least 0.15 below the federation."""
+    import numpy as np
+    import torch
+
+    from privfl.config import demo_path, load_experiment
+    from privfl.demo import digits
+    from privfl.dp.randomness import SystemRandomness
+    from privfl.dp.training import LocalTraining, Recipe
+
+    job = train(5, "--output", tmp_path)
+    summary = json.loads((job.folder / "summary.json").read_text())
+    together = summary["metrics"]["accuracy"]
+    assert together >= 0.88
+    experiment = load_experiment(demo_path())
+    held_out = [digits.data(site)[1].tensors for site in digits.SITES]
+    alone = {}
+    for site in digits.SITES:
+        recipe = Recipe(
+            sampling_rate=experiment.rate(site),
+            noise_multiplier=summary["sites"][site]["noise_multiplier"],
+            max_grad_norm=experiment.privacy.max_grad_norm,
+            local_steps=experiment.local_steps,
+            optimizer=experiment.optimizer.name,
+            optimizer_options=experiment.optimizer.options(),
+        )
+        trainer = LocalTraining(
+            digits.linear(), digits.loss, digits.data(site)[0], recipe, SystemRandomness(), torch.device("cpu")
+        )
+        replica = trainer.flat()
+        for _ in range(experiment.rounds):
+            replica = replica + trainer.train_round(replica)
+        trainer.load(replica)
+        hits = [digits.accuracy(trainer.model(x), y) for x, y in held_out]
+        alone[site] = float(np.sum([int(h) for h, _ in hits]) / np.sum([n for _, n in hits]))
+    assert max(alone.values()) <= together - 0.15, alone

@@ -1,0 +1,78 @@
+"""What the README and the documents tell people to type works."""
+
+from __future__ import annotations
+
+import re
+import subprocess
+from pathlib import Path
+
+import pytest
+
+from privfl.cli import _COMMANDS
+from tests.conftest import MPIEXEC, PRIVFL, ROOT, Job
+
+README = (ROOT / "README.md").read_text()
+
+
+def blocks(kind: str) -> list[str]:
+    """The fenced blocks of one language, without their indentation."""
+    return [
+        re.sub(rf"^ {{{len(b[0])}}}", "", b[1], flags=re.M)
+        for b in re.findall(rf"^( *)```{kind}\n(.*?)^ *```$", README, re.M | re.S)
+    ]
+
+
+def commands() -> list[str]:
+    return [
+        line[2:].split("   #")[0].strip() for block in blocks("console") for line in block.splitlines() if line.startswith("$ ")
+    ]
+
+
+def test_the_first_screen_has_the_two_commands():
+    first = "\n".join(README.splitlines()[:30])
+    assert "$ make demo" in first
+    assert "$ make test" in first
+
+
+def test_every_privfl_command_of_the_readme_runs(tmp_path: Path):
+    ran = [c for c in commands() if "privfl" in c]
+    assert len(ran) >= 2
+    folder = None
+    for text in ["privfl init mine", *ran]:
+        words = [{"mpiexec": MPIEXEC, "privfl": PRIVFL}.get(word, word) for word in text.split()]
+        words += ["--set", "rounds=1"] if "train" in words else []
+        done = subprocess.run(words, capture_output=True, text=True, cwd=tmp_path, timeout=150, check=False)
+        assert done.returncode == 0, f"{text}\n{done.stderr}"
+        folder = Job(0, done.stdout, "").folder if "train" in words else folder
+    (snippet,) = [b for b in blocks("python") if "load_file" in b]
+    snippet = re.sub(r'"runs/[^"]*"', repr(str(folder / "model.safetensors")), snippet)
+    import sys
+
+    sys.path.insert(0, str(tmp_path / "mine"))
+    try:
+        from digits import linear
+
+        exec(snippet, {"linear": linear})
+    finally:
+        sys.path.pop(0)
+
+
+def test_make_targets_exist():
+    makefile = (ROOT / "Makefile").read_text()
+    for target in re.findall(r"make ([a-z-]+)", README):
+        if target != "sure":
+            assert re.search(rf"^{target}:", makefile, re.M), target
+
+
+@pytest.mark.parametrize(
+    "page", sorted([*ROOT.glob("*.md"), *ROOT.glob("docs/*.md"), *ROOT.glob("examples/**/*.md")]), ids=lambda p: p.name
+)
+def test_links_lead_somewhere(page: Path):
+    for target in re.findall(r"\]\(([^)#:]+)\)", page.read_text()):
+        assert (page.parent / target).exists(), target
+
+
+def test_documented_commands_exist():
+    for page in [*ROOT.glob("*.md"), *ROOT.glob("docs/*.md")]:
+        for command in re.findall(r"`privfl ([a-z]+)", page.read_text()):
+            assert command in _COMMANDS, f"{page.name}: privfl {command}"
