@@ -285,16 +285,21 @@ def test_an_altered_sum_stops_the_run(small: Path, tmp_path: Path, monkeypatch: 
             return
         # The second site gets the sum twice over: CKKS is malleable.
         real(self, output._replace(ranks=(1,)))
-        self._adder = doubled[-1]
+        self._adder, kept = doubled[-1], self._adder
         real(self, output._replace(ranks=(2,)))
+        self._adder = kept
 
     doubled: list[Any] = []
+    context: list[bytes] = []
     fold = coordinator._Driver._perform
 
     def perform(self: Any, output: Any) -> None:
         fold(self, output)
         if type(output).__name__ == "OpenSum":
-            doubled.append(coordinator.Adder(self._context, output.blocks))
+            doubled.append(coordinator.Adder(context[-1]))
+            doubled[-1].open(output.blocks)
+        if type(output).__name__ == "SetContext":
+            context.append(bytes(output.context))
         if type(output).__name__ == "Fold":
             doubled[-1].add(output.part, output.block)
             doubled[-1].add(output.part, output.block)

@@ -1,43 +1,41 @@
 """UCI Heart Disease (doi 10.24432/C52P4X): four real hospitals, rows and features as in FLamby's benchmark.
 `scaling: public` measures from reference values known beforehand; `scaling: flamby` standardises by each
 hospital's own records, without noise: comparable with FLamby's figures, but outside the guarantee."""
-
 import os
 import numpy as np
 import torch
 from sklearn.model_selection import train_test_split
 from torch.utils.data import TensorDataset
 
-# Known beforehand of adults: age; sex; resting blood pressure, 120 mmHg is normal; cholesterol, up to 200 mg/dl
-# is desirable (0: missing); sugar > 120; heart rate at 85 % of 220 - age; angina; ST depression, 1 mm is a sign.
-USUAL = np.array([50, 0.5, 120, 200, 0.5, 150, 0.5, 1] + 5 * [0.5])
-SPREAD = np.array([10, 0.5, 20, 50, 0.5, 25, 0.5, 1] + 5 * [0.5])
+# Known of adults: age; sex; resting blood pressure, 120 mmHg is normal; cholesterol, desirable up to 200 mg/dl;
+# sugar > 120; heart rate, about 85 % of 220 - age in a test; angina; ST depression, 1 mm is a sign; then kinds.
+USUAL, SPREAD = np.array([[50, 0.5, 120, 200, 0.5, 150, 0.5, 1] + 5 * [0.5],
+                          [10, 0.5, 20, 50, 0.5, 25, 0.5, 1] + 5 * [0.5]])
 CLASS_WEIGHTS = torch.tensor([1.1, 0.9])  # healthy, ill: public, from the 45 % and 55 % in UCI's description
 
 
 def model():
-    layer = torch.nn.Linear(13, 1)  # logistic regression
+    layer = torch.nn.Linear(14, 1)  # logistic regression, from zero
     torch.nn.init.zeros_(layer.weight), torch.nn.init.zeros_(layer.bias)
     return layer
 
 
 def data(site, folder=None, scaling="public"):
     file = os.path.join(folder or os.environ.get("HEART_DISEASE_DIR", ""), f"processed.{site}.data")
-    if not os.path.isfile(file):
-        raise ValueError(f"no file {file}: set data_options.folder or HEART_DISEASE_DIR to UCI's folder")
-    if scaling not in ("public", "flamby"):
-        raise ValueError(f"data_options.scaling is {scaling!r}: it must be public or flamby")
-    rows = np.genfromtxt(file, delimiter=",", missing_values="?", usecols=[*range(10), 13])
+    if not os.path.isfile(file) or scaling not in ("public", "flamby"):
+        raise ValueError(f"no file {file}, or no scaling {scaling!r}: set data_options.folder or HEART_DISEASE_DIR")
+    rows = np.delete(np.genfromtxt(file, delimiter=",", missing_values="?"), [10, 11, 12], axis=1)
     rows = rows[~np.isnan(rows).any(axis=1)]
     kinds = np.hstack([rows[:, [2]] == [2, 3, 4], rows[:, [6]] == [1, 2]])  # of chest pain, of resting ECG
     x, y = np.hstack([rows[:, [0, 1, 3, 4, 5, 7, 8, 9]], kinds]), (rows[:, -1] > 0).astype(int)
-    classes = y if np.bincount(y).min() > 2 else None  # stratified where there are enough of both
-    train, test = train_test_split(range(len(y)), test_size=0.34, random_state=43, stratify=classes)
-    if scaling == "public":
-        x = np.clip((x - USUAL) / SPREAD, -4, 4)
-    else:
-        spread = x[train].std(axis=0, ddof=1)
-        x = (x - x[train].mean(axis=0)) / np.where(spread > 0, spread, 1)
+    strata = y if np.bincount(y).min() > 2 else None  # FLamby's split, stratified where a hospital has both classes
+    train, test = train_test_split(range(len(y)), test_size=0.34, random_state=43, stratify=strata)
+    if scaling == "public":  # cholesterol 0 means not measured: neutral there, and said in a column of its own
+        missing = x[:, [3]] == 0
+        x = np.hstack([np.clip((x - USUAL) / SPREAD, -4, 4) * ~(missing & (np.arange(13) == 3)), 6 * missing - 3])
+    else:  # a column that is the same in all training rows is only centred; FLamby has no column for gaps
+        x = (x - x[train].mean(axis=0)) / np.where(np.ptp(x[train], axis=0), x[train].std(axis=0, ddof=1), 1)
+        x = np.hstack([x, np.zeros((len(x), 1))])
     return [TensorDataset(torch.tensor(x[part]).float(), torch.tensor(y[part])) for part in (train, test)]
 
 

@@ -97,7 +97,8 @@ def _encryption() -> None:
     vectors = np.random.default_rng(0).normal(size=(3, 5000))
     key = SumKey()
     other = SumKey.from_secret_bytes(key.secret_bytes())
-    adder = Adder(key.adding_context(), 1)
+    adder = Adder(key.adding_context())
+    adder.open(1)
     for vector in vectors:
         adder.add(0, next(key.encrypt(vector, len(vectors))))
     total = adder.block(0)

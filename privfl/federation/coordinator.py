@@ -93,7 +93,7 @@ class Send(NamedTuple):
 
 
 class SetContext(NamedTuple):
-    """Make an adder from this context when a sum is opened."""
+    """Make the adder of this run from this context."""
 
     context: bytes | memoryview
 

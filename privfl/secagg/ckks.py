@@ -153,16 +153,20 @@ class SumKey:
 
 
 class Adder:
-    """Adds encrypted blocks without any key. ``blocks`` is the number of blocks of each contribution."""
+    """Adds encrypted blocks without any key. One adder serves a whole run: parsing the context takes milliseconds."""
 
-    def __init__(self, adding_context: bytes, blocks: int) -> None:
+    def __init__(self, adding_context: bytes) -> None:
         try:
             self._context = _tenseal().context_from(adding_context)
         except Exception as error:  # TenSEAL raises whatever protobuf or SEAL raise
             raise ProtocolError("the context for adding does not parse") from error
         if self._context.is_private():
             raise InternalError("the adding party was handed a secret key; the run stops")
-        self._sums: list[list[Any] | None] = [None] * blocks
+        self._sums: list[list[Any] | None] = []
+
+    def open(self, blocks: int) -> None:
+        """Start a new sum of contributions of ``blocks`` blocks each; the one before is forgotten."""
+        self._sums = [None] * blocks
 
     def add(self, index: int, block: bytes | memoryview) -> None:
         """Add one contributor's block ``index`` to the running sum."""

@@ -65,7 +65,6 @@ class _Driver:
         self._tell = tell
         self._trace = trace
         self._state = coordinator.State()
-        self._context: bytes | None = None
         self._adder: Adder | None = None
         self._exit_code: int | None = None
         self._seconds: dict[str, float] = {}
@@ -112,13 +111,11 @@ class _Driver:
             case coordinator.Send():
                 self._transport.send(output.rank, *output.message.encode())
             case coordinator.SetContext():
-                self._context = bytes(output.context)
+                self._adder = Adder(bytes(output.context))
             case coordinator.OpenSum():
-                if self._context is None:
-                    raise InternalError("a sum was opened before the context for adding came")
-                self._adder = Adder(self._context, output.blocks)
+                self._our_adder().open(output.blocks)
             case coordinator.Fold():
-                self._open_adder().add(output.part, output.block)
+                self._our_adder().add(output.part, output.block)
             case coordinator.Release():
                 self._release(output)
             case coordinator.Tell():
@@ -129,14 +126,14 @@ class _Driver:
 
     def _release(self, output: coordinator.Release) -> None:
         for part in range(output.blocks):
-            total = self._open_adder().block(part)
+            total = self._our_adder().block(part)
             head = output.message
             message = Message(head.kind, head.run, head.round, head.attempt, part, output.blocks, bulk=total)
             for rank in output.ranks:
                 self._transport.send(rank, *message.encode())
-        self._adder = None
+        self._our_adder().open(0)
 
-    def _open_adder(self) -> Adder:
+    def _our_adder(self) -> Adder:
         if self._adder is None:
-            raise InternalError("no sum is open")
+            raise InternalError("a sum was opened before the context for adding came")
         return self._adder

@@ -14,9 +14,15 @@ from privfl.secagg.ckks import BLOCK_VALUES, LARGEST_SUM, block_count
 KEY = SumKey()
 
 
+def opened(blocks: int, key: SumKey = KEY) -> Adder:
+    adder = Adder(key.adding_context())
+    adder.open(blocks)
+    return adder
+
+
 def encrypted_sum(vectors: list[np.ndarray], key: SumKey = KEY) -> np.ndarray:
     length = len(vectors[0])
-    adder = Adder(key.adding_context(), block_count(length))
+    adder = opened(block_count(length), key)
     for vector in vectors:
         for index, block in enumerate(key.encrypt(vector, len(vectors))):
             adder.add(index, block)
@@ -47,14 +53,14 @@ def test_every_length_around_a_limit(length: int):
 def test_a_shared_key_is_the_same_key():
     copy = SumKey.from_secret_bytes(KEY.secret_bytes())
     vector = np.linspace(-5, 5, 100)
-    adder = Adder(KEY.adding_context(), 1)
+    adder = opened(1)
     adder.add(0, next(copy.encrypt(vector, 1)))
     assert np.abs(KEY.decrypt(adder.block(0), 100) - vector).max() <= 1e-6
 
 
 def test_another_key_decrypts_nothing():
     vector = np.linspace(-5, 5, 2000)
-    adder = Adder(KEY.adding_context(), 1)
+    adder = opened(1)
     adder.add(0, next(KEY.encrypt(vector, 1)))
     stranger = SumKey().decrypt(adder.block(0), 2000)
     assert abs(np.corrcoef(stranger, vector)[0, 1]) < 0.15
@@ -71,7 +77,7 @@ def test_the_adding_side_has_no_key_and_refuses_one():
     with pytest.raises(ProtocolError, match="no secret key"):
         SumKey.from_secret_bytes(KEY.adding_context())
     with pytest.raises(InternalError, match="secret key"):
-        Adder(KEY.secret_bytes(), 1)
+        Adder(KEY.secret_bytes())
 
 
 @pytest.mark.parametrize("bad", [np.nan, np.inf, -np.inf])
@@ -88,7 +94,7 @@ def test_what_might_wrap_is_refused():
 
 def test_damaged_blocks_are_named_and_crash_nothing():
     block = next(KEY.encrypt(np.ones(3000), 1))
-    adder = Adder(KEY.adding_context(), 1)
+    adder = opened(1)
     random = np.random.default_rng(0)
     for _ in range(200):
         damaged = bytearray(block)
@@ -107,7 +113,7 @@ def test_damaged_blocks_are_named_and_crash_nothing():
 
 
 def test_contributions_of_other_lengths_are_refused():
-    adder = Adder(KEY.adding_context(), 1)
+    adder = opened(1)
     adder.add(0, next(KEY.encrypt(np.ones(100), 2)))
     with pytest.raises(ProtocolError, match="length"):
         adder.add(0, next(KEY.encrypt(np.ones(101), 2)))
