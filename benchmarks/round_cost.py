@@ -18,6 +18,7 @@ import sys
 import sysconfig
 import tempfile
 import time
+import warnings
 from pathlib import Path
 from statistics import median
 from typing import Any
@@ -39,6 +40,7 @@ def _bare(site: str, rounds: int, steps: int, rate: float, start: Any, results: 
     from privfl.demo import digits
 
     torch.set_num_threads(1)
+    warnings.filterwarnings("ignore", message="Full backward hook is firing")
     train = digits.data(site)[0]
     model = GradSampleModule(digits.mlp())
     optimizer = DPOptimizer(

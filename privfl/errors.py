@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import difflib
 from collections.abc import Sequence
+from typing import Final
 
-EXIT_USER = 2
-EXIT_OURS = 1
+EXIT_USER: Final = 2
+EXIT_OURS: Final = 1
 
 
 class PrivflError(Exception):
@@ -15,22 +16,26 @@ class PrivflError(Exception):
     ``exit_code`` is what every process of the job ends with: 2 where the user can mend the cause, 1 where it is our fault.
     """
 
-    exit_code = EXIT_USER
+    exit_code: int = EXIT_USER
 
 
 class InternalError(PrivflError):
     """A state that correct code cannot reach; the job ends with exit code 1."""
 
-    exit_code = EXIT_OURS
+    exit_code: int = EXIT_OURS
 
 
 class ProtocolError(InternalError):
     """A message that the protocol does not allow at this point; nothing of it is used."""
 
 
+_LONGEST = 600
+
+
 def in_one_line(text: object) -> str:
-    """``text`` with its white space folded, so that an error stays one line on the screen."""
-    return " ".join(str(text).split())
+    """``text`` as one line that every stream and message can carry: white space folded, odd bytes escaped, cut if very long."""
+    line = " ".join(str(text).split()).encode("utf-8", "backslashreplace").decode()
+    return line if len(line) <= _LONGEST else line[: _LONGEST - 3] + "..."
 
 
 def did_you_mean(name: str, known: Sequence[str]) -> str:

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import subprocess
+import sys
 from pathlib import Path
 from statistics import mean
 
@@ -73,8 +75,9 @@ def test_heart_disease(heart_disease: Path, tmp_path: Path):
 def test_heart_disease_without_data_says_what_to_do(tmp_path: Path):
     job = train(5, HEART / "fedavg.yaml", "--output", tmp_path, env={"HEART_DISEASE_DIR": str(tmp_path)})
     assert job.code == 2
-    assert "set data_options.folder or HEART_DISEASE_DIR" in job.err
+    assert "data (heart_disease.py:data) raised ValueError in line" in job.err
     assert job.err.count("privfl: ") == 1
+    assert "set data_options.folder or HEART_DISEASE_DIR" in next(tmp_path.rglob("site.log")).read_text()
 
 
 @pytest.mark.long
@@ -96,6 +99,16 @@ def test_heart_disease_reaches_its_bar(heart_disease: Path, tmp_path: Path, scal
         assert job.code == 0, job.err
         values.append(json.loads((job.folder / "summary.json").read_text())["metrics"]["accuracy_mean_over_sites"])
     assert mean(values) >= bar, values
+
+
+@pytest.mark.long
+def test_the_benchmark_measures(tmp_path: Path):
+    figures = tmp_path / "figures.json"
+    command = [sys.executable, "-m", "benchmarks.round_cost", "--rounds", "6", "--repeats", "1", "--json", str(figures)]
+    subprocess.run(command, check=True, cwd=ROOT, timeout=200)
+    result = json.loads(figures.read_text())
+    assert 0 < result["bare_seconds"] < result["bound_seconds"]
+    assert result["privfl_seconds"] > 0
 
 
 @pytest.mark.long

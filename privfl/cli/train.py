@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from privfl.cli import launcher
-from privfl.errors import EXIT_OURS, InternalError, PrivflError
+from privfl.errors import EXIT_OURS, InternalError, PrivflError, in_one_line
 
 if TYPE_CHECKING:
     from privfl.config import Experiment
@@ -121,10 +121,14 @@ def _lead(transport: Transport, path: Path, output: Path | None, settings: tuple
                 f"the experiment has {needed - 1} sites and needs {needed} MPI ranks (one coordinates), but it {how}; "
                 f"start it with: mpiexec -n {needed} privfl train{shown}"
             )
+        leader = _Leader(transport, experiment, output or Path(experiment.output))
     except PrivflError as error:
         sys.stderr.write(f"privfl: {error}\n")
         return coordinator.dismiss(transport, error.exit_code)
-    return _Leader(transport, experiment, output or Path(experiment.output)).run()
+    except Exception as error:
+        sys.stderr.write(f"privfl: {in_one_line(f'internal error: {type(error).__name__}: {error}')}\n")
+        return coordinator.dismiss(transport, EXIT_OURS)
+    return leader.run()
 
 
 class _Leader:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-from typing import Any, Literal
+from typing import Literal
 
 from pydantic import field_validator, model_validator
 
@@ -12,7 +12,9 @@ from privfl.config.values import (
     Count,
     FunctionName,
     MetricName,
+    Noise,
     NotNegative,
+    Options,
     Positive,
     Probability,
     Rate,
@@ -54,7 +56,7 @@ class Privacy(Section):
 
     noise: Literal["site"] = "site"
     target_epsilon: Positive | None = None
-    noise_multiplier: Positive | None = None
+    noise_multiplier: Noise | None = None
     delta: Probability
     max_grad_norm: Positive
 
@@ -76,7 +78,7 @@ class Experiment(Section):
     weights: Literal["uniform", "records"] = "uniform"
     model: FunctionName
     data: FunctionName
-    data_options: dict[str, Any] = {}
+    data_options: Options = {}
     loss: FunctionName
     optimizer: Optimizer
     evaluation: Evaluation = Evaluation()

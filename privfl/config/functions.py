@@ -8,13 +8,20 @@ from __future__ import annotations
 import ast
 import importlib
 import importlib.util
+import os
 import sys
+import threading
+import traceback
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 from privfl.config.experiment import Experiment
 from privfl.errors import PrivflError, did_you_mean, in_one_line
+
+
+# The parser of CPython 3.11 fails now and then when two threads use it, as the ranks of an in-process world do.
+_PARSING = threading.Lock()
 
 
 def check_functions(experiment: Experiment, folder: Path) -> None:
@@ -29,9 +36,10 @@ def check_functions(experiment: Experiment, folder: Path) -> None:
         place, name = reference.rsplit(":", 1)
         if not place.endswith(".py"):
             continue
-        path = (folder / Path(place).expanduser()).resolve()
+        path = _file(folder, place)
         try:
-            tree = ast.parse(path.read_text(encoding="utf-8"), str(path))
+            with _PARSING:
+                tree = ast.parse(path.read_text(encoding="utf-8"), str(path))
         except OSError as error:
             raise PrivflError(f"{key}: cannot read {path}: {error.strerror}") from error
         except (SyntaxError, ValueError) as error:
@@ -50,17 +58,21 @@ def load_function(key: str, reference: str, folder: Path) -> Callable[..., Any]:
     """
     place, name = reference.rsplit(":", 1)
     try:
-        module = (
-            _module_from_file((folder / Path(place).expanduser()).resolve())
-            if place.endswith(".py")
-            else importlib.import_module(place)
-        )
+        module = _module_from_file(_file(folder, place)) if place.endswith(".py") else importlib.import_module(place)
     except Exception as error:  # whatever the user's module raises
-        raise PrivflError(f"{key}: importing {place} raised {type(error).__name__}: {in_one_line(error)}") from error
+        # The message stays here: code that runs on import may have read records.
+        traceback.print_exc()
+        raise PrivflError(
+            f"{key}: importing {place} raised {type(error).__name__}; what it said stays in the site's log"
+        ) from error
     function = getattr(module, name, None)
     if not callable(function):
         raise PrivflError(f"{key}: {place} has no function '{name}'{did_you_mean(name, dir(module))}")
     return function  # type: ignore[no-any-return]
+
+
+def _file(folder: Path, place: str) -> Path:
+    return (folder / os.path.expanduser(place)).resolve()
 
 
 def _module_from_file(path: Path) -> Any:
@@ -77,15 +89,15 @@ def _module_from_file(path: Path) -> Any:
 
 
 def _top_level_names(tree: ast.Module) -> list[str]:
+    """The names a module defines; '*' where only running it can tell."""
     names: list[str] = []
     for node in tree.body:
         if isinstance(node, ast.FunctionDef | ast.ClassDef):
             names.append(node.name)
         elif isinstance(node, ast.Import | ast.ImportFrom):
             names.extend(alias.asname or alias.name for alias in node.names)
-        elif isinstance(node, ast.Assign):
+        elif isinstance(node, ast.Assign) and all(isinstance(target, ast.Name) for target in node.targets):
             names.extend(target.id for target in node.targets if isinstance(target, ast.Name))
-        elif isinstance(node, ast.If | ast.Try):
-            # A conditional definition: only running the file can tell.
+        elif not isinstance(node, ast.Expr | ast.Assert | ast.Raise):
             names.append("*")
     return names

@@ -73,7 +73,7 @@ def _read(path: Path, what: str) -> dict[str, Any]:
 def _mapping(text: str, where: str) -> dict[str, Any]:
     try:
         values = yaml.load(text, _Loader)  # noqa: S506  (a SafeLoader)
-    except yaml.YAMLError as error:
+    except (yaml.YAMLError, ValueError, RecursionError) as error:  # ValueError: a date that is none
         raise PrivflError(f"{where} is not valid YAML: {in_one_line(error)}") from error
     if values is None:
         return {}
@@ -89,7 +89,7 @@ def _apply(values: dict[str, Any], setting: str) -> None:
         raise PrivflError(f"--set {setting}: write it as key.path=value")
     try:
         value = yaml.load(text, _Loader)  # noqa: S506  (a SafeLoader)
-    except yaml.YAMLError as error:
+    except (yaml.YAMLError, ValueError, RecursionError) as error:  # ValueError: a date that is none
         raise PrivflError(f"--set {setting}: the value is not valid YAML") from error
     section = values
     for key in keys[:-1]:

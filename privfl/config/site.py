@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any
-
-from privfl.config.values import Device, Section
+from privfl.config.values import Device, Options, Section
 
 
 class SiteFile(Section):
@@ -13,7 +11,7 @@ class SiteFile(Section):
     ``data_options`` go over those of the experiment, key by key; ``output`` is the folder for this site's model, ``log`` its log file.
     """
 
-    data_options: dict[str, Any] = {}
+    data_options: Options = {}
     device: Device = "cpu"
     output: str | None = None
     log: str | None = None

@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 from typing import Annotated, Any
 
-from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field
+from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, JsonValue
 
 
 def _no_bool(value: Any) -> Any:
@@ -30,6 +30,8 @@ def _function(value: str) -> str:
 def _metric_name(value: str) -> str:
     if not re.fullmatch(r"[A-Za-z_][A-Za-z0-9_]{0,63}", value):
         raise ValueError("must be a name of letters, digits and '_'")
+    if value.endswith("_mean_over_sites"):
+        raise ValueError("must not end in _mean_over_sites, which privfl adds itself")
     return value
 
 
@@ -48,6 +50,9 @@ class Section(BaseModel):
 Count = Annotated[int, BeforeValidator(_no_bool), Field(ge=1)]
 Positive = Annotated[float, BeforeValidator(_no_bool), Field(gt=0, allow_inf_nan=False)]
 NotNegative = Annotated[float, BeforeValidator(_no_bool), Field(ge=0, allow_inf_nan=False)]
+# Less noise than this bounds nothing, more leaves nothing to learn.
+Noise = Annotated[float, BeforeValidator(_no_bool), Field(ge=0.01, le=2**14)]
+Options = dict[str, JsonValue]
 Below1 = Annotated[float, BeforeValidator(_no_bool), Field(ge=0, lt=1)]
 Probability = Annotated[float, BeforeValidator(_no_bool), Field(gt=0, lt=1)]
 Rate = Annotated[float, BeforeValidator(_no_bool), Field(gt=0, le=1)]

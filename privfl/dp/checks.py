@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 from opacus.validators import ModuleValidator
 from torch import nn
@@ -35,26 +37,71 @@ def check_model(model: nn.Module) -> None:
         raise PrivflError("model() has no trainable parameter")
     if any(p.dtype != torch.float32 for p in model.parameters() if p.requires_grad):
         raise PrivflError("model() has trainable parameters that are not float32; privfl trains in float32")
+    odd = [name for name, value in model.state_dict().items() if not isinstance(value, torch.Tensor)]
+    if odd:
+        raise PrivflError(
+            f"'{odd[0]}' in the state_dict of model() is not a tensor, so the model could not be written in the end"
+        )
     model.train()
     errors = ModuleValidator.validate(model, strict=False)
     if errors:
         raise PrivflError(f"model() cannot be trained with DP-SGD: {in_one_line(errors[0])}")
 
 
-def fingerprint_buffers(model: nn.Module) -> dict[str, torch.Tensor]:
-    """A copy of all buffers, to be compared by :func:`check_buffers`."""
-    return {name: buffer.detach().clone() for name, buffer in model.named_buffers()}
+def constants(model: nn.Module) -> dict[str, torch.Tensor]:
+    """Copies of everything in the model that is not trained: frozen parameters and buffers."""
+    frozen = {name: p for name, p in model.named_parameters() if not p.requires_grad}
+    return {name: tensor.detach().clone() for name, tensor in [*frozen.items(), *model.named_buffers()]}
 
 
-def check_buffers(model: nn.Module, before: dict[str, torch.Tensor]) -> None:
-    """Refuse a model that changed a buffer while training: buffers get no noise, yet would be written with the model.
+def check_constants(model: nn.Module, before: dict[str, torch.Tensor]) -> None:
+    """Refuse a model that changed anything that is not trained: it gets no noise, yet would be written with the model.
 
     Raises:
-        PrivflError: naming the buffer.
+        PrivflError: naming the buffer or parameter.
     """
-    for name, buffer in model.named_buffers():
-        earlier = before.get(name)
-        if earlier is None or earlier.shape != buffer.shape or not torch.equal(earlier, buffer):
+    now = constants(model)
+    for name in [*now, *before]:
+        if name not in now or name not in before or not _same(now[name], before[name]):
             raise PrivflError(
-                f"buffer '{name}' of model() changes during training and would carry records without noise; remove it or freeze it"
+                f"'{name}' of model() is not trained but changes when the model is used, and would carry records without noise; "
+                "remove it or keep it constant"
             )
+
+
+def _same(one: torch.Tensor, other: torch.Tensor) -> bool:
+    return one.shape == other.shape and one.dtype == other.dtype and bool(torch.eq(one, other).logical_or(one != one).all())
+
+
+def check_isolation(
+    gradients: Callable[[torch.Tensor, torch.Tensor], list[torch.Tensor]], inputs: torch.Tensor, targets: torch.Tensor
+) -> None:
+    """Refuse a model or a loss that couples the records of a batch: a record's gradient must not depend on its neighbours.
+
+    Clipping bounds what one record adds only if its gradient is its own. ``F.cross_entropy(weight=...)`` divides by the weights of the whole
+    batch, ``mse_loss`` of shapes (B, 1) and (B,) pairs every record with every other, and ``x - x.mean(0)`` mixes them in the model.
+
+    Args:
+        gradients: per-example gradients of a batch, one tensor of shape (batch, ...) for each parameter.
+        inputs, targets: at least two different records.
+
+    Raises:
+        PrivflError: coupled, or NaN for every record.
+    """
+    together = _rows(gradients(inputs, targets))
+    alone = torch.cat([_rows(gradients(inputs[i : i + 1], targets[i : i + 1])) for i in range(len(inputs))])
+    fine = torch.isfinite(together).all(dim=1) & torch.isfinite(alone).all(dim=1)
+    if not fine.any():
+        raise PrivflError(
+            "loss() or its gradient is NaN or infinite for every record tried; look for log(0), division by 0 or unscaled inputs"
+        )
+    distance = (together[fine] - alone[fine]).norm(dim=1)
+    if (distance > 1e-3 * (1e-3 + torch.maximum(together[fine].norm(dim=1), alone[fine].norm(dim=1)))).any():
+        raise PrivflError(
+            "a record's gradient depends on the other records of its batch, so clipping does not bound it; look for statistics over the batch in "
+            "model(), and in loss() for weight= of cross_entropy (multiply per-record losses by weights instead) or shapes that broadcast"
+        )
+
+
+def _rows(gradients: list[torch.Tensor]) -> torch.Tensor:
+    return torch.cat([g.flatten(1).double() for g in gradients], dim=1)

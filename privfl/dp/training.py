@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import hashlib
+import warnings
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -13,7 +15,7 @@ from opacus import GradSampleModule
 from torch import nn
 from torch.utils.data import TensorDataset, default_collate
 
-from privfl.dp.checks import check_buffers, check_model, fingerprint_buffers
+from privfl.dp.checks import check_constants, check_isolation, check_model, constants
 from privfl.dp.optimizer import SystemNoiseOptimizer
 from privfl.dp.randomness import Randomness, poisson_sample
 from privfl.errors import PrivflError, in_one_line
@@ -21,6 +23,10 @@ from privfl.errors import PrivflError, in_one_line
 # Per-example gradients of one physical batch may take this much memory; larger Poisson batches are processed in pieces.
 _GRADIENT_BYTES = 512 << 20
 _EVALUATION_BATCH = 4096
+# Records that are tried together and alone, before training.
+_TRIED = 8
+# Fewer broken records than this never stop a round.
+_MANY = 20
 
 Loss = Callable[[torch.Tensor, torch.Tensor], torch.Tensor]
 Metric = Callable[[torch.Tensor, torch.Tensor], tuple[Any, Any]]
@@ -74,6 +80,8 @@ class LocalTraining:
         self._names = [name for name, p in self.model.named_parameters() if p.requires_grad]
         self.parameters = sum(p.numel() for p in self._parameters)
         self._piece = max(1, _GRADIENT_BYTES // (4 * self.parameters))
+        # torch warns of hooks on modules whose inputs need no gradient; Opacus' hooks are made for just that.
+        warnings.filterwarnings("ignore", message="Full backward hook is firing")
         try:
             self._wrapped = GradSampleModule(self.model, batch_first=True, loss_reduction="mean", strict=True)
         except (NotImplementedError, ValueError) as error:
@@ -86,10 +94,19 @@ class LocalTraining:
             expected_batch_size=expected,
             loss_reduction="mean",
         )
+        self._constants = constants(self.model)
+        self._try_isolation()
 
     def flat(self) -> NDArray[np.float32]:
         """The trainable parameters as one vector of shape (parameters,)."""
         return torch.cat([p.detach().reshape(-1) for p in self._parameters]).cpu().numpy()
+
+    def constants_digest(self) -> str:
+        """SHA-256 over everything in the model that is not trained; it must be the same at all sites."""
+        digest = hashlib.sha256()
+        for name, tensor in sorted(self._constants.items()):
+            digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)} ".encode() + tensor.cpu().contiguous().numpy().tobytes())
+        return digest.hexdigest()
 
     def load(self, replica: NDArray[np.float32]) -> None:
         """Put a vector of shape (parameters,) into the model."""
@@ -111,13 +128,12 @@ class LocalTraining:
         self.optimizer.original_optimizer.state.clear()
         self.optimizer.examples_seen = self.optimizer.examples_dropped = 0
         self._wrapped.train()
-        buffers = fingerprint_buffers(self.model)
         for _ in range(self._recipe.local_steps):
             self._step(poisson_sample(self.records, self._recipe.sampling_rate, self._randomness))
-        check_buffers(self.model, buffers)
+        check_constants(self.model, self._constants)
         update = self.flat() - replica
-        # Asked of the round as a whole: a single broken record is dropped and must not be able to stop a run.
-        if self.optimizer.examples_seen and self.optimizer.examples_dropped == self.optimizer.examples_seen:
+        # Broken records are dropped and must not be able to stop a run, which everybody would see; only many together, and no other.
+        if self.optimizer.examples_dropped == self.optimizer.examples_seen >= _MANY:
             raise PrivflError(
                 "loss() or its gradient is NaN or infinite for every record of the round; look for log(0), division by 0 or unscaled inputs"
             )
@@ -130,14 +146,7 @@ class LocalTraining:
         self.optimizer.forget_unfinished_step()
         for start in range(0, len(indices), self._piece):
             piece = indices[start : start + self._piece]
-            inputs, targets = self._batch(piece)
-            loss = self._loss(self._wrapped(inputs), targets)
-            if loss.ndim != 0:
-                raise PrivflError(
-                    f"loss() must return the mean over the batch, a single number; it returned shape {tuple(loss.shape)}"
-                )
-            loss.backward()  # type: ignore[no-untyped-call]
-            self._check_gradients()
+            self._backward(*self._batch(piece))
             self._advance(last=start + self._piece >= len(indices))
         if len(indices) == 0:
             # An empty batch is a step like any other: its sum is zero and gets the same noise. The user's code never sees it.
@@ -150,15 +159,67 @@ class LocalTraining:
         self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)
 
-    def _check_gradients(self) -> None:
-        for name, p in zip(self._names, self._parameters, strict=True):
-            if getattr(p, "grad_sample", None) is None:
+    def _backward(self, inputs: torch.Tensor, targets: torch.Tensor) -> None:
+        """Per-example gradients of one physical batch, one for each record."""
+        records = len(inputs)
+        versions = [p._version for p in self._parameters]
+        loss = self._loss(self._wrapped(inputs), targets)
+        if loss.ndim != 0:
+            raise PrivflError(
+                f"loss() must return the mean over the batch, a single number; it returned shape {tuple(loss.shape)}"
+            )
+        loss.backward()  # type: ignore[no-untyped-call]
+        for name, p, version in zip(self._names, self._parameters, versions, strict=True):
+            gradient = getattr(p, "grad_sample", None)
+            if gradient is None:
                 raise PrivflError(
                     f"parameter '{name}' of model() took no part in the forward pass; use it, or freeze it with requires_grad=False"
                 )
+            if len(gradient) != records:
+                raise PrivflError(
+                    f"parameter '{name}' of model() saw {len(gradient)} rows for {records} records: parts of a record are folded into the batch, "
+                    "and each would be clipped by itself; keep the records in the first dimension"
+                )
+            if p._version != version:
+                raise PrivflError(
+                    f"the forward pass of model() changes parameter '{name}' without clipping or noise (max_norm of an Embedding?)"
+                )
+
+    def _try_isolation(self) -> None:
+        """Check on a few records, spread over the data set, that each has its own gradient; nothing of it is kept."""
+        indices = np.unique(np.linspace(0, self.records - 1, _TRIED).astype(np.int64))
+        inputs, targets = self._batch(indices)
+
+        def gradients(x: torch.Tensor, y: torch.Tensor) -> list[torch.Tensor]:
+            for p in self._parameters:
+                p.grad_sample = None  # type: ignore[attr-defined]
+            self._backward(x, y)
+            return [p.grad_sample.detach().clone() for p in self._parameters]  # type: ignore[attr-defined]
+
+        def repeatable() -> bool:
+            first, second = (torch.cat([g.flatten() for g in gradients(inputs, targets)]) for _ in range(2))
+            return torch.equal(first.nan_to_num(), second.nan_to_num())
+
+        with torch.random.fork_rng():
+            self._wrapped.train()
+            if not repeatable():
+                # Dropout makes two passes differ: switch it off, in all modules but those whose gradients Opacus takes.
+                for module in self._wrapped.modules():
+                    module.training = any(True for _ in module.parameters(recurse=False))
+            if repeatable():
+                check_isolation(gradients, inputs, targets)
+            self._wrapped.train()
+        self.optimizer.forget_unfinished_step()
+        self.optimizer.zero_grad(set_to_none=True)
+        check_constants(self.model, self._constants)
 
     def _batch(self, indices: NDArray[np.int64]) -> tuple[torch.Tensor, torch.Tensor]:
-        return _to_pair(_rows(self._train, indices), self._device)
+        inputs, targets = _to_pair(_rows(self._train, indices), self._device)
+        if len(inputs) != len(indices) or len(targets) != len(indices):
+            raise PrivflError(
+                f"data() gave {len(inputs)} inputs and {len(targets)} targets for {len(indices)} records; a record is one of each"
+            )
+        return inputs, targets
 
     def outputs(self, dataset: Any) -> tuple[torch.Tensor, torch.Tensor]:
         """(model outputs, targets) of all records of ``dataset``, without gradients, on the CPU."""
@@ -171,6 +232,7 @@ class LocalTraining:
                 outputs.append(self.model(inputs).cpu())
                 targets.append(target.cpu())
         self._wrapped.train()
+        check_constants(self.model, self._constants)
         return torch.cat(outputs), torch.cat(targets)
 
 
@@ -189,7 +251,7 @@ def measure(
             pair = [torch.as_tensor(x, dtype=torch.float64).reshape(-1).tolist() for x in (sums, counts)]
         except (TypeError, ValueError, RuntimeError) as error:
             raise PrivflError(
-                f"evaluation.metrics.{name} must return (sums, counts), numbers or vectors of one length: {error}"
+                f"evaluation.metrics.{name} must return (sums, counts), numbers or vectors of one length"
             ) from error
         if len(pair[0]) != len(pair[1]) or not pair[0] or not np.isfinite(pair).all() or min(pair[1]) < 0:
             raise PrivflError(

@@ -32,6 +32,7 @@ from privfl.federation.messages import (
     Vector,
     Welcome,
     vector_length,
+    weights_of,
 )
 
 
@@ -274,16 +275,16 @@ def _prepare(plan: Plan, state: State, rank: int, body: Prepared) -> Result:
             "a metric returns another number of ratios at some sites; return the same number everywhere, also for classes a site lacks"
         )
     records = {state.site(r): p.records for r, p in state.prepared.items()}
-    shares = records if plan.weights == "records" else dict.fromkeys(records, 1)
     begin = Begin(
         parameters=everybody[0].parameters,
         layout=layouts[0] if layouts else {},
-        weights={site: shares[site] / sum(shares.values()) for site in plan.sites},
+        records={site: records[site] for site in plan.sites},
     )
+    shares = weights_of(plan.weights, begin)
     sites = {
         site: {
             "records": p.records,
-            "weight": begin.weights[site],
+            "weight": shares[site],
             "noise_multiplier": p.noise_multiplier,
             "sampling_rate": p.sampling_rate,
             "planned_epsilon": p.planned_epsilon,
@@ -393,7 +394,6 @@ def _close_round(plan: Plan, state: State, metrics: Mapping[str, float]) -> Resu
             "event": by_site[site].event,
             "steps": by_site[site].steps,
             "epsilon": by_site[site].epsilon,
-            "training_seconds": by_site[site].seconds,
         }
         for site in plan.sites
     }

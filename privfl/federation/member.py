@@ -39,6 +39,7 @@ class Phase(enum.Enum):
     IDLE = "idle"
     TRAINING = "training"
     TRAINED = "trained"
+    CONTRIBUTING = "contributing"
     SUMMING = "summing"
     WORKING = "working"
     FINISHING = "finishing"
@@ -46,18 +47,21 @@ class Phase(enum.Enum):
 
 @dataclass(frozen=True)
 class State:
-    """Where this site stands."""
+    """Where this site stands. ``sites`` to ``evaluate_every`` are from its own copy of the experiment (0: metrics never leave)."""
 
     site: str
     digest: str
+    sites: tuple[str, ...]
+    rounds: int
+    evaluate_every: int
     phase: Phase = Phase.GREETED
     run: bytes = NO_RUN
-    members: tuple[str, ...] = ()
     has_key: bool = False
     begin: Begin | None = None
     round: int = 0
     attempt: int = 0
     vector: Vector = "update"
+    measured: int = 0
     parts_in: int = 0
 
 
@@ -128,7 +132,7 @@ def step(state: State, message: Message, blocks_of: dict[Vector, int]) -> tuple[
         return _take_key(state, message)
     if isinstance(body, Begin):
         _expect(state, message, Phase.IDLE)
-        if state.begin is not None or set(body.weights) != set(state.members):
+        if state.begin is not None or tuple(body.records) != state.sites:
             raise ProtocolError("the coordinator began the run twice, or for other sites")
         return replace(state, begin=body), (Start(body),)
     if isinstance(body, Round):
@@ -165,6 +169,13 @@ def done(state: State, body: Body) -> tuple[State, Message]:
     return replace(state, phase=after), Message.of(body, state.run, state.round, state.attempt)
 
 
+def contributed(state: State) -> State:
+    """The state once this site's contribution to the open sum has been sent; only then it takes a total."""
+    if state.phase is not Phase.CONTRIBUTING:
+        raise ProtocolError(f"no contribution is due from a site that is {state.phase.value}")
+    return replace(state, phase=Phase.SUMMING)
+
+
 def length(state: State, vector: Vector) -> int:
     """How many values ``vector`` has in this run."""
     if state.begin is None:
@@ -179,19 +190,16 @@ def _expect(state: State, message: Message, *phases: Phase) -> None:
 
 def _welcome(state: State, welcome: Welcome) -> tuple[State, tuple[Action, ...]]:
     names = tuple(member.site for member in welcome.members)
-    if (
-        state.phase is not Phase.GREETED
-        or state.site not in names
-        or len(set(names)) != len(names)
-        or welcome.digest != state.digest
-    ):
+    if state.phase is not Phase.GREETED or names != state.sites or welcome.digest != state.digest:
         raise ProtocolError("the coordinator's welcome is for other sites, for another experiment, or a second one")
     try:
         run = bytes.fromhex(welcome.run)
     except ValueError as error:
         raise ProtocolError("the coordinator's welcome names no valid run") from error
+    if len(run) != len(NO_RUN) or run == NO_RUN:
+        raise ProtocolError("the coordinator's welcome names no valid run")
     make_key = names[0] == state.site
-    state = replace(state, phase=Phase.PREPARING, run=run, members=names, has_key=make_key)
+    state = replace(state, phase=Phase.PREPARING, run=run, has_key=make_key)
     return state, (Prepare(welcome, make_key),)
 
 
@@ -199,7 +207,7 @@ def _take_key(state: State, message: Message) -> tuple[State, tuple[Action, ...]
     _expect(state, message, Phase.PREPARING)
     if state.has_key:
         raise ProtocolError("the coordinator sent a shared key to a site that has one")
-    if message.part != state.members.index(state.site):
+    if message.part != state.sites.index(state.site):
         raise ProtocolError("the coordinator sent the shared key of another site")
     return replace(state, has_key=True), (Unseal(message.bulk),)
 
@@ -210,11 +218,18 @@ def _open_sum(state: State, message: Message, body: Sum) -> tuple[State, tuple[A
         raise ProtocolError(
             f"the coordinator opened attempt {message.attempt} of round {message.round} after attempt {state.attempt} of round {state.round}"
         )
-    if length(state, body.vector) == 0:
-        raise ProtocolError("the coordinator opened a sum of metrics, but none may leave")
-    if body.members != state.members:
+    if body.vector == "metrics":
+        if length(state, "metrics") == 0 or state.evaluate_every == 0:
+            raise ProtocolError("the coordinator opened a sum of metrics, but none may leave")
+        due = state.round == state.rounds or state.round % state.evaluate_every == 0
+        if state.round <= state.measured or not due:
+            raise ProtocolError(
+                f"the coordinator opened a sum of metrics that is not due in round {state.round}, or a second one"
+            )
+    if body.members != state.sites:
         raise ProtocolError("the coordinator opened a sum for other members than this run's sites")
-    state = replace(state, phase=Phase.SUMMING, attempt=message.attempt, vector=body.vector, parts_in=0)
+    measured = state.round if body.vector == "metrics" else state.measured
+    state = replace(state, phase=Phase.CONTRIBUTING, attempt=message.attempt, vector=body.vector, measured=measured, parts_in=0)
     return state, (Contribute(body.vector, len(body.members)),)
 
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 import enum
 import struct
 from dataclasses import dataclass, field
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
@@ -20,6 +20,10 @@ NO_RUN = b"\0" * 16
 BODY_LIMIT = 16 << 20
 
 Vector = Literal["update", "metrics"]
+
+
+# How many ratios each metric has.
+Layout = dict[str, Annotated[int, Field(ge=1, le=100_000)]]
 
 
 class Body(BaseModel):
@@ -63,7 +67,7 @@ class Prepared(Body):
 
     records: int = Field(ge=1)
     parameters: int = Field(ge=1)
-    layout: dict[str, int]
+    layout: Layout
     noise_multiplier: float
     sampling_rate: float
     planned_epsilon: float
@@ -71,11 +75,11 @@ class Prepared(Body):
 
 
 class Begin(Body):
-    """Coordinator to sites: everybody is prepared; what they agreed on, and each site's weight in the mean."""
+    """Coordinator to sites: everybody is prepared; what they agreed on, and how many records each site has."""
 
-    parameters: int
-    layout: dict[str, int]
-    weights: dict[str, float]
+    parameters: int = Field(ge=1)
+    layout: Layout
+    records: dict[str, Annotated[int, Field(ge=1)]]
 
 
 def vector_length(begin: Begin, vector: Vector) -> int:
@@ -83,6 +87,13 @@ def vector_length(begin: Begin, vector: Vector) -> int:
     if vector == "update":
         return begin.parameters
     return sum(2 * ratios + 2 for ratios in begin.layout.values())
+
+
+def weights_of(scheme: Literal["uniform", "records"], begin: Begin) -> dict[str, float]:
+    """Each site's weight in the mean; they add up to 1. Every site computes them for itself."""
+    shares = begin.records if scheme == "records" else dict.fromkeys(begin.records, 1)
+    total = sum(shares.values())
+    return {site: share / total for site, share in shares.items()}
 
 
 class Round(Body):
@@ -95,7 +106,6 @@ class Trained(Body):
     event: dict[str, Any]
     steps: int
     epsilon: float
-    seconds: float
 
 
 class Sum(Body):
@@ -132,7 +142,7 @@ class Failed(Body):
     """Site to coordinator, at any time: one sentence, and the exit code it calls for."""
 
     error: str
-    exit_code: int
+    exit_code: Literal[1, 2]
 
 
 class Stop(Body):

@@ -31,15 +31,25 @@ class RunFolder:
             ) from error
 
     def add_round(self, record: dict[str, Any]) -> None:
-        """Append one round to ``rounds.jsonl`` and see it to the disk."""
-        with open(self.path / "rounds.jsonl", "a", encoding="utf-8") as file:
-            file.write(json.dumps(record) + "\n")
-            file.flush()
-            os.fsync(file.fileno())
+        """Append one round to ``rounds.jsonl`` and see it to the disk.
+
+        Raises:
+            PrivflError: it cannot be written.
+        """
+        try:
+            with open(self.path / "rounds.jsonl", "a", encoding="utf-8") as file:
+                file.write(json.dumps(record) + "\n")
+                file.flush()
+                os.fsync(file.fileno())
+        except OSError as error:
+            raise PrivflError(f"cannot write {self.path / 'rounds.jsonl'}: {error.strerror}") from error
 
     def write_summary(self, summary: dict[str, Any]) -> None:
         """Write ``summary.json``: its presence says that the run succeeded."""
-        self._write("summary.json", json.dumps(summary, indent=2) + "\n")
+        try:
+            self._write("summary.json", json.dumps(summary, indent=2) + "\n")
+        except OSError as error:
+            raise PrivflError(f"cannot write {self.path / 'summary.json'}: {error.strerror}") from error
 
     def _write(self, name: str, text: str) -> None:
         unfinished = self.path / f".{name}"

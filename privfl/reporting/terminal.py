@@ -36,6 +36,11 @@ class Terminal:
             )
         self.line(f"unit: one record, {ADJACENCY}; Poisson sampling; delta {delta:g}; accountant: RDP; noise: full at every site")
         self.line("trust: single trust domain (this launcher's account can read every process); no book is kept across runs")
+        for name, site in sites.items():
+            if delta * site["records"] >= 1.0:
+                self.line(
+                    f"WARNING: delta {delta:g} is not below 1 / records of {name}: it would allow publishing one of its records whole"
+                )
         if public_metrics:
             self.line("metrics are exact: the experiment declares the held-out records public")
         if not private:

@@ -5,8 +5,9 @@ It drives the pure protocol of ``federation.member`` over a transport, and asks 
 
 from __future__ import annotations
 
-import hashlib
-import hmac
+import contextlib
+import json
+import math
 import os
 import sys
 import time
@@ -21,21 +22,23 @@ import numpy as np
 from numpy.typing import NDArray
 
 from privfl import __version__
-from privfl.accounting import PoissonGaussian, RdpAccountant, least_noise_multiplier
+from privfl.accounting import PoissonGaussian, RdpAccountant, epsilon_of, least_noise_multiplier
 from privfl.config import Experiment, SiteFile
-from privfl.errors import EXIT_OURS, InternalError, PrivflError, ProtocolError, in_one_line
+from privfl.errors import EXIT_OURS, EXIT_USER, InternalError, PrivflError, ProtocolError, in_one_line
 from privfl.federation import member, messages, metrics
 from privfl.federation.messages import Body, Kind, Message
 from privfl.federation.strategies import fedavg
 from privfl.secagg import SealingKey, SumKey
 from privfl.secagg.ckks import BLOCK_VALUES, block_count
 from privfl.site.child import Trainer, threads_for
+from privfl.site.keys import RunKeys
 from privfl.transport import Transport
 
 _FLUSH_SECONDS = 30.0
 # A coordinator that does not answer a failure or a goodbye within this time is gone.
 _STOP_SECONDS = 60.0
-_DIGEST_KEY_BYTES = 32
+# How often a site looks whether its trainer still lives: a child of user code may keep the trainer's link open.
+_LOOK_SECONDS = 1.0
 
 
 def versions() -> dict[str, str]:
@@ -52,21 +55,25 @@ class SiteSetup:
     folder: Path
     file: SiteFile
     noise_multiplier: float
+    planned_epsilon: float
 
 
 def prepare_site(site: str, experiment: Experiment, folder: Path, file: SiteFile) -> SiteSetup:
     """Everything a site can decide by itself before the run, above all how much noise its records need.
 
     Raises:
-        PrivflError: the target epsilon cannot be reached.
+        PrivflError: the target epsilon cannot be reached, or the noise bounds nothing.
     """
-    privacy = experiment.privacy
-    if privacy.noise_multiplier is not None:
-        return SiteSetup(site, experiment, folder, file, privacy.noise_multiplier)
-    if privacy.target_epsilon is None:
-        raise InternalError("an experiment without a target and without a noise multiplier passed validation")
-    noise = least_noise_multiplier(privacy.target_epsilon, privacy.delta, experiment.rate(site), experiment.steps)
-    return SiteSetup(site, experiment, folder, file, noise)
+    privacy, rate = experiment.privacy, experiment.rate(site)
+    noise = privacy.noise_multiplier
+    if noise is None:
+        if privacy.target_epsilon is None:
+            raise InternalError("an experiment without a target and without a noise multiplier passed validation")
+        noise = least_noise_multiplier(privacy.target_epsilon, privacy.delta, rate, experiment.steps)
+    planned = epsilon_of([PoissonGaussian(rate, noise, experiment.steps)], privacy.delta)
+    if not math.isfinite(planned):
+        raise PrivflError(f"privacy.noise_multiplier {noise:g} is too little for any finite epsilon; raise it")
+    return SiteSetup(site, experiment, folder, file, noise, planned)
 
 
 def serve(transport: Transport, prepare: Callable[[], SiteSetup]) -> int:
@@ -81,8 +88,7 @@ class _Agent:
     def __init__(self, transport: Transport) -> None:
         self._transport = transport
         self._sealing = SealingKey()
-        self._sum_key: SumKey | None = None
-        self._digest_key = b""
+        self._keys: RunKeys | None = None
         self._trainer: Trainer | None = None
         self._facts: dict[str, Any] | None = None
         self._log: TextIO | None = None
@@ -94,47 +100,56 @@ class _Agent:
 
     def run(self, prepare: Callable[[], SiteSetup]) -> int:
         try:
-            self._setup = prepare()
-            self._state = member.State(self._setup.site, self._setup.experiment.digest())
-        except PrivflError as error:
-            self._hello(None, str(error), error.exit_code)
-        except Exception as error:  # whatever it is, the coordinator must hear of it
-            traceback.print_exc()
-            self._hello(None, _internal(error), EXIT_OURS)
-        else:
-            self._hello(self._setup, None, 0)
-        while self._exit_code is None:
-            try:
-                self._turn()
-            except PrivflError as error:
-                self._fail(str(error), error.exit_code)
-            except Exception as error:  # as above
-                self._write_traceback()
-                self._fail(_internal(error), EXIT_OURS)
-        if self._trainer is not None:
-            self._trainer.stop()
-        self._send(Message.of(messages.Bye()))
-        if not self._transport.flush(_FLUSH_SECONDS):
+            self._greet(prepare)
+            while self._exit_code is None:
+                try:
+                    self._turn()
+                except PrivflError as error:
+                    self._fail(str(error), error.exit_code)
+                except Exception as error:  # whatever it is, the coordinator must hear of it
+                    self._write_traceback()
+                    self._fail(f"internal error: {type(error).__name__}: {error}", EXIT_OURS)
+            if self._trainer is not None:
+                self._trainer.stop()
+            self._send(Message.of(messages.Bye()))
+            if not self._transport.flush(_FLUSH_SECONDS):
+                self._transport.abort(EXIT_OURS)
+            self._transport.close()
+        except Exception:
+            # Even reporting failed. A rank that just leaves would keep all others waiting.
+            self._write_traceback()
             self._transport.abort(EXIT_OURS)
-        self._transport.close()
-        if self._log is not None:
-            self._log.close()
+        with contextlib.suppress(OSError):
+            if self._log is not None:
+                self._log.close()
         return self._exit_code
 
     # -- talking -------------------------------------------------------------------------------------------------
 
-    def _hello(self, setup: SiteSetup | None, error: str | None, exit_code: int) -> None:
-        if setup is None:
+    def _greet(self, prepare: Callable[[], SiteSetup]) -> None:
+        try:
+            setup = self._setup = prepare()
+            experiment = setup.experiment
+            public = experiment.evaluation.records == "public" and bool(experiment.evaluation.metrics)
+            self._state = member.State(
+                site=setup.site,
+                digest=experiment.digest(),
+                sites=experiment.sites,
+                rounds=experiment.rounds,
+                evaluate_every=experiment.evaluation.every if public else 0,
+            )
+        except Exception as error:
+            ours = not isinstance(error, PrivflError)
+            if ours:
+                self._write_traceback()
             self._failed_at = time.monotonic()
-            self._send(Message.of(messages.Hello(site=None, error=error, exit_code=exit_code)))
+            text = f"internal error: {type(error).__name__}: {error}" if ours else str(error)
+            self._send(Message.of(messages.Hello(site=None, error=in_one_line(text), exit_code=EXIT_OURS if ours else EXIT_USER)))
             return
         self._send(
             Message.of(
                 messages.Hello(
-                    site=setup.site,
-                    digest=setup.experiment.digest(),
-                    versions=versions(),
-                    exchange_key=self._sealing.public.hex(),
+                    site=setup.site, digest=experiment.digest(), versions=versions(), exchange_key=self._sealing.public.hex()
                 )
             )
         )
@@ -150,29 +165,28 @@ class _Agent:
         """Tell the coordinator, once, and then only wait to be told to stop."""
         if self._failed_at is None:
             self._failed_at = time.monotonic()
-            self._note(f"failed: {error}")
-            self._send(Message.of(messages.Failed(error=error, exit_code=exit_code)))
+            sentence = in_one_line(error)
+            self._send(Message.of(messages.Failed(error=sentence, exit_code=EXIT_OURS if exit_code == EXIT_OURS else EXIT_USER)))
+            self._note(f"failed: {sentence}")
 
     def _turn(self) -> None:
         """Wait for the coordinator or the trainer, and deal with what comes first."""
-        failed = self._failed_at is not None
-        wake = None if failed or self._trainer is None else self._trainer.fileno()
-        frame = self._transport.receive(1.0 if failed else None, wake)
-        if frame is not None:
-            message = messages.decode(frame.head, frame.bulk)
-            if isinstance(message.body, messages.Stop):
-                self._exit_code = message.body.exit_code
-                return
-            if failed:
-                return
+        trainer = None if self._failed_at is not None else self._trainer
+        if self._failed_at is not None and time.monotonic() - self._failed_at > _STOP_SECONDS:
+            self._transport.abort(EXIT_OURS)
+        waiting = self._failed_at is not None or trainer is not None
+        frame = self._transport.receive(_LOOK_SECONDS if waiting else None, None if trainer is None else trainer.fileno())
+        if frame is None:
+            if trainer is not None and trainer.has_answer():
+                self._take_answer(trainer.answer())
+            return
+        message = messages.decode(frame.head, frame.bulk)
+        if isinstance(message.body, messages.Stop):
+            self._exit_code = message.body.exit_code
+        elif self._failed_at is None:
             self._state, actions = member.step(self._state, message, self._blocks())
             for action in actions:
                 self._act(action)
-        elif self._failed_at is not None:
-            if time.monotonic() - self._failed_at > _STOP_SECONDS:
-                self._transport.abort(EXIT_OURS)
-        elif self._trainer is not None:
-            self._take_answer(self._trainer.answer())
 
     def _blocks(self) -> dict[messages.Vector, int]:
         if self._state.begin is None:
@@ -212,15 +226,17 @@ class _Agent:
         except OSError as error:
             raise PrivflError(f"cannot write {error.filename}: {error.strerror}; set output and log in the site file") from error
         self._note(f"run {self._welcome.run}, site {setup.site}")
+        threads = threads_for(self._transport.sites_here, dict(os.environ))
         self._trainer = Trainer(
             setup.site,
-            threads_for(self._transport.sites_here, dict(os.environ)),
+            threads,
             self._log,
             {
                 "experiment": setup.experiment.model_dump_json(),
                 "folder": str(setup.folder),
                 "data_options": setup.experiment.data_options | setup.file.data_options,
                 "device": setup.file.device,
+                "threads": threads,
                 "noise_multiplier": setup.noise_multiplier,
                 "run": self._welcome.run,
             },
@@ -229,23 +245,19 @@ class _Agent:
             self._make_key()
 
     def _make_key(self) -> None:
-        """Make the key that all sites share for this run, seal it to each of them, give the coordinator what adding needs."""
-        self._sum_key = SumKey()
-        self._digest_key = os.urandom(_DIGEST_KEY_BYTES)
-        run = self._state.run
-        self._send(Message(Kind.ADDING_CONTEXT, run, bulk=self._sum_key.adding_context()))
-        secret = self._digest_key + self._sum_key.secret_bytes()
-        members = self._welcome.members
+        """Make the keys that all sites share for this run, seal them to each, give the coordinator what adding needs."""
+        self._keys = RunKeys.make()
+        run, members = self._state.run, self._welcome.members
+        self._send(Message(Kind.ADDING_CONTEXT, run, bulk=self._keys.sums["update"].adding_context()))
+        secret = self._keys.secret_bytes()
         for index, receiver in enumerate(members):
             if index:
-                sealed = self._sealing.seal(bytes.fromhex(receiver.exchange_key), secret, self._seal_context(receiver.site))
+                sealed = self._sealing.seal(_public_key(receiver.exchange_key), secret, self._seal_context(receiver.site))
                 self._send(Message(Kind.SEALED_KEY, run, part=index, parts=len(members), bulk=sealed))
 
     def _open_key(self, sealed: bytes | memoryview) -> None:
-        sender = bytes.fromhex(self._welcome.members[0].exchange_key)
-        secret = self._sealing.open(sender, bytes(sealed), self._seal_context(self._setup.site))
-        self._digest_key = secret[:_DIGEST_KEY_BYTES]
-        self._sum_key = SumKey.from_secret_bytes(secret[_DIGEST_KEY_BYTES:])
+        sender = _public_key(self._welcome.members[0].exchange_key)
+        self._keys = RunKeys.from_secret_bytes(self._sealing.open(sender, bytes(sealed), self._seal_context(self._setup.site)))
         self._report_prepared()
 
     def _seal_context(self, receiver: str) -> bytes:
@@ -259,43 +271,33 @@ class _Agent:
         elif "draws" in answer:
             self._trained(answer)
         elif "measured" in answer:
-            self._send_vector(metrics.pack(answer["measured"], self._begin().layout), len(self._state.members))
+            self._send_vector(metrics.pack(answer["measured"], self._begin().layout), len(self._state.sites))
         else:
             self._written(answer)
 
     def _report_prepared(self) -> None:
-        """Once both the trainer and the key are here."""
-        if self._facts is None or not self._digest_key:
+        """Once both the trainer and the keys are here."""
+        if self._facts is None or self._keys is None:
             return
-        experiment, setup = self._setup.experiment, self._setup
-        whole_run = PoissonGaussian(experiment.rate(setup.site), setup.noise_multiplier, experiment.steps)
-        planned = RdpAccountant()
-        planned.compose(whole_run)
         self._report(
             messages.Prepared(
                 records=self._facts["records"],
                 parameters=self._facts["parameters"],
-                layout=self._facts["layout"] if experiment.evaluation.records == "public" else {},
-                noise_multiplier=setup.noise_multiplier,
-                sampling_rate=experiment.rate(setup.site),
-                planned_epsilon=planned.epsilon(experiment.privacy.delta),
+                layout=self._facts["layout"] if self._state.evaluate_every else {},
+                noise_multiplier=self._setup.noise_multiplier,
+                sampling_rate=self._setup.experiment.rate(self._setup.site),
+                planned_epsilon=self._setup.planned_epsilon,
                 tag=self._tag(),
             )
         )
 
     def _check_agreement(self, begin: messages.Begin) -> None:
         """What the coordinator says the sites agreed on must fit this site's own facts, experiment and metrics."""
-        experiment, own = self._setup.experiment, (self._facts or {})
-        weights = begin.weights
-        fits = (
-            begin.parameters == own["parameters"]
-            and all(w > 0 for w in weights.values())
-            and abs(sum(weights.values()) - 1) < 1e-9
-        )
-        if experiment.weights == "uniform":
-            fits = fits and len(set(weights.values())) == 1
+        evaluation, own = self._setup.experiment.evaluation, (self._facts or {})
+        fits = begin.parameters == own["parameters"] and begin.records[self._setup.site] == own["records"]
         if begin.layout:
-            fits = fits and experiment.evaluation.records == "public" and (not own["layout"] or begin.layout == own["layout"])
+            fits = fits and self._state.evaluate_every > 0 and set(begin.layout) == set(evaluation.metrics)
+            fits = fits and (not own["layout"] or begin.layout == own["layout"])
         if not fits:
             raise ProtocolError("the coordinator began a run that does not fit this site's experiment")
 
@@ -323,31 +325,32 @@ class _Agent:
                 event=self._event.to_dict(),
                 steps=self._charged_steps,
                 epsilon=epsilon,
-                seconds=float(answer["seconds"]),
             )
         )
 
     def _contribute(self, action: member.Contribute) -> None:
+        self._total = []
         if action.vector == "metrics":
             self._our_trainer().replica.write(self._replica)
             self._our_trainer().ask({"do": "measure"})
         else:
-            self._send_vector(self._update * self._begin().weights[self._setup.site], action.contributors)
+            weight = messages.weights_of(self._setup.experiment.weights, self._begin())[self._setup.site]
+            self._send_vector(self._update * weight, action.contributors)
 
     def _send_vector(self, vector: NDArray[np.float64], contributors: int) -> None:
         state = self._state
         parts = block_count(len(vector))
-        for part, block in enumerate(self._key().encrypt(vector, contributors)):
+        for part, block in enumerate(self._sum_key().encrypt(vector, contributors)):
             self._send(Message(Kind.CONTRIBUTION, state.run, state.round, state.attempt, part, parts, bulk=block))
-        self._total = []
+        self._state = member.contributed(state)
 
     def _collect(self, action: member.Collect) -> None:
         values = member.length(self._state, self._state.vector)
         start = action.part * BLOCK_VALUES
-        self._total.append(self._key().decrypt(action.block, min(BLOCK_VALUES, values - start)))
+        self._total.append(self._sum_key().decrypt(action.block, min(BLOCK_VALUES, values - start)))
 
     def _combine(self, vector: messages.Vector) -> None:
-        total = np.concatenate(self._total)
+        total, self._total = np.concatenate(self._total), []
         if vector == "metrics":
             values = metrics.unpack(total, self._begin().layout)
             self._note(f"round {self._state.round}: {values}")
@@ -359,9 +362,13 @@ class _Agent:
         self._report(messages.Applied(tag=self._tag()))
 
     def _tag(self) -> str:
-        """A keyed digest of the replica: equal tags mean equal replicas, and without the sites' key nobody can test a guess."""
-        place = f"{self._welcome.run} {self._state.round} ".encode()
-        return hmac.new(self._digest_key, place + self._replica.tobytes(), hashlib.sha256).hexdigest()
+        """A keyed digest of all that must be the same at every site: the agreement, the constants of the model, the replica."""
+        if self._keys is None or self._facts is None:
+            raise InternalError("a digest was asked for before keys and model were there")
+        begin = self._state.begin
+        agreement = begin.model_dump(mode="json") if begin is not None else None
+        text = json.dumps([self._welcome.run, self._state.round, self._facts["constants"], agreement])
+        return self._keys.tag(text, self._replica.tobytes())
 
     def _write_model(self) -> None:
         self._our_trainer().replica.write(self._replica)
@@ -395,10 +402,10 @@ class _Agent:
             raise InternalError("the trainer is not running")
         return self._trainer
 
-    def _key(self) -> SumKey:
-        if self._sum_key is None:
-            raise InternalError("the shared key has not arrived")
-        return self._sum_key
+    def _sum_key(self) -> SumKey:
+        if self._keys is None:
+            raise InternalError("the shared keys have not arrived")
+        return self._keys.sums[self._state.vector]
 
     def _begin(self) -> messages.Begin:
         if self._state.begin is None:
@@ -406,12 +413,18 @@ class _Agent:
         return self._state.begin
 
     def _note(self, text: str) -> None:
-        if self._log is not None:
-            self._log.write(f"agent: {text}\n")
+        # A full disk must not keep a site from reporting.
+        with contextlib.suppress(OSError, ValueError):
+            if self._log is not None:
+                self._log.write(f"agent: {text}\n")
 
     def _write_traceback(self) -> None:
-        traceback.print_exc(file=self._log if self._log is not None else sys.stderr)
+        with contextlib.suppress(OSError, ValueError):
+            traceback.print_exc(file=self._log if self._log is not None else sys.stderr)
 
 
-def _internal(error: Exception) -> str:
-    return in_one_line(f"internal error: {type(error).__name__}: {error}")
+def _public_key(text: str) -> bytes:
+    try:
+        return bytes.fromhex(text)
+    except ValueError as error:
+        raise ProtocolError("a public key is not in hexadecimal") from error

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import select
 import signal
 import socket
 import subprocess
@@ -38,8 +39,7 @@ _GRACE_SECONDS = 5.0
 def trainer_environment(environment: dict[str, str], threads: int) -> dict[str, str]:
     """The environment of a trainer: the agent's, less the launcher's variables, with a number of threads if none was chosen."""
     kept = {name: value for name, value in environment.items() if not name.startswith(_LAUNCHER_PREFIXES)}
-    kept.setdefault("OMP_NUM_THREADS", str(threads))
-    return kept
+    return kept | {"OMP_NUM_THREADS": kept.get("OMP_NUM_THREADS") or str(threads)}
 
 
 def threads_for(sites_here: int, environment: dict[str, str]) -> int:
@@ -71,6 +71,8 @@ class Trainer:
             stdout=log,
             stderr=subprocess.STDOUT,
             env=trainer_environment(dict(os.environ), threads),
+            # A group of its own, so that what user code starts can be ended with it.
+            start_new_session=True,
         )
         theirs.close()
         os.close(alive)
@@ -80,6 +82,10 @@ class Trainer:
     def fileno(self) -> int:
         """Readable when an answer or the end of the trainer is there to be read."""
         return self._link.fileno()
+
+    def has_answer(self) -> bool:
+        """Whether there is something to read, or nothing will come any more because the trainer died."""
+        return bool(select.select([self._link], [], [], 0)[0]) or self._process.poll() is not None
 
     def ask(self, request: dict[str, Any]) -> None:
         """Send a request; the answer is read with :meth:`answer`."""
@@ -94,6 +100,8 @@ class Trainer:
             PrivflError: the trainer reports a failure, or died.
         """
         try:
+            if self._process.poll() is not None and not select.select([self._link], [], [], 0)[0]:
+                raise Closed
             answer = self._link.receive()
         except Closed:
             raise self._obituary() from None
@@ -122,5 +130,7 @@ class Trainer:
         except subprocess.TimeoutExpired:
             self._process.kill()
             self._process.wait()
+        with contextlib.suppress(ProcessLookupError, PermissionError):
+            os.killpg(self._process.pid, signal.SIGKILL)
         self.replica.close()
         self.update.close()

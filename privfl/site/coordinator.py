@@ -7,7 +7,7 @@ import traceback
 from collections.abc import Callable
 from typing import Any, TextIO
 
-from privfl.errors import EXIT_OURS, EXIT_USER, InternalError, PrivflError, in_one_line
+from privfl.errors import EXIT_OURS, EXIT_USER, InternalError, PrivflError, ProtocolError, in_one_line
 from privfl.federation import coordinator, messages
 from privfl.federation.coordinator import Phase
 from privfl.federation.messages import Kind, Message
@@ -49,7 +49,10 @@ def dismiss(transport: Transport, exit_code: int) -> int:
         transport.send(rank, *stop)
     deadline = time.monotonic() + _GOODBYE_SECONDS
     while waiting and time.monotonic() < deadline:
-        frame = transport.receive(deadline - time.monotonic())
+        try:
+            frame = transport.receive(deadline - time.monotonic())
+        except ProtocolError:  # the run is over; what is damaged now is nobody's concern
+            continue
         if frame is not None and messages.is_kind(frame.head, Kind.BYE):
             waiting.discard(frame.peer)
     if waiting or not transport.flush(_GOODBYE_SECONDS):

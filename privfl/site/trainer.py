@@ -12,7 +12,6 @@ import os
 import socket
 import sys
 import threading
-import time
 import traceback
 from collections.abc import Iterator
 from pathlib import Path
@@ -23,6 +22,8 @@ import numpy as np
 from privfl.config import Experiment, load_function
 from privfl.errors import EXIT_OURS, EXIT_USER, PrivflError, in_one_line
 from privfl.site.link import Closed, Link, SharedVector
+
+_PACKAGE = str(Path(__file__).parents[1])
 
 
 def main(arguments: list[str]) -> None:
@@ -46,7 +47,7 @@ def main(arguments: list[str]) -> None:
                 # SystemExit too: user code that calls sys.exit() must not look like a crash.
                 traceback.print_exc()
                 ours = not isinstance(error, PrivflError)
-                text = f"internal error in the trainer: {type(error).__name__}: {error}" if ours else str(error)
+                text = f"internal error in the trainer: {type(error).__name__}; see the site's log" if ours else str(error)
                 answer = {"failed": in_one_line(text), "exit_code": EXIT_OURS if ours else EXIT_USER}
             sys.stdout.flush()
             link.send(answer)
@@ -60,14 +61,20 @@ def _end_with_agent(life: int) -> None:
 
 @contextlib.contextmanager
 def _user_code(what: str) -> Iterator[None]:
-    """Turn whatever user code raises into one sentence; the traceback goes to the site's log."""
+    """Turn whatever user code raises into one sentence; its message and traceback go to the site's log and no further.
+
+    The message may quote a record ("could not convert string to float: ..."), and the sentence leaves the site in the clear.
+    """
     try:
         yield
     except PrivflError:
         raise
     except (Exception, SystemExit) as error:
         traceback.print_exc()
-        raise PrivflError(f"{what} raised {type(error).__name__}: {in_one_line(error)} (traceback in the site's log)") from error
+        frames = traceback.extract_tb(error.__traceback__)
+        own = [f for f in frames if "site-packages" not in f.filename and not f.filename.startswith(_PACKAGE)]
+        place = f" in line {own[-1].lineno} of {Path(own[-1].filename).name}" if own else ""
+        raise PrivflError(f"{what} raised {type(error).__name__}{place}; what it said stays in the site's log") from error
 
 
 class _Trainer:
@@ -87,7 +94,7 @@ class _Trainer:
             name: load_function(f"evaluation.metrics.{name}", reference, folder)
             for name, reference in experiment.evaluation.metrics.items()
         }
-        torch.set_num_threads(int(os.environ["OMP_NUM_THREADS"]))
+        torch.set_num_threads(setup["threads"])
         device = _device(setup["device"])
         functions = {key: load_function(key, getattr(experiment, key), folder) for key in ("model", "data", "loss")}
 
@@ -120,7 +127,12 @@ class _Trainer:
 
     def facts(self) -> dict[str, Any]:
         """What the agent tells the others: public numbers only."""
-        return {"records": self._training.records, "parameters": self._training.parameters, "layout": self._layout}
+        return {
+            "records": self._training.records,
+            "parameters": self._training.parameters,
+            "layout": self._layout,
+            "constants": self._training.constants_digest(),
+        }
 
     def serve(self, request: dict[str, Any]) -> dict[str, Any]:
         match request["do"]:
@@ -139,11 +151,10 @@ class _Trainer:
         return replica
 
     def _train(self) -> dict[str, Any]:
-        started = time.perf_counter()
         with _user_code("training"):
             update = self._training.train_round(self._load())
         self._update.write(update)
-        return {"draws": self._training.optimizer.noise_draws, "seconds": time.perf_counter() - started}
+        return {"draws": self._training.optimizer.noise_draws}
 
     def _measure(self) -> dict[str, tuple[list[float], list[float]]]:
         from privfl.dp.training import measure
@@ -160,8 +171,11 @@ class _Trainer:
         # Copies, because tied weights share memory, and a file that loads strictly needs every name.
         tensors = {name: tensor.detach().cpu().clone().contiguous() for name, tensor in self._training.model.state_dict().items()}
         unfinished = path.with_name(f".{path.name}.{os.getpid()}")
-        save_file(tensors, unfinished)
-        os.replace(unfinished, path)
+        try:
+            save_file(tensors, unfinished)
+            os.replace(unfinished, path)
+        except OSError as error:
+            raise PrivflError(f"cannot write {path}: {error.strerror or error}") from error
         return {"written": str(path)}
 
 

@@ -71,10 +71,11 @@ class _Incoming:
         self.peer = peer
         self._envelope = bytearray(_ENVELOPE_BYTES)
         self._expected: tuple[bytes, bytearray, bytes] | None = None
-        self.request = comm.Irecv(self._envelope, source=peer, tag=_TAG_ENVELOPE)
+        self.request: Any = comm.Irecv(self._envelope, source=peer, tag=_TAG_ENVELOPE)
 
     def completed(self) -> Frame | None:
-        """Take what has arrived, post the next receive; the frame if it is complete."""
+        """Take what has arrived, post the next receive; the frame if it is complete. After an error this peer is not heard any more."""
+        self.request = None
         if self._expected is None:
             head, digest, bulk = self._open_envelope()
             if isinstance(bulk, bytearray):
@@ -144,7 +145,7 @@ class MPITransport:
             moved = len(pending) < len(self._outgoing)
             self._outgoing = pending
         for incoming in self._incoming:
-            if incoming.request.Test():
+            if incoming.request is not None and incoming.request.Test():
                 moved = True
                 frame = incoming.completed()
                 if frame is not None:
@@ -184,8 +185,9 @@ class MPITransport:
 
     def close(self) -> None:
         for incoming in self._incoming:
-            incoming.request.Cancel()
-            incoming.request.Wait()
+            if incoming.request is not None:
+                incoming.request.Cancel()
+                incoming.request.Wait()
         self._incoming.clear()
 
     def abort(self, code: int) -> NoReturn:

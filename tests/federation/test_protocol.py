@@ -52,7 +52,7 @@ def prepared(**changes: Any) -> messages.Prepared:
     return messages.Prepared(**fields | changes)
 
 
-TRAINED = messages.Trained(event={"kind": "x"}, steps=3, epsilon=0.5, seconds=0.1)
+TRAINED = messages.Trained(event={"kind": "x"}, steps=3, epsilon=0.5)
 
 
 class World:
@@ -61,7 +61,9 @@ class World:
     def __init__(self, p: lead.Plan) -> None:
         self.plan = p
         self.state = lead.State()
-        self.members = {rank: member.State(site, "d") for rank, site in enumerate(p.sites, 1)}
+        self.members = {
+            rank: member.State(site, "d", p.sites, p.rounds, p.evaluate_every) for rank, site in enumerate(p.sites, 1)
+        }
         self.told: list[lead.Tell] = []
         self.folded: list[int] = []
         self.wire: list[tuple[int, int, Message]] = []
@@ -113,9 +115,9 @@ class World:
                 self.answer(rank, TRAINED)
             case member.Contribute():
                 for part in range(BLOCKS):
-                    self.queue.append(
-                        (rank, Message(Kind.CONTRIBUTION, RUN, state.round, state.attempt, part, BLOCKS, bulk=b"c"))
-                    )
+                    message = Message(Kind.CONTRIBUTION, RUN, state.round, state.attempt, part, BLOCKS, bulk=b"c")
+                    self.queue.append((rank, message))
+                self.members[rank] = member.contributed(state)
             case member.Combine(vector="update"):
                 self.answer(rank, messages.Applied(tag=f"t{state.round}"))
             case member.Combine(vector="metrics"):
@@ -307,7 +309,8 @@ def test_weights_by_records():
     )
     world.run()
     begin = next(m.body for _, _, m in world.wire if m.kind is Kind.BEGIN)
-    assert sorted(begin.weights.values()) == [0.1, 0.2, 0.7]
+    assert sorted(messages.weights_of("records", begin).values()) == [0.1, 0.2, 0.7]
+    assert set(messages.weights_of("uniform", begin).values()) == {1 / 3}
 
 
 # -- the member against a relay that misbehaves ---------------------------------------------------------------------------
@@ -370,6 +373,70 @@ def test_a_member_without_public_records_sums_no_metrics():
     state = replace(state, phase=member.Phase.IDLE, begin=state.begin.model_copy(update={"layout": {}}))
     with pytest.raises(ProtocolError, match="none may leave"):
         member.step(state, replace(message, body=messages.Sum(vector="metrics", members=SITES)), TWO)
+
+
+@pytest.mark.parametrize("kind", [Kind.TOTAL, Kind.ROUND, Kind.SUM, Kind.FINISH])
+def test_nothing_is_taken_before_the_own_contribution_is_sent(kind: Kind):
+    """A total that comes first would be added to what is left of the last one, and its decryption told."""
+    state, message = member_at(Kind.SUM)
+    contributing, _ = member.step(state, message, TWO)
+    assert contributing.phase is member.Phase.CONTRIBUTING
+    early = replace(member_at(kind)[1], round=contributing.round, attempt=contributing.attempt)
+    with pytest.raises(ProtocolError, match="while this site was contributing"):
+        member.step(contributing, early, TWO)
+    sent = member.contributed(contributing)
+    with pytest.raises(ProtocolError, match="no contribution is due"):
+        member.contributed(sent)
+
+
+def test_metrics_are_told_once_a_round_and_only_when_due():
+    world = World(plan())
+    seen: list[tuple[member.State, Message]] = []
+    original = world.to_member
+
+    def watch(rank: int, message: Message) -> None:
+        if rank == 2 and message.kind is Kind.SUM and message.body.vector == "metrics":
+            seen.append((world.members[2], message))
+        original(rank, message)
+
+    world.to_member = watch
+    world.run()
+    state, message = seen[0]
+    after, _ = member.step(state, message, TWO)
+    again = replace(after, phase=member.Phase.IDLE)
+    with pytest.raises(ProtocolError, match="a second one"):
+        member.step(again, replace(message, attempt=message.attempt + 1), TWO)
+    with pytest.raises(ProtocolError, match="not due in round 1"):
+        member.step(replace(state, evaluate_every=2), message, TWO)
+    with pytest.raises(ProtocolError, match="none may leave"):
+        member.step(replace(state, evaluate_every=0), message, TWO)
+
+
+def test_a_member_takes_part_only_with_exactly_the_sites_of_its_experiment():
+    state, message = member_at(Kind.WELCOME)
+    body = message.body
+    for members in (body.members[1:2], body.members[::-1], (*body.members, body.members[0])):
+        with pytest.raises(ProtocolError, match="for other sites"):
+            member.step(state, replace(message, body=body.model_copy(update={"members": members})), TWO)
+    for run in ("", "00" * 16, "ab", "zz" * 16):
+        with pytest.raises(ProtocolError, match="no valid run"):
+            member.step(state, replace(message, body=body.model_copy(update={"run": run})), TWO)
+    state, message = member_at(Kind.BEGIN)
+    wrong = message.body.model_copy(update={"records": {"a": 10, "b": 10}})
+    with pytest.raises(ProtocolError, match="for other sites"):
+        member.step(state, replace(message, body=wrong), TWO)
+
+
+def test_sizes_that_a_coordinator_may_announce_are_bounded():
+    message = member_at(Kind.BEGIN)[1]
+    for changes in (
+        {"layout": {"accuracy": 10**11}},
+        {"layout": {"accuracy": -1}},
+        {"records": {"a": 0, "b": 1, "c": 1}},
+        {"parameters": 0},
+    ):
+        with pytest.raises(ProtocolError, match="malformed"):
+            decode(*replace(message, body=message.body.model_copy(update=changes)).encode())
 
 
 def test_every_mutation_of_a_message_is_refused_or_understood():
