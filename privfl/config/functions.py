@@ -19,7 +19,6 @@ from typing import Any
 from privfl.config.experiment import Experiment
 from privfl.errors import PrivflError, did_you_mean, in_one_line
 
-
 # The parser of CPython 3.11 fails now and then when two threads use it, as the ranks of an in-process world do.
 _PARSING = threading.Lock()
 
