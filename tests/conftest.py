@@ -93,6 +93,16 @@ def run_cli(*arguments: str | Path, env: dict[str, str] | None = None, cwd: Path
     return Job(done.returncode, done.stdout, done.stderr)
 
 
+def processes() -> dict[int, list[str]]:
+    """The command lines of all running processes, by number (Linux)."""
+    found = {}
+    for entry in Path("/proc").iterdir():
+        if entry.name.isdigit():
+            with contextlib.suppress(OSError):
+                found[int(entry.name)] = (entry / "cmdline").read_bytes().decode(errors="replace").split("\0")
+    return found
+
+
 @dataclass
 class Twin:
     """A federation whose ranks are threads of this process (the trainers are real children)."""
@@ -190,5 +200,5 @@ def edit(path: Path, old: str, new: str) -> None:
     path.write_text(text.replace(old, new))
 
 
-__all__ = ["Job", "Twin", "edit", "run_cli", "run_job", "run_twin", "start_job", "train"]
+__all__ = ["Job", "Twin", "edit", "processes", "run_cli", "run_job", "run_twin", "start_job", "train"]
 assert sys.version_info >= (3, 11)

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.conftest import PRIVFL, Job, edit, run_cli, run_job, start_job, train
+from tests.conftest import PRIVFL, Job, edit, processes, run_cli, run_job, start_job, train
 
 
 def one_sentence(job: Job, *parts: str, code: int = 2) -> None:
@@ -220,14 +220,9 @@ def _trainer_of(site: str, limit: float = 60) -> int:
     """The process whose command line names the trainer of this site."""
     deadline = time.monotonic() + limit
     while time.monotonic() < deadline:
-        for entry in Path("/proc").iterdir():
-            if entry.name.isdigit():
-                try:
-                    words = (entry / "cmdline").read_bytes().split(b"\0")
-                except OSError:
-                    continue
-                if b"privfl.site.trainer" in words and site.encode() in words:
-                    return int(entry.name)
+        for pid, words in processes().items():
+            if "privfl.site.trainer" in words and site in words:
+                return pid
         time.sleep(0.05)
     raise AssertionError(f"no trainer of {site} appeared")
 
@@ -276,22 +271,10 @@ def test_trainers_do_not_outlive_their_job(small: Path, tmp_path: Path):
     time.sleep(8)
     process.kill()
     process.communicate()
-    for agent in _ranks_of(small):
-        os.kill(agent, signal.SIGKILL)
+    for pid, words in processes().items():
+        if str(small) in words:
+            os.kill(pid, signal.SIGKILL)
     deadline = time.monotonic() + 15
     while any(Path(f"/proc/{pid}").exists() for pid in pids) and time.monotonic() < deadline:
         time.sleep(0.1)
     assert not any(Path(f"/proc/{pid}").exists() for pid in pids)
-
-
-def _ranks_of(experiment: Path) -> list[int]:
-    found = []
-    for entry in Path("/proc").iterdir():
-        if entry.name.isdigit():
-            try:
-                words = (entry / "cmdline").read_bytes().split(b"\0")
-            except OSError:
-                continue
-            if str(experiment).encode() in words:
-                found.append(int(entry.name))
-    return found

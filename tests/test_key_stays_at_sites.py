@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import re
 import signal
@@ -14,7 +15,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from tests.conftest import start_job
+from tests.conftest import processes, start_job
 
 pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="reads /proc/PID/mem")
 
@@ -55,17 +56,12 @@ def search(pid: int, words: np.ndarray, pieces: list[bytes]) -> tuple[int, int]:
 def ranks(word: str) -> dict[int, int]:
     """PID by MPI rank of the running job whose command line has ``word``."""
     by_rank = {}
-    for entry in Path("/proc").iterdir():
-        if not entry.name.isdigit():
-            continue
-        try:
-            command = (entry / "cmdline").read_bytes()
-            environment = (entry / "environ").read_bytes()
-        except OSError:
-            continue
-        rank = re.search(rb"(?:^|\0)PMI_RANK=(\d+)", environment)
-        if word.encode() in command and b"key_spy" in command and b"mpiexec" not in command and rank:
-            by_rank[int(rank[1])] = int(entry.name)
+    for pid, words in processes().items():
+        if word in words and "tests.jobs.key_spy" in words and not words[0].endswith("mpiexec"):
+            with contextlib.suppress(OSError):
+                rank = re.search(rb"(?:^|\0)PMI_RANK=(\d+)", Path(f"/proc/{pid}/environ").read_bytes())
+                if rank:
+                    by_rank[int(rank[1])] = pid
     return by_rank
 
 
