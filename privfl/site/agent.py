@@ -222,7 +222,9 @@ class _Agent:
         try:
             self._output.mkdir(parents=True, exist_ok=True)
             self._log_path.parent.mkdir(parents=True, exist_ok=True)
-            self._log = open(self._log_path, "a", buffering=1, encoding="utf-8")  # noqa: SIM115  (open as long as the run)
+            self._log = open(  # noqa: SIM115  (open as long as the run)
+                self._log_path, "a", buffering=1, encoding="utf-8", errors="backslashreplace"
+            )
         except OSError as error:
             raise PrivflError(f"cannot write {error.filename}: {error.strerror}; set output and log in the site file") from error
         self._note(f"run {self._welcome.run}, site {setup.site}")
@@ -339,10 +341,11 @@ class _Agent:
 
     def _send_vector(self, vector: NDArray[np.float64], contributors: int) -> None:
         state = self._state
+        after = member.contributed(state)
         parts = block_count(len(vector))
         for part, block in enumerate(self._sum_key().encrypt(vector, contributors)):
             self._send(Message(Kind.CONTRIBUTION, state.run, state.round, state.attempt, part, parts, bulk=block))
-        self._state = member.contributed(state)
+        self._state = after
 
     def _collect(self, action: member.Collect) -> None:
         values = member.length(self._state, self._state.vector)

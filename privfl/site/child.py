@@ -122,15 +122,12 @@ class Trainer:
         return PrivflError(f"the trainer ended by itself with code {code}; see {self._log}")
 
     def stop(self) -> None:
-        """End the trainer, by force if it does not answer."""
-        self._link.close()
-        os.close(self._life)
-        try:
-            self._process.wait(_GRACE_SECONDS)
-        except subprocess.TimeoutExpired:
-            self._process.kill()
-            self._process.wait()
+        """End the trainer and whatever user code started with it; what it wrote is complete or not there."""
+        # The group outlives its leader while any of its processes lives, so this reaches the children of a trainer that died.
         with contextlib.suppress(ProcessLookupError, PermissionError):
             os.killpg(self._process.pid, signal.SIGKILL)
+        self._process.wait()
+        self._link.close()
+        os.close(self._life)
         self.replica.close()
         self.update.close()
