@@ -43,7 +43,12 @@ EARLY = 15
 @pytest.mark.parametrize("ranks", [2, 4])
 def test_wrong_number_of_ranks(small: Path, tmp_path: Path, ranks: int):
     job = timed(EARLY, small, "--output", tmp_path / "o", ranks=ranks)
-    one_sentence(job, "2 sites and needs 3 MPI ranks", f"started with {ranks} ranks", "mpiexec -n 3 privfl train")
+    one_sentence(
+        job,
+        "2 sites and needs 3 MPI ranks",
+        f"started with {ranks} ranks",
+        f"mpiexec -n 3 privfl train {small} --output {tmp_path}/o",
+    )
     no_trainer_ran(tmp_path)
 
 
@@ -113,12 +118,18 @@ def test_a_run_folder_that_cannot_be_made(small: Path, tmp_path: Path):
             "return nn.Sequential(nn.BatchNorm1d(5, affine=False), nn.Linear(5, 2))",
             ("BatchNorm1d", "GroupNorm"),
         ),
+        (
+            "def data(site, shift=0.0):",
+            "def data(site, folder, shift=0.0):",
+            ("missing a required argument: 'folder'", "--sites"),
+        ),
+        ("x[:100], y[:100]", "x[:100].double(), y[:100]", ("inputs of data() are torch.float64", "x.float()")),
         ("x[:100], y[:100]", "x[:0], y[:0]", ("no training records",)),
         ("x[:100], y[:100]", "x[:7], y[:7]", ("7 training records at sampling_rate 0.1", "at least 0.14")),
         (
             "generator = ",
             "raise FileNotFoundError('no records on this disk'); generator = ",
-            ("data (task.py:data) raised FileNotFoundError in line 12 of task.py; what it said stays in the site's log",),
+            ("data (task.py:data) raised FileNotFoundError in line 12 of task.py; read what it said in /",),
         ),
         ("generator = ", "import sys; sys.exit(0); generator = ", ("data (task.py:data) raised SystemExit",)),
         (
@@ -129,7 +140,7 @@ def test_a_run_folder_that_cannot_be_made(small: Path, tmp_path: Path):
         (
             "return nn.Linear(5, 2)",
             "return nn.Linear(4, 2)",
-            ("raised RuntimeError", "what it said stays in the site's log"),
+            ("model() does not take inputs of shape (5,), torch.float32", "shapes cannot be multiplied", "site.log"),
         ),
         (
             "return nn.Linear(5, 2)",
@@ -145,6 +156,8 @@ def test_a_run_folder_that_cannot_be_made(small: Path, tmp_path: Path):
     ],
     ids=[
         "BatchNorm",
+        "missing option",
+        "float64",
         "no records",
         "too few",
         "data raises",
@@ -167,11 +180,9 @@ def test_what_user_code_says_stays_at_its_site(small: Path, tmp_path: Path):
     """Messages of exceptions quote records; the sentence that crosses the wire must not."""
     edit(small.parent / "task.py", "generator = ", "assert site != 'bbb' or float('MUELLER,Hans,HIV+'); generator = ")
     job = train(3, small, "--output", tmp_path / "o")
-    one_sentence(
-        job, "site bbb: data (task.py:data) raised ValueError in line 12 of task.py; what it said stays in the site's log"
-    )
-    assert "MUELLER" not in job.err + job.out
     (log,) = tmp_path.rglob("sites/bbb/site.log")
+    one_sentence(job, f"site bbb: data (task.py:data) raised ValueError in line 12 of task.py; read what it said in {log}")
+    assert "MUELLER" not in job.err + job.out
     assert "MUELLER" in log.read_text()
     assert "MUELLER" not in "".join(p.read_text() for p in tmp_path.rglob("sites/aa/*.log"))
 

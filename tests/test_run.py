@@ -58,7 +58,7 @@ def test_the_screen(demo: Job):
     rounds = json.loads((demo.folder / "summary.json").read_text())["rounds"]
     assert len(re.findall(r"^round +\d+/\d+ \| 4/4 sites \| accuracy", demo.out, re.M)) == rounds
     assert len(re.findall(r"^epsilon of \w+: \d\.\d+ at delta 1e-05", demo.out, re.M)) == 4
-    for label in ("single trust domain", "no book is kept across runs", "metrics are exact", "unit: one record"):
+    for label in ("single trust domain", "no book is kept across runs", "metrics are exact", "epsilon protects one record"):
         assert label in demo.out
     for site, log in re.findall(r"^site (\w+): model \S+, log (\S+)$", demo.out, re.M):
         assert f"site {site}" in Path(log).read_text()
@@ -239,7 +239,7 @@ def test_site_files_overrides_and_private_records(small: Path, tmp_path: Path):
     assert job.code == 0, job.err
     assert (tmp_path / "only_aa" / "model.safetensors").exists()
     assert "site bbb" in (tmp_path / "bbb.log").read_text()
-    assert "metrics are exact" not in job.out
+    assert "metrics: none leaves a site" in job.out
     summary = json.loads((job.folder / "summary.json").read_text())
     assert summary["metrics"] == {}, "metrics of private records leave no site"
     assert yaml.safe_load((job.folder / "experiment.yaml").read_text())["rounds"] == 1

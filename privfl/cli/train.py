@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shlex
 import sys
 import time
 from pathlib import Path
@@ -51,7 +52,7 @@ def command(
             f"the launcher started {started} processes, but MPI sees each of them alone; use the mpiexec of the MPI library that `privfl doctor` "
             "shows, or with Slurm `srun --mpi=pmi2` for MPICH and `srun --mpi=pmix` for Open MPI"
         )
-    return run(transport, experiment, sites, output, settings)
+    return run(transport, experiment, sites, output, settings, shown=shlex.join(sys.argv[1:]))
 
 
 def _launch(ranks: int, experiment: Path | None, sites: Path | None, output: Path | None, settings: tuple[str, ...]) -> None:
@@ -72,13 +73,14 @@ def run(
     sites: Path | None = None,
     output: Path | None = None,
     settings: tuple[str, ...] = (),
+    shown: str = "train",
 ) -> int:
     """One rank's part of a run over any transport; the exit code of the job."""
     from privfl.config import demo_path
 
     path = (experiment or demo_path()).resolve()
     if transport.rank == 0:
-        return _lead(transport, path, output, settings, shown="" if experiment is None else f" {experiment}")
+        return _lead(transport, path, output, settings, shown=shown)
     return _serve(transport, path, sites, settings)
 
 
@@ -119,7 +121,7 @@ def _lead(transport: Transport, path: Path, output: Path | None, settings: tuple
             how = "was not started under mpiexec" if transport.size == 1 else f"was started with {transport.size} ranks"
             raise PrivflError(
                 f"the experiment has {needed - 1} sites and needs {needed} MPI ranks (one coordinates), but it {how}; "
-                f"start it with: mpiexec -n {needed} privfl train{shown}"
+                f"start it with: mpiexec -n {needed} privfl {shown}"
             )
         leader = _Leader(transport, experiment, output or Path(experiment.output))
     except PrivflError as error:
@@ -167,6 +169,9 @@ class _Leader:
             weights=experiment.weights,
             blocks=block_count,
         )
+        self._terminal.line(
+            f"starting {len(experiment.sites)} sites ({', '.join(experiment.sites)}): torch, Opacus, keys; some seconds ..."
+        )
         return coordinator.coordinate(self._transport, plan, self._tell, sys.stderr)
 
     def _tell(self, what: str, facts: dict[str, Any]) -> None:
@@ -178,9 +183,14 @@ class _Leader:
             case "started":
                 self._sites = facts["sites"]
                 private, delta = self._experiment.private, self._experiment.privacy.delta
-                public = self._experiment.evaluation.records == "public" and bool(self._experiment.evaluation.metrics)
+                public = self._experiment.evaluation.records == "public"
                 self._terminal.started(
-                    self._run.hex(), {**facts, "seconds": self._seconds}, delta, private=private, public_metrics=public
+                    self._run.hex(),
+                    {**facts, "seconds": self._seconds},
+                    delta,
+                    private=private,
+                    metrics=list(self._experiment.evaluation.metrics),
+                    public=public,
                 )
             case "round":
                 self._round(facts)
@@ -214,6 +224,8 @@ class _Leader:
         self._terminal.round_done(self._experiment.rounds, facts)
 
     def _summary(self) -> dict[str, Any]:
+        from privfl.accounting import ADJACENCY
+
         experiment = self._experiment
         sites = {
             name: {
@@ -232,6 +244,8 @@ class _Leader:
             "private": experiment.private,
             "trust": "single trust domain",
             "accountant": "rdp",
+            "adjacency": ADJACENCY,
+            "sampling": "poisson",
             "rounds": self._last["round"],
             "metrics": self._metrics,
             "sites": sites,

@@ -61,9 +61,7 @@ def load_function(key: str, reference: str, folder: Path) -> Callable[..., Any]:
     except Exception as error:  # whatever the user's module raises
         # The message stays here: code that runs on import may have read records.
         traceback.print_exc()
-        raise PrivflError(
-            f"{key}: importing {place} raised {type(error).__name__}; what it said stays in the site's log"
-        ) from error
+        raise PrivflError(f"{key}: importing {place} raised {type(error).__name__}") from error
     function = getattr(module, name, None)
     if not callable(function):
         raise PrivflError(f"{key}: {place} has no function '{name}'{did_you_mean(name, dir(module))}")

@@ -43,7 +43,7 @@ def load_experiment(path: Path, settings: Sequence[str] = ()) -> Experiment:
     values = _read(path, "the experiment file")
     for setting in settings:
         _apply(values, setting)
-    return _validate(Experiment, values, str(path))
+    return _validate(Experiment, values, f"{path} with --set" if settings else str(path))
 
 
 def load_site(folder: Path | None, site: str) -> SiteFile:

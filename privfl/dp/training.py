@@ -68,7 +68,7 @@ class LocalTraining:
         if expected < 1.0:
             raise PrivflError(
                 f"{self.records} training records at sampling_rate {recipe.sampling_rate:g} make {expected:.2g} records a step on average; "
-                f"raise sampling_rate to at least {1.0 / self.records:.2g}"
+                f"raise sampling_rate to at least {1.0 / self.records:.2g}, better ten times that"
             )
         self.model = model.to(device)
         self._loss = loss
@@ -189,6 +189,7 @@ class LocalTraining:
         """Check on a few records, spread over the data set, that each has its own gradient; nothing of it is kept."""
         indices = np.unique(np.linspace(0, self.records - 1, _TRIED).astype(np.int64))
         inputs, targets = self._batch(indices)
+        self._try_shape(inputs)
 
         def gradients(x: torch.Tensor, y: torch.Tensor) -> list[torch.Tensor]:
             for p in self._parameters:
@@ -212,6 +213,17 @@ class LocalTraining:
         self.optimizer.forget_unfinished_step()
         self.optimizer.zero_grad(set_to_none=True)
         check_constants(self.model, self._constants)
+
+    def _try_shape(self, inputs: torch.Tensor) -> None:
+        """Run the model on zeros, so that what it says of a wrong shape can be shown: no record is in it."""
+        shape = tuple(inputs.shape[1:])
+        self.model.eval()
+        try:
+            with torch.no_grad():
+                self.model(torch.zeros((2, *shape), dtype=inputs.dtype, device=self._device))
+        except Exception as error:
+            raise PrivflError(f"model() does not take inputs of shape {shape}, {inputs.dtype}: {in_one_line(error)}") from None
+        self.model.train()
 
     def _batch(self, indices: NDArray[np.int64]) -> tuple[torch.Tensor, torch.Tensor]:
         inputs, targets = _to_pair(_rows(self._train, indices), self._device)
@@ -246,12 +258,14 @@ def measure(
     """
     measured = {}
     for name, metric in metrics.items():
+        returned = metric(output, target)
         try:
-            sums, counts = metric(output, target)
+            sums, counts = returned
             pair = [torch.as_tensor(x, dtype=torch.float64).reshape(-1).tolist() for x in (sums, counts)]
         except (TypeError, ValueError, RuntimeError) as error:
             raise PrivflError(
-                f"evaluation.metrics.{name} must return (sums, counts), numbers or vectors of one length"
+                f"evaluation.metrics.{name} must return a pair (sums, counts), as in (number correct, number); it returned "
+                f"{type(returned).__name__}"
             ) from error
         if len(pair[0]) != len(pair[1]) or not pair[0] or not np.isfinite(pair).all() or min(pair[1]) < 0:
             raise PrivflError(
@@ -280,6 +294,14 @@ def _rows(dataset: Any, indices: NDArray[np.int64]) -> Sequence[Any]:
 
 def _to_pair(rows: Sequence[Any], device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
     if not isinstance(rows, list | tuple) or len(rows) != 2:
-        raise PrivflError("a record of data() must be a pair (input, target)")
+        raise PrivflError(
+            "a record of data() must be a pair (input, target); wrap arrays as TensorDataset(torch.tensor(x), torch.tensor(y))"
+        )
     inputs, targets = rows
+    if not isinstance(inputs, torch.Tensor) or not isinstance(targets, torch.Tensor):
+        raise PrivflError(
+            f"inputs and targets of data() must become tensors; they are {type(inputs).__name__} and {type(targets).__name__}"
+        )
+    if inputs.is_floating_point() and inputs.dtype != torch.float32:
+        raise PrivflError(f"inputs of data() are {inputs.dtype}, the model is torch.float32; return x.float()")
     return inputs.to(device), targets.to(device)

@@ -5,10 +5,8 @@ One string and one write per line, because launchers mix the output of ranks.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any, TextIO
-
-from privfl.accounting import ADJACENCY
 
 
 class Terminal:
@@ -22,27 +20,35 @@ class Terminal:
         self._out.write(text + "\n")
         self._out.flush()
 
-    def started(self, run: str, facts: Mapping[str, Any], delta: float, *, private: bool, public_metrics: bool) -> None:
+    def started(
+        self, run: str, facts: Mapping[str, Any], delta: float, *, private: bool, metrics: Sequence[str], public: bool
+    ) -> None:
         """The head: who takes part, with how much noise, and what is (not) promised."""
         sites = facts["sites"]
+        seconds = facts["seconds"].get("start", 0.0)
+        self.line(f"run {run}: {len(sites)} sites, {facts['parameters']} parameters, started in {seconds:.1f} s")
         self.line(
-            f"run {run}: {len(sites)} sites, {facts['parameters']} parameters, started in {facts['seconds'].get('start', 0.0):.1f} s"
+            f"{'site':<16}{'records':>8}{'weight':>8}{'sampling rate':>15}{'noise multiplier':>18}{'epsilon at the end':>20}"
         )
-        self.line(f"{'site':<16}{'records':>8}{'weight':>8}{'rate q':>9}{'noise':>8}  epsilon at the end")
         for name, site in sites.items():
             self.line(
-                f"{name:<16}{site['records']:>8}{site['weight']:>8.3f}{site['sampling_rate']:>9.4g}{site['noise_multiplier']:>8.3f}"
-                f"  {site['planned_epsilon']:.3f}"
+                f"{name:<16}{site['records']:>8}{site['weight']:>8.3f}{site['sampling_rate']:>15.4g}{site['noise_multiplier']:>18.3f}"
+                f"{site['planned_epsilon']:>20.3f}"
             )
-        self.line(f"unit: one record, {ADJACENCY}; Poisson sampling; delta {delta:g}; accountant: RDP; noise: full at every site")
-        self.line("trust: single trust domain (this launcher's account can read every process); no book is kept across runs")
+        self.line(
+            f"epsilon protects one record (not a person with several) at delta {delta:g}; every site adds all of its noise itself"
+        )
+        self.line("trust: single trust domain: whoever owns the account that runs this can read the records of all sites")
+        self.line("no book is kept across runs: earlier runs on these records are not in these epsilons; add them yourself")
+        if metrics and public:
+            self.line("metrics are exact and leave the sites: right only for public held-out records (evaluation.records)")
+        elif metrics:
+            self.line("metrics: none leaves a site (evaluation.records: private)")
         for name, site in sites.items():
             if delta * site["records"] >= 1.0:
                 self.line(
                     f"WARNING: delta {delta:g} is not below 1 / records of {name}: it would allow publishing one of its records whole"
                 )
-        if public_metrics:
-            self.line("metrics are exact: the experiment declares the held-out records public")
         if not private:
             self.line("NOT PRIVATE: insecure_test_seed is set, so the noise can be recomputed by anybody who knows it")
         self.line()
@@ -60,7 +66,7 @@ class Terminal:
             sites,
             metrics,
             f"epsilon: {epsilons}",
-            f"s: {seconds}",
+            f"seconds: {seconds}",
         ]
         self.line(" | ".join(part for part in parts if part))
 

@@ -239,6 +239,7 @@ class _Agent:
                 "data_options": setup.experiment.data_options | setup.file.data_options,
                 "device": setup.file.device,
                 "threads": threads,
+                "log": str(self._log_path),
                 "noise_multiplier": setup.noise_multiplier,
                 "run": self._welcome.run,
             },
@@ -389,6 +390,7 @@ class _Agent:
             if same_run:
                 copy = folder / f".model.{self._setup.site}"
                 copy.write_bytes(model.read_bytes())
+                copy.chmod(0o600)
                 try:
                     os.link(copy, folder / "model.safetensors")
                 finally:

@@ -8,12 +8,13 @@ from __future__ import annotations
 
 import contextlib
 import hashlib
+import inspect
 import os
 import socket
 import sys
 import threading
 import traceback
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -33,10 +34,11 @@ def main(arguments: list[str]) -> None:
     link_end, life, replica, update = map(int, descriptors)
     threading.Thread(target=_end_with_agent, args=(life,), daemon=True).start()
     link = Link(socket.socket(fileno=link_end))
-    trainer = None
+    trainer, log = None, ""
     with contextlib.suppress(Closed):
         while True:
             request = link.receive()
+            log = request.get("log", log)
             try:
                 if trainer is None:
                     trainer = _Trainer(site, request, SharedVector(replica), SharedVector(update))
@@ -45,10 +47,13 @@ def main(arguments: list[str]) -> None:
                     answer = trainer.serve(request)
             except (Exception, SystemExit) as error:
                 # SystemExit too: user code that calls sys.exit() must not look like a crash.
-                traceback.print_exc()
                 ours = not isinstance(error, PrivflError)
-                text = f"internal error in the trainer: {type(error).__name__}; see the site's log" if ours else str(error)
-                answer = {"failed": in_one_line(text), "exit_code": EXIT_OURS if ours else EXIT_USER}
+                if ours:
+                    traceback.print_exc()
+                text = f"internal error in the trainer: {type(error).__name__}" if ours else str(error)
+                raised = isinstance(error.__cause__, BaseException) and not isinstance(error.__cause__, PrivflError)
+                where = "; read what it said in" if raised and not ours else "; log:"
+                answer = {"failed": in_one_line(f"{text}{where} {log}"), "exit_code": EXIT_OURS if ours else EXIT_USER}
             sys.stdout.flush()
             link.send(answer)
 
@@ -74,7 +79,7 @@ def _user_code(what: str) -> Iterator[None]:
         frames = traceback.extract_tb(error.__traceback__)
         own = [f for f in frames if "site-packages" not in f.filename and not f.filename.startswith(_PACKAGE)]
         place = f" in line {own[-1].lineno} of {Path(own[-1].filename).name}" if own else ""
-        raise PrivflError(f"{what} raised {type(error).__name__}{place}; what it said stays in the site's log") from error
+        raise PrivflError(f"{what} raised {type(error).__name__}{place}") from error
 
 
 class _Trainer:
@@ -104,6 +109,7 @@ class _Trainer:
             # The one public seed: it makes the initial replicas equal. Noise and samples never come from torch.
             torch.manual_seed(_public_seed(experiment, setup["run"]))
             model = functions["model"]()
+        _check_arguments(experiment.data, functions["data"], site, setup["data_options"])
         with _user_code(f"data ({experiment.data})"):
             pair = functions["data"](site, **setup["data_options"])
             if not isinstance(pair, tuple | list) or len(pair) != 2:
@@ -177,6 +183,18 @@ class _Trainer:
         except OSError as error:
             raise PrivflError(f"cannot write {path}: {error.strerror or error}") from error
         return {"written": str(path)}
+
+
+def _check_arguments(reference: str, data: Callable[..., Any], site: str, options: dict[str, Any]) -> None:
+    """Say which option is missing or too many; nothing of a record is involved yet."""
+    try:
+        inspect.signature(data).bind(site, **options)
+    except TypeError as error:
+        raise PrivflError(
+            f"data ({reference}) does not fit data_options: {error}; check data_options in the experiment and in the site's file, and --sites"
+        ) from None
+    except ValueError:
+        return  # a callable without a signature
 
 
 def _public_seed(experiment: Experiment, run: str) -> int:
