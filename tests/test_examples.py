@@ -77,7 +77,8 @@ def test_heart_disease_without_data_says_what_to_do(tmp_path: Path):
     assert job.code == 2
     assert "data (heart_disease.py:data) raised ValueError in line" in job.err
     assert job.err.count("privfl: ") == 1
-    assert "set data_options.folder or HEART_DISEASE_DIR" in next(tmp_path.rglob("site.log")).read_text()
+    log = Path(job.err.strip().rpartition("read what it said in ")[2])
+    assert "set data_options.folder or HEART_DISEASE_DIR" in log.read_text()
 
 
 @pytest.mark.long
