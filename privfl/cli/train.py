@@ -202,7 +202,7 @@ class _Leader:
                 sys.stderr.write(f"privfl: {facts['error']}\n")
                 sys.stderr.flush()
             case _:
-                raise InternalError(f"unknown news {what} (exit code {EXIT_OURS})")
+                raise InternalError(f"unknown news: {what}")
 
     def _resolved(self) -> str:
         import yaml
