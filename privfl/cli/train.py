@@ -156,8 +156,6 @@ class _Leader:
         from privfl.site import agent, coordinator
 
         experiment = self._experiment
-        evaluation = experiment.evaluation
-        public = evaluation.records == "public" and bool(evaluation.metrics)
         plan = Plan(
             run=self._run,
             folder=str(self._folder.path),
@@ -165,7 +163,7 @@ class _Leader:
             versions=agent.versions(),
             sites=experiment.sites,
             rounds=experiment.rounds,
-            evaluate_every=evaluation.every if public else 0,
+            evaluate_every=experiment.evaluate_every,
             weights=experiment.weights,
             blocks=block_count,
         )
@@ -183,14 +181,13 @@ class _Leader:
             case "started":
                 self._sites = facts["sites"]
                 private, delta = self._experiment.private, self._experiment.privacy.delta
-                public = self._experiment.evaluation.records == "public"
                 self._terminal.started(
                     self._run.hex(),
                     {**facts, "seconds": self._seconds},
                     delta,
                     private=private,
-                    metrics=list(self._experiment.evaluation.metrics),
-                    public=public,
+                    metrics=bool(self._experiment.evaluation.metrics),
+                    public=self._experiment.evaluate_every > 0,
                 )
             case "round":
                 self._round(facts)

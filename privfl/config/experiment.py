@@ -108,6 +108,11 @@ class Experiment(Section):
         return self.sampling_rate[site] if isinstance(self.sampling_rate, dict) else self.sampling_rate
 
     @property
+    def evaluate_every(self) -> int:
+        """After how many rounds metrics leave the sites; 0: never, because none are asked for or the records are private."""
+        return self.evaluation.every if self.evaluation.records == "public" and self.evaluation.metrics else 0
+
+    @property
     def steps(self) -> int:
         """DP-SGD steps of each site over the whole run."""
         return self.rounds * self.local_steps

@@ -70,10 +70,18 @@ def _read(path: Path, what: str) -> dict[str, Any]:
     return _mapping(text, str(path))
 
 
+def _parse(text: str) -> Any:
+    """What a piece of YAML says; ValueError if it is none (PyYAML itself raises that for a date that does not exist)."""
+    try:
+        return yaml.load(text, _Loader)  # noqa: S506  (a SafeLoader: plain values only)
+    except (yaml.YAMLError, RecursionError) as error:
+        raise ValueError(str(error)) from error
+
+
 def _mapping(text: str, where: str) -> dict[str, Any]:
     try:
-        values = yaml.load(text, _Loader)  # noqa: S506  (a SafeLoader)
-    except (yaml.YAMLError, ValueError, RecursionError) as error:  # ValueError: a date that is none
+        values = _parse(text)
+    except ValueError as error:
         raise PrivflError(f"{where} is not valid YAML: {in_one_line(error)}") from error
     if values is None:
         return {}
@@ -88,8 +96,8 @@ def _apply(values: dict[str, Any], setting: str) -> None:
     if not equals or not all(keys):
         raise PrivflError(f"--set {setting}: write it as key.path=value")
     try:
-        value = yaml.load(text, _Loader)  # noqa: S506  (a SafeLoader)
-    except (yaml.YAMLError, ValueError, RecursionError) as error:  # ValueError: a date that is none
+        value = _parse(text)
+    except ValueError as error:
         raise PrivflError(f"--set {setting}: the value is not valid YAML") from error
     section = values
     for key in keys[:-1]:

@@ -50,8 +50,12 @@ def check_model(model: nn.Module) -> None:
 
 def constants(model: nn.Module) -> dict[str, torch.Tensor]:
     """Copies of everything in the model that is not trained: frozen parameters and buffers."""
+    return {name: tensor.detach().clone() for name, tensor in _untrained(model).items()}
+
+
+def _untrained(model: nn.Module) -> dict[str, torch.Tensor]:
     frozen = {name: p for name, p in model.named_parameters() if not p.requires_grad}
-    return {name: tensor.detach().clone() for name, tensor in [*frozen.items(), *model.named_buffers()]}
+    return {**frozen, **dict(model.named_buffers())}
 
 
 def check_constants(model: nn.Module, before: dict[str, torch.Tensor]) -> None:
@@ -60,7 +64,7 @@ def check_constants(model: nn.Module, before: dict[str, torch.Tensor]) -> None:
     Raises:
         PrivflError: naming the buffer or parameter.
     """
-    now = constants(model)
+    now = _untrained(model)
     for name in [*now, *before]:
         if name not in now or name not in before or not _same(now[name], before[name]):
             raise PrivflError(

@@ -203,11 +203,13 @@ class LocalTraining:
 
         with torch.random.fork_rng():
             self._wrapped.train()
-            if not repeatable():
+            alike = repeatable()
+            if not alike:
                 # Dropout makes two passes differ: switch it off, in all modules but those whose gradients Opacus takes.
                 for module in self._wrapped.modules():
                     module.training = any(True for _ in module.parameters(recurse=False))
-            if repeatable():
+                alike = repeatable()
+            if alike:
                 check_isolation(gradients, inputs, targets)
             self._wrapped.train()
         self.optimizer.forget_unfinished_step()

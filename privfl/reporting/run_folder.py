@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -24,11 +26,11 @@ class RunFolder:
         """
         try:
             self.path.mkdir(parents=True)
-            self._write("experiment.yaml", resolved_experiment)
         except OSError as error:
             raise PrivflError(
                 f"cannot create the run folder {self.path}: {error.strerror}; choose another with --output"
             ) from error
+        self._write("experiment.yaml", resolved_experiment)
 
     def add_round(self, record: dict[str, Any]) -> None:
         """Append one round to ``rounds.jsonl`` and see it to the disk.
@@ -36,22 +38,31 @@ class RunFolder:
         Raises:
             PrivflError: it cannot be written.
         """
-        try:
-            with open(self.path / "rounds.jsonl", "a", encoding="utf-8") as file:
-                file.write(json.dumps(record) + "\n")
-                file.flush()
-                os.fsync(file.fileno())
-        except OSError as error:
-            raise PrivflError(f"cannot write {self.path / 'rounds.jsonl'}: {error.strerror}") from error
+        path = self.path / "rounds.jsonl"
+        with _writing(path), open(path, "a", encoding="utf-8") as file:
+            file.write(json.dumps(record) + "\n")
+            file.flush()
+            os.fsync(file.fileno())
 
     def write_summary(self, summary: dict[str, Any]) -> None:
-        """Write ``summary.json``: its presence says that the run succeeded."""
-        try:
-            self._write("summary.json", json.dumps(summary, indent=2) + "\n")
-        except OSError as error:
-            raise PrivflError(f"cannot write {self.path / 'summary.json'}: {error.strerror}") from error
+        """Write ``summary.json``: its presence says that the run succeeded.
+
+        Raises:
+            PrivflError: it cannot be written.
+        """
+        self._write("summary.json", json.dumps(summary, indent=2) + "\n")
 
     def _write(self, name: str, text: str) -> None:
         unfinished = self.path / f".{name}"
-        unfinished.write_text(text, encoding="utf-8")
-        os.replace(unfinished, self.path / name)
+        with _writing(self.path / name):
+            unfinished.write_text(text, encoding="utf-8")
+            os.replace(unfinished, self.path / name)
+
+
+@contextlib.contextmanager
+def _writing(path: Path) -> Iterator[None]:
+    """Turn a full disk or a missing folder into one sentence."""
+    try:
+        yield
+    except OSError as error:
+        raise PrivflError(f"cannot write {path}: {error.strerror}") from error

@@ -5,7 +5,7 @@ One string and one write per line, because launchers mix the output of ranks.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from typing import Any, TextIO
 
 
@@ -20,9 +20,7 @@ class Terminal:
         self._out.write(text + "\n")
         self._out.flush()
 
-    def started(
-        self, run: str, facts: Mapping[str, Any], delta: float, *, private: bool, metrics: Sequence[str], public: bool
-    ) -> None:
+    def started(self, run: str, facts: Mapping[str, Any], delta: float, *, private: bool, metrics: bool, public: bool) -> None:
         """The head: who takes part, with how much noise, and what is (not) promised."""
         sites = facts["sites"]
         seconds = facts["seconds"].get("start", 0.0)
@@ -40,7 +38,7 @@ class Terminal:
         )
         self.line("trust: single trust domain: whoever owns the account that runs this can read the records of all sites")
         self.line("no book is kept across runs: earlier runs on these records are not in these epsilons; add them yourself")
-        if metrics and public:
+        if public:
             self.line("metrics are exact and leave the sites: right only for public held-out records (evaluation.records)")
         elif metrics:
             self.line("metrics: none leaves a site (evaluation.records: private)")

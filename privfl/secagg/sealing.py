@@ -12,7 +12,6 @@ from cryptography.hazmat.primitives.kdf.hkdf import HKDF
 
 from privfl.errors import ProtocolError
 
-PUBLIC_BYTES = 32
 _NONCE_BYTES = 12
 
 

@@ -16,7 +16,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any, TextIO
+from typing import Any, Literal, TextIO
 
 import numpy as np
 from numpy.typing import NDArray
@@ -104,11 +104,8 @@ class _Agent:
             while self._exit_code is None:
                 try:
                     self._turn()
-                except PrivflError as error:
-                    self._fail(str(error), error.exit_code)
                 except Exception as error:  # whatever it is, the coordinator must hear of it
-                    self._write_traceback()
-                    self._fail(f"internal error: {type(error).__name__}: {error}", EXIT_OURS)
+                    self._fail(error)
             if self._trainer is not None:
                 self._trainer.stop()
             self._send(Message.of(messages.Bye()))
@@ -130,21 +127,17 @@ class _Agent:
         try:
             setup = self._setup = prepare()
             experiment = setup.experiment
-            public = experiment.evaluation.records == "public" and bool(experiment.evaluation.metrics)
             self._state = member.State(
                 site=setup.site,
                 digest=experiment.digest(),
                 sites=experiment.sites,
                 rounds=experiment.rounds,
-                evaluate_every=experiment.evaluation.every if public else 0,
+                evaluate_every=experiment.evaluate_every,
             )
         except Exception as error:
-            ours = not isinstance(error, PrivflError)
-            if ours:
-                self._write_traceback()
             self._failed_at = time.monotonic()
-            text = f"internal error: {type(error).__name__}: {error}" if ours else str(error)
-            self._send(Message.of(messages.Hello(site=None, error=in_one_line(text), exit_code=EXIT_OURS if ours else EXIT_USER)))
+            sentence, exit_code = self._explain(error)
+            self._send(Message.of(messages.Hello(site=None, error=sentence, exit_code=exit_code)))
             return
         self._send(
             Message.of(
@@ -161,13 +154,20 @@ class _Agent:
         self._state, message = member.done(self._state, body)
         self._send(message)
 
-    def _fail(self, error: str, exit_code: int) -> None:
+    def _fail(self, error: Exception) -> None:
         """Tell the coordinator, once, and then only wait to be told to stop."""
+        sentence, exit_code = self._explain(error)
         if self._failed_at is None:
             self._failed_at = time.monotonic()
-            sentence = in_one_line(error)
-            self._send(Message.of(messages.Failed(error=sentence, exit_code=EXIT_OURS if exit_code == EXIT_OURS else EXIT_USER)))
+            self._send(Message.of(messages.Failed(error=sentence, exit_code=exit_code)))
             self._note(f"failed: {sentence}")
+
+    def _explain(self, error: Exception) -> tuple[str, Literal[1, 2]]:
+        """(one sentence, exit code); the traceback of an error of ours goes to the log."""
+        if isinstance(error, PrivflError):
+            return in_one_line(error), EXIT_OURS if error.exit_code == EXIT_OURS else EXIT_USER
+        self._write_traceback()
+        return in_one_line(f"internal error: {type(error).__name__}: {error}"), EXIT_OURS
 
     def _turn(self) -> None:
         """Wait for the coordinator or the trainer, and deal with what comes first."""

@@ -55,7 +55,6 @@ class Trainer:
     """A running trainer. ``replica`` goes to it, ``update`` comes from it."""
 
     def __init__(self, site: str, threads: int, log: TextIO, setup: dict[str, Any]) -> None:
-        self._site = site
         self._log = log.name
         self.replica = SharedVector.create()
         self.update = SharedVector.create()
