@@ -3,4 +3,21 @@
 Nothing heavy is imported here: torch, MPI, TenSEAL, dp-accounting and pydantic load only where they are used.
 """
 
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from privfl.site.secure_sum import SecureSum
+
 __version__ = "0.1.0"
+__all__ = ["SecureSum", "__version__"]
+
+_HOMES = {"SecureSum": "privfl.site.secure_sum"}
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOMES:
+        raise AttributeError(f"module 'privfl' has no attribute {name!r}")
+    return getattr(importlib.import_module(_HOMES[name]), name)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import io
 import os
+import shutil
 import subprocess
 import sys
 import sysconfig
@@ -144,6 +145,15 @@ def run_twin(
     return twin
 
 
+def without_ptrace() -> list[str]:
+    """The start of a command whose process may not read others' memory by the rights of root; skips where root cannot give them up."""
+    if os.geteuid():
+        return []
+    if shutil.which("setpriv") is None:
+        pytest.skip("setpriv is not installed (Debian: util-linux), and root may read every process")
+    return ["setpriv", "--bounding-set", "-sys_ptrace", "--inh-caps", "-sys_ptrace"]
+
+
 TASK = """
 import torch
 from torch import nn
@@ -200,5 +210,5 @@ def edit(path: Path, old: str, new: str) -> None:
     path.write_text(text.replace(old, new))
 
 
-__all__ = ["Job", "Twin", "edit", "processes", "run_cli", "run_job", "run_twin", "start_job", "train"]
+__all__ = ["Job", "Twin", "edit", "processes", "run_cli", "run_job", "run_twin", "start_job", "train", "without_ptrace"]
 assert sys.version_info >= (3, 11)

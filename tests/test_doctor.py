@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from importlib.metadata import version
 
+import click.testing
+
 from privfl import __version__
 from tests.conftest import PRIVFL, run_cli, run_job, train
 
@@ -17,7 +19,8 @@ def test_doctor_tells_what_a_run_needs():
         "MPICH",
         "mpiexec",
         "usable",
-        "CKKS sums are right",
+        "CKKS sums are exact, masks hide and cancel",
+        "ciphertexts add as words",
         "all well",
     ):
         assert part in job.out
@@ -29,23 +32,21 @@ def test_doctor_finds_a_launcher_that_does_not_fit():
     assert job.err.count("launcher and MPI library do not fit") == 1
 
 
-def test_doctor_fails_when_the_encryption_is_broken(monkeypatch, capsys):
-    import click.testing
-
+def test_doctor_fails_when_the_encryption_is_broken(monkeypatch):
     from privfl.cli import doctor
     from privfl.errors import PrivflError
-    from privfl.secagg import ckks
+    from privfl.secagg import masks
 
-    monkeypatch.setattr(ckks, "GRID", 0.5)
+    monkeypatch.setattr(masks.Masks, "apply", lambda self, integers: None)
     result = click.testing.CliRunner().invoke(doctor.command)
     assert isinstance(result.exception, PrivflError)
-    assert "encryption probe failed" in str(result.exception)
+    assert "encryption probe failed: masks hide nothing" in str(result.exception)
 
 
 def test_version_and_help():
     assert run_cli("--version").out.strip() == f"privfl, version {__version__}"
     shown = run_cli("--help").out
-    for command in ("train", "init", "doctor"):
+    for command in ("train", "init", "keys", "doctor"):
         assert command in shown
     assert "mpiexec -n 5 privfl train" in shown
     assert run_cli("trian").code == 2

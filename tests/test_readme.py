@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import re
 import subprocess
+import sys
 from pathlib import Path
 
 import pytest
 
 from privfl.cli import _COMMANDS
-from tests.conftest import MPIEXEC, PRIVFL, ROOT, Job
+from tests.conftest import MPIEXEC, PRIVFL, ROOT, Job, run_job
 
 README = (ROOT / "README.md").read_text()
 
@@ -46,13 +47,18 @@ def test_every_privfl_command_of_the_readme_runs(tmp_path: Path):
         folder = Job(0, done.stdout, "").folder if "train" in words else folder
     (snippet,) = [b for b in blocks("python") if "load_file" in b]
     snippet = re.sub(r'"runs/[^"]*"', repr(str(folder / "model.safetensors")), snippet)
-    import sys
-
     sys.path.insert(0, str(tmp_path / "mine"))
     try:
         exec(snippet, {})
     finally:
         sys.path.pop(0)
+
+
+def test_the_sum_alone_runs_as_shown(tmp_path: Path):
+    (snippet,) = [b for b in blocks("python") if "SecureSum" in b]
+    (tmp_path / "program.py").write_text(snippet + "assert total.tolist() == [3 * n for n in range(10)]\n")
+    job = run_job(3, [sys.executable, str(tmp_path / "program.py")])
+    assert job.code == 0, job.err
 
 
 def test_make_targets_exist():

@@ -14,12 +14,15 @@ from typing import Any
 import dp_accounting as dpa
 import numpy as np
 import pytest
+import scipy.stats
 import yaml
 from dp_accounting import rdp
 from safetensors.torch import load_file
 
 from privfl.config import load_experiment
 from privfl.federation.messages import Kind, decode
+from privfl.secagg.packing import unpack
+from privfl.site.setup import parameters_of
 from privfl.transport import Recorded, Recording
 from tests.conftest import Job, edit, run_twin, train
 
@@ -163,12 +166,12 @@ def _watch_vectors(monkeypatch: pytest.MonkeyPatch) -> dict[str, list[np.ndarray
 
     seen: dict[str, list[np.ndarray]] = {"update": [], "metrics": [], "mean": [], "replica": []}
     lock = threading.Lock()
-    send, average = agent._Agent._send_vector, agent.fedavg
+    open_sum, average = agent._Agent._open_sum, agent.fedavg
 
-    def watch(self: Any, vector: np.ndarray, contributors: int) -> None:
+    def watch(self: Any, *rest: Any) -> None:
         with lock:
-            seen[self._state.vector].append(vector.copy())
-        send(self, vector, contributors)
+            seen[self._state.vector].append(self._update.copy())
+        open_sum(self, *rest)
 
     def mean(replica: np.ndarray, total: np.ndarray) -> np.ndarray:
         with lock:
@@ -176,7 +179,7 @@ def _watch_vectors(monkeypatch: pytest.MonkeyPatch) -> dict[str, list[np.ndarray
             seen["replica"].append(replica)
         return average(replica, total)
 
-    monkeypatch.setattr(agent._Agent, "_send_vector", watch)
+    monkeypatch.setattr(agent._Agent, "_open_sum", watch)
     monkeypatch.setattr(agent, "fedavg", mean)
     return seen
 
@@ -189,18 +192,24 @@ def test_what_crosses_the_wire(small: Path, tmp_path: Path, monkeypatch: pytest.
     kinds = Counter(m.kind for m in received)
     # Two rounds with two sums each (update, metrics), two sites, one block.
     assert kinds[Kind.CONTRIBUTION] == 8
-    assert kinds[Kind.SEALED_KEY] == kinds[Kind.ADDING_CONTEXT] == 1
-    # Flat bytes reach the coordinator as ciphertexts, a sealed key and the key-less context; nothing else.
+    assert kinds[Kind.SEALED_KEY] == 1
+    # Flat bytes reach the coordinator as ciphertexts and a sealed key; nothing else.
     flat = {m.kind for m in received if m.body is None}
-    assert flat == {Kind.CONTRIBUTION, Kind.SEALED_KEY, Kind.ADDING_CONTEXT}
+    assert flat == {Kind.CONTRIBUTION, Kind.SEALED_KEY}
     said = {name for m in received if m.body is not None for name in type(m.body).model_fields}
     assert said <= {
-        "site", "digest", "versions", "exchange_key", "error", "exit_code", "records", "parameters", "layout", "noise_multiplier",
-        "sampling_rate", "planned_epsilon", "tag", "event", "steps", "epsilon", "metrics", "model", "log",
+        "site", "digest", "versions", "exchange_key", "identity", "signature", "error", "exit_code", "records", "parameters", "layout",
+        "noise_multiplier", "sampling_rate", "planned_epsilon", "tag", "pinned", "words_add", "event", "steps", "epsilon", "span", "metrics",
+        "model", "log",
     }  # fmt: skip
     # No update, mean or replica crosses in the clear, weighted or not, in either precision.
     crossed = b"\n".join(bytes(r.bulk) for r in wire.kept)
     assert len(seen["update"]) == 4
+    # The residues of c0 and c1 are uniform on [0, q): nothing of the integers shows, whatever else they are.
+    contributions = [np.frombuffer(m.bulk, dtype="<u8") for m in received if m.kind is Kind.CONTRIBUTION]
+    assert (
+        scipy.stats.kstest(np.concatenate(contributions) / parameters_of(load_experiment(small)).prime, "uniform").pvalue > 1e-6
+    )
     for vector in [*seen["update"], *seen["mean"], *seen["replica"][2:]]:
         for scaled in (vector, 2 * vector):
             for number in scaled:
@@ -209,14 +218,28 @@ def test_what_crosses_the_wire(small: Path, tmp_path: Path, monkeypatch: pytest.
 
 
 def test_that_search_finds_what_is_sent_in_the_clear(small: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
-    """The test above with the encryption switched off."""
-    from privfl.secagg import ckks
+    """The test above with masks and encryption switched off: the integers stand in the contributions."""
+    from privfl.secagg import ckks, masks
+    from privfl.site import agent
 
-    monkeypatch.setattr(ckks.SumKey, "encrypt", lambda self, vector, contributors: iter([vector.tobytes()]))
+    def in_the_clear(self: ckks.SumKey, integers: np.ndarray, out: np.ndarray) -> None:
+        out[:4096] = integers & np.uint64((1 << self.parameters.word_bits) - 1)
+        out[4096:] = 1
+
+    monkeypatch.setattr(ckks.SumKey, "encrypt", in_the_clear)
+    monkeypatch.setattr(masks.Masks, "apply", lambda self, integers: None)
+    refused = run_twin(small, output=tmp_path / "refused", ranks=3)
+    assert refused.codes == [2, 2, 2]
+    assert "the encryption probe failed" in refused.err, "first the self-proof must be switched off as well"
+    monkeypatch.setattr(agent, "prove", lambda: True)
     wire, seen = Wire(), _watch_vectors(monkeypatch)
     run_twin(small, output=tmp_path / "runs", ranks=3, wrap=wire.wrap)
-    crossed = b"\n".join(bytes(r.bulk) for r in wire.kept)
-    assert all(np.float64(number).tobytes() in crossed for number in seen["update"][0])
+    parameters = parameters_of(load_experiment(small))
+    received = [decode(r.head, r.bulk) for r in wire.received_by(0)]
+    words = next(np.frombuffer(m.bulk, dtype="<u8") for m in received if m.kind is Kind.CONTRIBUTION)
+    assert scipy.stats.kstest(words / parameters.prime, "uniform").pvalue < 1e-6
+    shown = unpack(words[:6], 12, parameters)
+    assert max(abs(np.corrcoef(shown, update)[0, 1]) for update in seen["update"]) > 0.999
 
 
 def test_the_decrypted_mean_is_the_plain_mean(small: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
@@ -300,39 +323,13 @@ def test_a_forgotten_charge_stops_the_run(small: Path, tmp_path: Path, monkeypat
     assert "noise was drawn 3 times for 2 charged steps" in twin.err
 
 
-def test_an_altered_sum_stops_the_run(small: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
-    """A coordinator that sends different totals to different sites: the keyed digests of the replicas show it."""
-    from privfl.site import coordinator
+def test_differing_replicas_stop_the_run(small: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    """Behind the checksum: sites that come to apply different means are found by the digests of their replicas."""
+    from privfl.site import agent
 
-    real = coordinator._Driver._release
-
-    def equivocate(self: Any, output: Any) -> None:
-        if self._state.vector != "update":
-            real(self, output)
-            return
-        # The second site gets the sum twice over: CKKS is malleable.
-        real(self, output._replace(ranks=(1,)))
-        self._adder, kept = doubled[-1], self._adder
-        real(self, output._replace(ranks=(2,)))
-        self._adder = kept
-
-    doubled: list[Any] = []
-    context: list[bytes] = []
-    fold = coordinator._Driver._perform
-
-    def perform(self: Any, output: Any) -> None:
-        fold(self, output)
-        if type(output).__name__ == "OpenSum":
-            doubled.append(coordinator.Adder(context[-1]))
-            doubled[-1].open(output.blocks)
-        if type(output).__name__ == "SetContext":
-            context.append(bytes(output.context))
-        if type(output).__name__ == "Fold":
-            doubled[-1].add(output.part, output.block)
-            doubled[-1].add(output.part, output.block)
-
-    monkeypatch.setattr(coordinator._Driver, "_release", equivocate)
-    monkeypatch.setattr(coordinator._Driver, "_perform", perform)
+    average = agent.fedavg
+    turn = iter(range(1000))
+    monkeypatch.setattr(agent, "fedavg", lambda replica, mean: average(replica, mean + 1e-3 * next(turn)))
     twin = run_twin(small, output=tmp_path / "runs", ranks=3)
     assert twin.codes == [2, 2, 2]
     assert "replicas differ after round 1" in twin.err
@@ -370,14 +367,43 @@ def test_what_is_not_trained_must_be_the_same_at_all_sites(small: Path, tmp_path
     assert "different initial parameters" in twin.err or "Opacus" in twin.err, twin.err
 
 
-def test_metrics_have_a_key_of_their_own(small: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
-    """The ciphertext of an update, handed back as the total of metrics, decrypts to nothing like the update."""
-    from privfl.site.keys import RunKeys
+@pytest.mark.parametrize("path", ["star", "reduce"])
+def test_both_paths_give_the_same_run_bit_for_bit(small: Path, tmp_path: Path, path: str):
+    """With seeded noise the model depends on the sums alone."""
+    seed = ("insecure_test_seed=3", "secure_aggregation.rounding=nearest")
+    star = run_twin(small, *seed, output=tmp_path / "star", ranks=3)
+    other = train(
+        3, small, "--output", tmp_path / "o", *(w for s in seed for w in ("--set", s)), "--set", f"secure_aggregation.path={path}"
+    )
+    assert other.code == 0, other.err
+    one, two = ((folder / "model.safetensors").read_bytes() for folder in (star.folder, other.folder))
+    assert one == two
 
-    keys = RunKeys.make()
-    again = RunKeys.from_secret_bytes(keys.secret_bytes())
-    update = np.linspace(-1, 1, 500)
-    block = next(keys.sums["update"].encrypt(update, 1))
-    assert np.allclose(again.sums["update"].decrypt(block, 500), update, atol=1e-6)
-    assert abs(np.corrcoef(again.sums["metrics"].decrypt(block, 500), update)[0, 1]) < 0.25
-    assert keys.tag("a", b"b") == again.tag("a", b"b") != keys.tag("a", b"c")
+
+def test_a_public_range_that_is_too_small_is_told_and_one_that_fits_is_used(small: Path, tmp_path: Path):
+    twin = run_twin(small, "secure_aggregation.range=0.001", output=tmp_path / "runs", ranks=3)
+    assert twin.codes == [2, 2, 2]
+    assert "beyond the public range 0.001" in twin.err
+    twin = run_twin(
+        small, "secure_aggregation={range: 50, value_bits: 28, rounding: stochastic}", output=tmp_path / "more", ranks=3
+    )
+    assert twin.codes == [0, 0, 0], twin.err
+    assert "28 bits a value, one value in a word (two do not fit: twice the bytes)" in twin.out
+    facts = json.loads((twin.folder / "summary.json").read_text())["secure_aggregation"]
+    assert (facts["values_per_integer"], facts["range"], facts["path"], facts["addition"]) == (1, 50.0, "star", "words")
+
+
+def test_ciphertexts_are_added_by_tenseal_where_words_are_not_proven_to_add(
+    small: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    from privfl.site import agent
+
+    monkeypatch.setattr(agent, "prove", lambda: False)
+    twin = run_twin(small, "insecure_test_seed=3", output=tmp_path / "evaluator", ranks=3)
+    assert twin.codes == [0, 0, 0], twin.err
+    assert "added with TenSEAL's evaluator" in twin.out
+    assert json.loads((twin.folder / "summary.json").read_text())["secure_aggregation"]["addition"] == "evaluator"
+    monkeypatch.undo()
+    words = run_twin(small, "insecure_test_seed=3", output=tmp_path / "words", ranks=3)
+    one, two = ((t.folder / "model.safetensors").read_bytes() for t in (twin, words))
+    assert one == two

@@ -16,6 +16,7 @@ from privfl.errors import EXIT_USER, PrivflError
 _COMMANDS = {
     "train": "Train one model at all sites of an experiment.",
     "init": "Write a commented starter experiment that runs as it stands.",
+    "keys": "Make a site's identity, or show its public key.",
     "doctor": "Show versions, MPI, threads, and probe the encryption.",
 }
 

@@ -87,12 +87,13 @@ def run(
 def _serve(transport: Transport, path: Path, sites: Path | None, settings: tuple[str, ...]) -> int:
     from privfl.config import check_functions, load_experiment, load_site
     from privfl.site import agent
+    from privfl.site.setup import SiteSetup, prepare_site
 
-    def prepare() -> agent.SiteSetup:
+    def prepare() -> SiteSetup:
         experiment = load_experiment(path, settings)
         site = _site_of(transport.rank, experiment)
         check_functions(experiment, path.parent)
-        return agent.prepare_site(site, experiment, path.parent, load_site(sites, site))
+        return prepare_site(site, experiment, path.parent, load_site(sites, site))
 
     return agent.serve(transport, prepare)
 
@@ -138,7 +139,9 @@ class _Leader:
 
     def __init__(self, transport: Transport, experiment: Experiment, output: Path) -> None:
         from privfl.reporting import RunFolder, Terminal
+        from privfl.site.setup import parameters_of
 
+        self._parameters = parameters_of(experiment)
         self._transport = transport
         self._experiment = experiment
         self._run = os.urandom(16)
@@ -152,25 +155,32 @@ class _Leader:
 
     def run(self) -> int:
         from privfl.federation.coordinator import Plan
-        from privfl.secagg.ckks import block_count
-        from privfl.site import agent, coordinator
+        from privfl.federation.messages import Vector
+        from privfl.site import coordinator
+        from privfl.site.setup import versions
+        from privfl.site.sums import layout_of
 
-        experiment = self._experiment
+        experiment, parameters = self._experiment, self._parameters
+
+        def blocks(vector: Vector, numbers: int) -> int:
+            return layout_of(vector, numbers, parameters).blocks
+
         plan = Plan(
             run=self._run,
             folder=str(self._folder.path),
             digest=experiment.digest(),
-            versions=agent.versions(),
+            versions=versions(),
             sites=experiment.sites,
             rounds=experiment.rounds,
             evaluate_every=experiment.evaluate_every,
             weights=experiment.weights,
-            blocks=block_count,
+            blocks=blocks,
+            path=experiment.secure_aggregation.path,
         )
         self._terminal.line(
             f"starting {len(experiment.sites)} sites ({', '.join(experiment.sites)}): torch, Opacus, keys; some seconds ..."
         )
-        return coordinator.coordinate(self._transport, plan, self._tell, sys.stderr)
+        return coordinator.coordinate(self._transport, plan, parameters, self._tell, sys.stderr)
 
     def _tell(self, what: str, facts: dict[str, Any]) -> None:
         for phase, seconds in facts["seconds"].items():
@@ -180,6 +190,7 @@ class _Leader:
                 self._folder.create(self._resolved())
             case "started":
                 self._sites = facts["sites"]
+                self._trust, self._adding = self._facts_of_aggregation(facts)
                 private, delta = self._experiment.private, self._experiment.privacy.delta
                 self._terminal.started(
                     self._run.hex(),
@@ -188,6 +199,8 @@ class _Leader:
                     private=private,
                     metrics=bool(self._experiment.evaluation.metrics),
                     public=self._experiment.evaluate_every > 0,
+                    trust=self._trust,
+                    adding=self._adding,
                 )
             case "round":
                 self._round(facts)
@@ -200,6 +213,21 @@ class _Leader:
                 sys.stderr.flush()
             case _:
                 raise InternalError(f"unknown news: {what}")
+
+    def _facts_of_aggregation(self, facts: dict[str, Any]) -> tuple[str, dict[str, Any]]:
+        from privfl.site.agreement import PINNED, SINGLE
+
+        parameters, chosen = self._parameters, self._experiment.secure_aggregation
+        return PINNED if facts["pinned"] else SINGLE, {
+            "encryption": "CKKS, one key per run, held by the sites",
+            "masks": "pairwise",
+            "value_bits": parameters.value_bits,
+            "values_per_integer": parameters.fields,
+            "range": chosen.range,
+            "rounding": chosen.rounding,
+            "path": chosen.path,
+            "addition": "words" if facts["words_add"] else "evaluator",
+        }
 
     def _resolved(self) -> str:
         import yaml
@@ -239,7 +267,8 @@ class _Leader:
         return {
             "run": self._run.hex(),
             "private": experiment.private,
-            "trust": "single trust domain",
+            "trust": self._trust,
+            "secure_aggregation": self._adding,
             "accountant": "rdp",
             "adjacency": ADJACENCY,
             "sampling": "poisson",

@@ -67,6 +67,20 @@ class Privacy(Section):
         return self
 
 
+class SecureAggregation(Section):
+    """How updates become integers and sums of ciphertexts.
+
+    ``value_bits``: bits of a value on the wire (12 to 28; by default as many as two values can share a word with). ``range``: the largest size of
+    an update's element, or ``agreed``: a power of two over the sites' maxima, agreed on between them every round. ``path``: ``star`` sends
+    contributions to rank 0, ``reduce`` lets the MPI library add them.
+    """
+
+    value_bits: Count | None = None
+    range: Positive | Literal["agreed"] = "agreed"
+    rounding: Literal["nearest", "stochastic"] = "nearest"
+    path: Literal["star", "reduce"] = "star"
+
+
 class Experiment(Section):
     """One experiment."""
 
@@ -83,6 +97,7 @@ class Experiment(Section):
     optimizer: Optimizer
     evaluation: Evaluation = Evaluation()
     privacy: Privacy
+    secure_aggregation: SecureAggregation = SecureAggregation()
     output: str = "runs"
     insecure_test_seed: int | None = None
 

@@ -56,7 +56,11 @@ def load_site(folder: Path | None, site: str) -> SiteFile:
         return SiteFile()
     path = folder / f"{site}.yaml"
     found = _validate(SiteFile, _read(path, f"the file of site {site}"), str(path))
-    near = {name: str((folder / value).resolve()) for name in ("output", "log") if (value := getattr(found, name)) is not None}
+    near = {
+        name: str((folder / value).resolve())
+        for name in ("output", "log", "identity")
+        if (value := getattr(found, name)) is not None
+    }
     return found.model_copy(update=near)
 
 

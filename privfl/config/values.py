@@ -41,6 +41,12 @@ def _device(value: str) -> str:
     return value
 
 
+def _public_key(value: str) -> str:
+    if not re.fullmatch(r"ed25519:[A-Za-z0-9_-]{43}", value):
+        raise ValueError(f"must be 'ed25519:' and 43 characters, as `privfl keys show` prints it, got {value!r}")
+    return value
+
+
 class Section(BaseModel):
     """A mapping with known keys only."""
 
@@ -60,3 +66,4 @@ SiteName = Annotated[str, AfterValidator(_site_name)]
 FunctionName = Annotated[str, AfterValidator(_function)]
 MetricName = Annotated[str, AfterValidator(_metric_name)]
 Device = Annotated[str, AfterValidator(_device)]
+PublicKey = Annotated[str, AfterValidator(_public_key)]

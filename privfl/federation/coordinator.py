@@ -14,6 +14,7 @@ from typing import Any, Literal, NamedTuple
 
 from privfl.errors import PrivflError, ProtocolError
 from privfl.federation.messages import (
+    Agreed,
     Applied,
     Begin,
     Body,
@@ -27,6 +28,7 @@ from privfl.federation.messages import (
     Message,
     Prepared,
     Round,
+    Signed,
     Sum,
     Trained,
     Vector,
@@ -40,6 +42,7 @@ class Phase(enum.Enum):
     """What the coordinator waits for."""
 
     GREETING = "greeting"
+    SIGNING = "signing"
     PREPARING = "preparing"
     TRAINING = "training"
     SUMMING = "summing"
@@ -51,7 +54,11 @@ class Phase(enum.Enum):
 
 @dataclass(frozen=True)
 class Plan:
-    """What does not change during a run. ``blocks`` gives the number of blocks of a vector of so many values."""
+    """What does not change during a run.
+
+    ``blocks`` gives the number of blocks of a vector of so many numbers; ``path`` whether contributions come as messages ('star') or the
+    transport adds them ('reduce'), of which each site then only says that it has handed over its part.
+    """
 
     run: bytes
     folder: str
@@ -61,7 +68,8 @@ class Plan:
     rounds: int
     evaluate_every: int
     weights: Literal["uniform", "records"]
-    blocks: Callable[[int], int]
+    blocks: Callable[[Vector, int], int]
+    path: Literal["star", "reduce"] = "star"
 
 
 @dataclass(frozen=True)
@@ -75,7 +83,7 @@ class State:
     hellos: Mapping[int, Hello] = field(default_factory=dict)
     prepared: Mapping[int, Prepared] = field(default_factory=dict)
     begin: Begin | None = None
-    has_context: bool = False
+    signed: Mapping[int, Signed] = field(default_factory=dict)
     parts_in: Mapping[int, int] = field(default_factory=dict)
     answers: Mapping[int, Body] = field(default_factory=dict)
     trained: Mapping[int, Trained] = field(default_factory=dict)
@@ -93,16 +101,17 @@ class Send(NamedTuple):
     message: Message
 
 
-class SetContext(NamedTuple):
-    """Make the adder of this run from this context."""
+class SetAdder(NamedTuple):
+    """Make the adder of this run: of words, or of ciphertexts where the sites have not proven that words add up."""
 
-    context: bytes | memoryview
+    words_add: bool
 
 
 class OpenSum(NamedTuple):
-    """Start a new sum of contributions of so many blocks."""
+    """Start a new sum of contributions of ``vector``, which has so many numbers."""
 
-    blocks: int
+    vector: Vector
+    numbers: int
 
 
 class Fold(NamedTuple):
@@ -133,7 +142,7 @@ class Tell(NamedTuple):
     facts: dict[str, Any]
 
 
-Output = Send | SetContext | OpenSum | Fold | Release | Dismiss | Tell
+Output = Send | SetAdder | OpenSum | Fold | Release | Dismiss | Tell
 Result = tuple[State, tuple[Output, ...]]
 
 
@@ -157,8 +166,8 @@ def step(plan: Plan, state: State, rank: int, message: Message) -> Result:
         return state, ()
     if (message.round, message.attempt) > (state.round, state.attempt):
         raise ProtocolError(f"site {state.site(rank)} sent a {message.kind.name} message for a round that is not open")
-    if message.kind is Kind.ADDING_CONTEXT:
-        return _take_context(state, rank, message)
+    if isinstance(body, Signed):
+        return _take_signature(plan, state, rank, body)
     if message.kind is Kind.SEALED_KEY:
         return _relay_key(plan, state, rank, message)
     if isinstance(body, Prepared):
@@ -220,10 +229,11 @@ def _greet(plan: Plan, state: State, rank: int, hello: Hello) -> Result:
     if len(state.hellos) < len(plan.sites):
         return state, ()
     members = tuple(
-        Member(site=site, exchange_key=next(h.exchange_key for h in state.hellos.values() if h.site == site))
+        Member(site=site, rank=rank, exchange_key=state.hellos[rank].exchange_key, identity=state.hellos[rank].identity)
         for site in plan.sites
+        for rank in [_rank_of(state, site)]
     )
-    state = replace(state, phase=Phase.PREPARING)
+    state = replace(state, phase=Phase.SIGNING)
     welcome = Welcome(run=plan.run.hex(), folder=plan.folder, digest=plan.digest, members=members)
     return state, (Tell("greeted", {}), *_to_all(plan, state, welcome))
 
@@ -236,11 +246,16 @@ def _rank_of(state: State, site: str) -> int:
     return next(rank for rank, hello in state.hellos.items() if hello.site == site)
 
 
-def _take_context(state: State, rank: int, message: Message) -> Result:
-    _expect(state, rank, Phase.PREPARING, "the context for adding")
-    if state.has_context:
-        raise ProtocolError(f"site {state.site(rank)} sent a second context for adding")
-    return replace(state, has_context=True), (SetContext(message.bulk),)
+def _take_signature(plan: Plan, state: State, rank: int, body: Signed) -> Result:
+    _expect(state, rank, Phase.SIGNING, "a signature")
+    if rank in state.signed:
+        raise ProtocolError(f"site {state.site(rank)} signed twice")
+    state = replace(state, signed={**state.signed, rank: body})
+    if len(state.signed) < len(plan.sites):
+        return state, ()
+    state = replace(state, phase=Phase.PREPARING)
+    agreed = Agreed(signatures={state.site(r): signed.signature for r, signed in state.signed.items()})
+    return state, _to_all(plan, state, agreed)
 
 
 def _relay_key(plan: Plan, state: State, rank: int, message: Message) -> Result:
@@ -257,8 +272,6 @@ def _prepare(plan: Plan, state: State, rank: int, body: Prepared) -> Result:
     state = replace(state, prepared={**state.prepared, rank: body})
     if len(state.prepared) < len(plan.sites):
         return state, ()
-    if not state.has_context:
-        raise ProtocolError("all sites are prepared, but none sent the context for adding")
     everybody = list(state.prepared.values())
     if len({p.parameters for p in everybody}) > 1:
         counts = ", ".join(f"{state.site(r)} {p.parameters}" for r, p in sorted(state.prepared.items()))
@@ -292,10 +305,11 @@ def _prepare(plan: Plan, state: State, rank: int, body: Prepared) -> Result:
         for site in plan.sites
         for p in [state.prepared[_rank_of(state, site)]]
     }
-    started = Tell("started", {"parameters": begin.parameters, "sites": sites})
+    words_add, pinned = all(p.words_add for p in everybody), all(p.pinned for p in everybody)
+    started = Tell("started", {"parameters": begin.parameters, "sites": sites, "words_add": words_add, "pinned": pinned})
     opening = _to_all(plan, state, begin)
     state, outputs = _open_round(plan, replace(state, begin=begin))
-    return state, (started, *opening, *outputs)
+    return state, (started, SetAdder(words_add), *opening, *outputs)
 
 
 def _open_round(plan: Plan, state: State) -> Result:
@@ -312,12 +326,14 @@ def _open_sum(plan: Plan, state: State, vector: Vector) -> Result:
         answers={},
         parts_in=dict.fromkeys(_ranks(plan), 0),
     )
-    members = tuple(sorted((state.site(rank) for rank in _ranks(plan)), key=plan.sites.index))
-    return state, (OpenSum(_blocks(plan, state)), *_to_all(plan, state, Sum(vector=vector, members=members)))
+    spans = {state.site(rank): body.span for rank, body in state.trained.items()} if vector == "update" else {}
+    # Told first and opened then: where the transport adds, opening may wait until the members take part.
+    told = _to_all(plan, state, Sum(vector=vector, members=plan.sites, spans=spans))
+    return state, (*told, OpenSum(vector, vector_length(_begun(state), vector)))
 
 
 def _blocks(plan: Plan, state: State) -> int:
-    return plan.blocks(vector_length(_begun(state), state.vector))
+    return plan.blocks(state.vector, vector_length(_begun(state), state.vector))
 
 
 def _begun(state: State) -> Begin:
@@ -329,17 +345,19 @@ def _begun(state: State) -> Begin:
 def _contribute(plan: Plan, state: State, rank: int, message: Message) -> Result:
     _expect(state, rank, Phase.SUMMING, "a contribution")
     blocks = _blocks(plan, state)
-    if message.parts != blocks or message.part != state.parts_in[rank]:
+    expected = blocks if plan.path == "star" else 1
+    if message.parts != expected or message.part != state.parts_in[rank]:
         raise ProtocolError(
-            f"site {state.site(rank)} sent part {message.part} of {message.parts} of a contribution, expected part {state.parts_in[rank]} of {blocks}"
+            f"site {state.site(rank)} sent part {message.part} of {message.parts} of a contribution, "
+            f"expected part {state.parts_in[rank]} of {expected}"
         )
     state = replace(state, parts_in={**state.parts_in, rank: message.part + 1})
-    fold = Fold(message.part, message.bulk)
-    if any(parts < blocks for parts in state.parts_in.values()):
-        return state, (fold,)
+    fold = (Fold(message.part, message.bulk),) if plan.path == "star" else ()
+    if any(parts < expected for parts in state.parts_in.values()):
+        return state, fold
     state = replace(state, phase=Phase.APPLYING if state.vector == "update" else Phase.MEASURING)
     head = Message(Kind.TOTAL, plan.run, state.round, state.attempt)
-    return state, (fold, Release(tuple(_ranks(plan)), head, blocks))
+    return state, (*fold, Release(tuple(_ranks(plan)), head, blocks))
 
 
 _ANSWERS: dict[Phase, type[Body]] = {

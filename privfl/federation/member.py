@@ -13,6 +13,7 @@ from typing import NamedTuple
 from privfl.errors import ProtocolError
 from privfl.federation.messages import (
     NO_RUN,
+    Agreed,
     Applied,
     Begin,
     Body,
@@ -23,6 +24,7 @@ from privfl.federation.messages import (
     Message,
     Prepared,
     Round,
+    Signed,
     Sum,
     Trained,
     Vector,
@@ -35,6 +37,8 @@ class Phase(enum.Enum):
     """What the site is doing."""
 
     GREETED = "greeted"
+    SIGNING = "signing"
+    SIGNED = "signed"
     PREPARING = "preparing"
     IDLE = "idle"
     TRAINING = "training"
@@ -66,9 +70,15 @@ class State:
 
 
 class Prepare(NamedTuple):
-    """Start the trainer; ``make_key`` tells whether this site makes the shared key."""
+    """Check the members, sign, and start the trainer."""
 
     welcome: Welcome
+
+
+class Verify(NamedTuple):
+    """Check all signatures; ``make_key`` tells whether this site then makes the shared keys."""
+
+    signatures: dict[str, str]
     make_key: bool
 
 
@@ -89,10 +99,10 @@ class Train(NamedTuple):
 
 
 class Contribute(NamedTuple):
-    """Encrypt this vector for a sum of ``contributors`` and send it."""
+    """Encrypt this vector for the sum of the members and send it; ``spans``: what they need to agree on its range."""
 
     vector: Vector
-    contributors: int
+    spans: dict[str, str]
 
 
 class Collect(NamedTuple):
@@ -112,7 +122,7 @@ class Write(NamedTuple):
     """Write the model."""
 
 
-Action = Prepare | Unseal | Start | Train | Contribute | Collect | Combine | Write
+Action = Prepare | Verify | Unseal | Start | Train | Contribute | Collect | Combine | Write
 
 
 def step(state: State, message: Message, blocks_of: dict[Vector, int]) -> tuple[State, tuple[Action, ...]]:
@@ -128,6 +138,8 @@ def step(state: State, message: Message, blocks_of: dict[Vector, int]) -> tuple[
         return _welcome(state, body)
     if message.run != state.run:
         raise ProtocolError(f"the coordinator sent a {message.kind.name} message for another run")
+    if isinstance(body, Agreed):
+        return _agreed(state, message, body)
     if message.kind is Kind.SEALED_KEY:
         return _take_key(state, message)
     if isinstance(body, Begin):
@@ -157,6 +169,7 @@ def step(state: State, message: Message, blocks_of: dict[Vector, int]) -> tuple[
 def done(state: State, body: Body) -> tuple[State, Message]:
     """The state after this site's own work produced ``body``, and the message that says so."""
     transitions: dict[type[Body], tuple[Phase, Phase]] = {
+        Signed: (Phase.SIGNING, Phase.SIGNED),
         Prepared: (Phase.PREPARING, Phase.IDLE),
         Trained: (Phase.TRAINING, Phase.TRAINED),
         Applied: (Phase.WORKING, Phase.IDLE),
@@ -198,9 +211,13 @@ def _welcome(state: State, welcome: Welcome) -> tuple[State, tuple[Action, ...]]
         raise ProtocolError("the coordinator's welcome names no valid run") from error
     if len(run) != len(NO_RUN) or run == NO_RUN:
         raise ProtocolError("the coordinator's welcome names no valid run")
-    make_key = names[0] == state.site
-    state = replace(state, phase=Phase.PREPARING, run=run, has_key=make_key)
-    return state, (Prepare(welcome, make_key),)
+    return replace(state, phase=Phase.SIGNING, run=run), (Prepare(welcome),)
+
+
+def _agreed(state: State, message: Message, body: Agreed) -> tuple[State, tuple[Action, ...]]:
+    _expect(state, message, Phase.SIGNED)
+    make_key = state.sites[0] == state.site
+    return replace(state, phase=Phase.PREPARING, has_key=make_key), (Verify(body.signatures, make_key),)
 
 
 def _take_key(state: State, message: Message) -> tuple[State, tuple[Action, ...]]:
@@ -228,9 +245,11 @@ def _open_sum(state: State, message: Message, body: Sum) -> tuple[State, tuple[A
             )
     if body.members != state.sites:
         raise ProtocolError("the coordinator opened a sum for other members than this run's sites")
+    if body.spans and tuple(sorted(body.spans)) != tuple(sorted(state.sites)):
+        raise ProtocolError("the coordinator relays ranges of other sites than this run's members")
     measured = state.round if body.vector == "metrics" else state.measured
     state = replace(state, phase=Phase.CONTRIBUTING, attempt=message.attempt, vector=body.vector, measured=measured, parts_in=0)
-    return state, (Contribute(body.vector, len(body.members)),)
+    return state, (Contribute(body.vector, body.spans),)
 
 
 def _take_total(state: State, message: Message, blocks_of: dict[Vector, int]) -> tuple[State, tuple[Action, ...]]:

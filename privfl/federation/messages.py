@@ -39,15 +39,18 @@ class Hello(Body):
     digest: str = ""
     versions: dict[str, str] = {}
     exchange_key: str = ""
+    identity: str = ""
     error: str | None = None
     exit_code: int = 0
 
 
 class Member(Body):
-    """One site as the coordinator presents it to the others."""
+    """One site as the coordinator presents it to the others: its rank, and the public keys it greeted with."""
 
     site: str
+    rank: int = Field(ge=0)
     exchange_key: str
+    identity: str
 
 
 class Welcome(Body):
@@ -59,10 +62,23 @@ class Welcome(Body):
     members: tuple[Member, ...]
 
 
+class Signed(Body):
+    """Site to coordinator: my signature under what the members of this run must agree on, above all their public keys."""
+
+    signature: str
+
+
+class Agreed(Body):
+    """Coordinator to sites: all signatures. Only when they have been checked a key is used."""
+
+    signatures: dict[str, str]
+
+
 class Prepared(Body):
     """Site to coordinator: the trainer is up and the model made; public facts only.
 
-    ``tag`` is the keyed digest of the replica; ``layout`` the number of ratios in each metric (empty: no held-out records).
+    ``tag`` is the keyed digest of the replica; ``layout`` the number of ratios in each metric (empty: no held-out records); ``pinned`` whether
+    this site has pinned the identities of all others; ``words_add`` whether its self-proof allows to add ciphertexts as words.
     """
 
     records: int = Field(ge=1)
@@ -72,6 +88,8 @@ class Prepared(Body):
     sampling_rate: float
     planned_epsilon: float
     tag: str
+    pinned: bool
+    words_add: bool
 
 
 class Begin(Body):
@@ -101,18 +119,23 @@ class Round(Body):
 
 
 class Trained(Body):
-    """Site to coordinator: local steps are done and charged; ready for the sum."""
+    """Site to coordinator: local steps are done and charged; ready for the sum.
+
+    ``span`` is what the sites need to agree on the range of their updates, sealed between them; empty if the range is fixed.
+    """
 
     event: dict[str, Any]
     steps: int
     epsilon: float
+    span: str = ""
 
 
 class Sum(Body):
-    """Coordinator to sites: contribute ``vector`` to the sum of exactly these members."""
+    """Coordinator to sites: contribute ``vector`` to the sum of exactly these members, whose ``spans`` are relayed."""
 
     vector: Vector
     members: tuple[str, ...]
+    spans: dict[str, str]
 
 
 class Applied(Body):
@@ -155,32 +178,42 @@ class Bye(Body):
     """Site to coordinator: the trainer is gone, this was my last message."""
 
 
+class Ready(Body):
+    """Rank to rank 0, in a sum on its own (``SecureSum``): my vector has so many values and fits."""
+
+    values: int = Field(ge=0)
+
+
 class Kind(enum.IntEnum):
     """What a message is. Kinds without a body carry flat bytes."""
 
     HELLO = 1
     WELCOME = 2
-    ADDING_CONTEXT = 3
-    SEALED_KEY = 4
-    PREPARED = 5
-    BEGIN = 6
-    ROUND = 7
-    TRAINED = 8
-    SUM = 9
-    CONTRIBUTION = 10
-    TOTAL = 11
-    APPLIED = 12
-    MEASURED = 13
-    FINISH = 14
-    FINISHED = 15
-    FAILED = 16
-    STOP = 17
-    BYE = 18
+    SIGNED = 3
+    AGREED = 4
+    SEALED_KEY = 5
+    PREPARED = 6
+    BEGIN = 7
+    ROUND = 8
+    TRAINED = 9
+    SUM = 10
+    CONTRIBUTION = 11
+    TOTAL = 12
+    APPLIED = 13
+    MEASURED = 14
+    FINISH = 15
+    FINISHED = 16
+    FAILED = 17
+    STOP = 18
+    BYE = 19
+    READY = 20
 
 
 _BODIES: dict[Kind, type[Body]] = {
     Kind.HELLO: Hello,
     Kind.WELCOME: Welcome,
+    Kind.SIGNED: Signed,
+    Kind.AGREED: Agreed,
     Kind.PREPARED: Prepared,
     Kind.BEGIN: Begin,
     Kind.ROUND: Round,
@@ -193,6 +226,7 @@ _BODIES: dict[Kind, type[Body]] = {
     Kind.FAILED: Failed,
     Kind.STOP: Stop,
     Kind.BYE: Bye,
+    Kind.READY: Ready,
 }
 _KINDS = {body: kind for kind, body in _BODIES.items()}
 

@@ -20,7 +20,18 @@ class Terminal:
         self._out.write(text + "\n")
         self._out.flush()
 
-    def started(self, run: str, facts: Mapping[str, Any], delta: float, *, private: bool, metrics: bool, public: bool) -> None:
+    def started(
+        self,
+        run: str,
+        facts: Mapping[str, Any],
+        delta: float,
+        *,
+        private: bool,
+        metrics: bool,
+        public: bool,
+        trust: str,
+        adding: Mapping[str, Any],
+    ) -> None:
         """The head: who takes part, with how much noise, and what is (not) promised."""
         sites = facts["sites"]
         seconds = facts["seconds"].get("start", 0.0)
@@ -36,7 +47,21 @@ class Terminal:
         self.line(
             f"epsilon protects one record (not a person with several) at delta {delta:g}; every site adds all of its noise itself"
         )
-        self.line("trust: single trust domain: whoever owns the account that runs this can read the records of all sites")
+        several = adding["values_per_integer"] == 2
+        self.line(
+            f"updates leave a site masked and encrypted: {adding['value_bits']} bits a value, {'two values' if several else 'one value'} in a word"
+            + ("" if several else " (two do not fit: twice the bytes)")
+        )
+        if adding["addition"] == "evaluator":
+            self.line(
+                "ciphertexts are added with TenSEAL's evaluator, slowly: this TenSEAL is not proven to let their words be added"
+            )
+        if facts["pinned"]:
+            self.line(
+                f"trust: {trust}: every site knows the keys of all others; it holds between sites that run under accounts of their own"
+            )
+        else:
+            self.line(f"trust: {trust}: whoever owns the account that runs this can read the records of all sites")
         self.line("no book is kept across runs: earlier runs on these records are not in these epsilons; add them yourself")
         if public:
             self.line("metrics are exact and leave the sites: right only for public held-out records (evaluation.records)")

@@ -1,13 +1,45 @@
-"""Encrypted sums of flat vectors: CKKS and the sealing of its key. Knows nothing of learning or of transports.
+"""Integers to ciphertext words and back: quantiser, packing, masks, CKKS, checksum, keys. Knows nothing of learning or of transports.
 
-The interface the rest of privfl uses is small on purpose:
+The stages stand in this order (why: docs/secure-aggregation.md), each in a module of its own:
 
-* a key holder makes a :class:`SumKey`, encrypts a vector to blocks and decrypts summed blocks;
-* whoever only adds holds an :class:`Adder`, made from :meth:`SumKey.adding_context`, which contains no secret;
-* :class:`SealingKey` carries a secret from one site to another past a relay.
+1. ``quantise``: numbers to integers on a public grid
+2. ``packing``: two values in one integer
+3. ``masks``: pairwise masks modulo 2^P
+4. ``ckks``: encryption, exact
+5. ``adding``: sums of words, by whoever holds no key
+6. ``ckks`` again, ``packing``, ``checksum``: decrypt, unpack, check
+
+``codec`` joins them for a member, ``parameters`` derives what all must agree on.
 """
 
-from privfl.secagg.ckks import Adder, SumKey
-from privfl.secagg.sealing import SealingKey
+from privfl.secagg.adding import Adder, EvaluatorAdder, WordAdder
+from privfl.secagg.checksum import Checksum
+from privfl.secagg.ckks import SumKey
+from privfl.secagg.codec import Decryption, MismatchError, encrypt
+from privfl.secagg.exchange import ExchangeKey
+from privfl.secagg.identity import Identity
+from privfl.secagg.layout import Layout
+from privfl.secagg.masks import Masks, Pairs
+from privfl.secagg.parameters import Parameters, derive, usual_value_bits
+from privfl.secagg.quantise import Exact, Grid
 
-__all__ = ["Adder", "SealingKey", "SumKey"]
+__all__ = [
+    "Adder",
+    "Checksum",
+    "Decryption",
+    "EvaluatorAdder",
+    "Exact",
+    "ExchangeKey",
+    "Grid",
+    "Identity",
+    "Layout",
+    "Masks",
+    "MismatchError",
+    "Pairs",
+    "Parameters",
+    "SumKey",
+    "WordAdder",
+    "derive",
+    "encrypt",
+    "usual_value_bits",
+]

@@ -1,188 +1,183 @@
-"""Add-only CKKS over one flat vector, through TenSEAL.
+"""Stages 4 and 6: CKKS through TenSEAL's SEAL layer, with integers in the coefficients, exact with certainty.
 
-Parameters: N = 4096 with primes of 60 and 49 bits (109 bits together, 128-bit security), symmetric keys, scale 2^36. Data live
-modulo the first prime, so a sum may reach 2^22 per element; nothing is multiplied, so there are no relinearisation keys, and the
-context is made once and not sent with every layer. The error of a sum of n vectors is about 2e-9 * sqrt(n) per element.
+An encryption of zero is taken out of NTT form and Delta times the integer is added to each coefficient of c0. The error that SEAL adds is
+at most 21 per coefficient and ciphertext, so after decryption rounding to multiples of Delta gives the integer sum; no floating point
+and no Fourier transform takes part. N = 4096 with one prime of 54 to 60 bits (128-bit security allows 109), symmetric.
 """
 
 from __future__ import annotations
 
-import struct
-from collections.abc import Iterator
+import functools
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-from privfl.errors import InternalError, PrivflError, ProtocolError
+from privfl.errors import InternalError, ProtocolError
+from privfl.secagg.parameters import CIPHERTEXT_WORDS, DEGREE, Parameters
+from privfl.secagg.serial import body_of, load_body
 
-_DEGREE = 4096
-_PRIME_BITS = [60, 49]
-_SCALE = 2.0**36
-# |sum| * scale must stay below half of the 60-bit prime; one more bit is kept in reserve for the canonical embedding.
-LARGEST_SUM = 2.0**22
-# A decrypted sum is rounded to this grid: far below the 1e-6 that matters, far above the error of CKKS, so that what leaves
-# the key holder does not carry the encryption error (Li and Micciancio 2021) and every site gets the same numbers.
-GRID = 2.0**-24
-
-_SLOTS = _DEGREE // 2
-_CIPHERTEXTS_PER_BLOCK = 32
-BLOCK_VALUES = _SLOTS * _CIPHERTEXTS_PER_BLOCK
-_LENGTH = struct.Struct("<I")
+_WORD_BYTES = 8 * CIPHERTEXT_WORDS
+_HALF_BYTES = 8 * DEGREE
+# SEAL's serialised description of a generator: header, kind, 64 bytes of seed.
+SEED_BYTES = 81
+SEEDED_BYTES = _HALF_BYTES + SEED_BYTES
 
 
-def block_count(values: int) -> int:
-    """How many blocks a vector of ``values`` elements is encrypted to."""
-    return -(-values // BLOCK_VALUES)
+@functools.cache
+def _sealapi() -> Any:
+    from tenseal import sealapi
+
+    return sealapi
 
 
-def _tenseal() -> Any:
-    import tenseal
+class Ring:
+    """SEAL's context for one prime, and what ciphertexts of it look like. It holds no key."""
 
-    return tenseal
+    def __init__(self, prime: int) -> None:
+        seal = _sealapi()
+        parameters = seal.EncryptionParameters(seal.SCHEME_TYPE.CKKS)
+        parameters.set_poly_modulus_degree(DEGREE)
+        parameters.set_coeff_modulus(seal.CoeffModulus.Create(DEGREE, [prime.bit_length()]))
+        if parameters.coeff_modulus()[0].value() != prime:
+            raise InternalError("TenSEAL chooses another prime than the parameters were derived for")
+        self.context = seal.SEALContext(parameters, True, seal.SEC_LEVEL_TYPE.TC128)
+        if not self.context.parameters_set():
+            raise InternalError("TenSEAL refuses the encryption parameters")
+        self.prime = prime
+        self.evaluator = seal.Evaluator(self.context)
 
+    def ciphertext(self, front: bytes, words: NDArray[np.uint64]) -> Any:
+        """A ciphertext with these words; ``front``: what comes before the words in the body of one of the same form."""
+        return load_body(_sealapi().Ciphertext(), self.context, front + words.tobytes())
 
-def _pack(ciphertexts: list[bytes]) -> bytes:
-    return b"".join(part for ciphertext in ciphertexts for part in (_LENGTH.pack(len(ciphertext)), ciphertext))
+    def words(self, ciphertext: Any) -> NDArray[np.uint64]:
+        """The words of a ciphertext: c0, then c1; shape (CIPHERTEXT_WORDS,)."""
+        words = np.empty(CIPHERTEXT_WORDS, dtype="<u8")
+        self.copy_words(ciphertext, words)
+        return words
 
+    def copy_words(self, ciphertext: Any, out: NDArray[np.uint64]) -> None:
+        """Put the words of a ciphertext into ``out``."""
+        # As bytes, because in the body they do not stand at a multiple of 8.
+        out.view(np.uint8)[:] = np.frombuffer(body_of(ciphertext), dtype=np.uint8)[-_WORD_BYTES:]
 
-def _unpack(block: bytes | memoryview) -> list[bytes]:
-    view, start, ciphertexts = memoryview(block), 0, []
-    while start < len(view):
-        if start + _LENGTH.size > len(view):
-            raise ProtocolError("a block of ciphertexts ends in the middle of a length")
-        (length,) = _LENGTH.unpack_from(view, start)
-        start += _LENGTH.size
-        if start + length > len(view):
-            raise ProtocolError("a block of ciphertexts ends in the middle of a ciphertext")
-        ciphertexts.append(bytes(view[start : start + length]))
-        start += length
-    return ciphertexts
+    def expand(self, seeded: bytes, front: bytes) -> NDArray[np.uint64]:
+        """The words behind a seeded ciphertext; ``front`` as :attr:`SumKey.seeded_front`; shape (CIPHERTEXT_WORDS,).
 
+        Raises:
+            ProtocolError: it is none.
+        """
+        if len(seeded) != SEEDED_BYTES:
+            raise ProtocolError(f"a seeded ciphertext has {len(seeded)} bytes, expected {SEEDED_BYTES}")
+        # SEAL makes c1 in NTT form; the zeros in the place of c0 are the same in both forms.
+        body = front + bytes(_HALF_BYTES) + seeded[_HALF_BYTES:]
+        carrier = load_body(_sealapi().Ciphertext(), self.context, body)
+        self.evaluator.transform_from_ntt_inplace(carrier)
+        words = self.words(carrier)
+        words[:DEGREE] = np.frombuffer(seeded[:_HALF_BYTES], dtype="<u8")
+        return words
 
-def _parse(context: Any, ciphertext: bytes) -> Any:
-    try:
-        vector = _tenseal().ckks_vector_from(context, ciphertext)
-    except Exception as error:  # TenSEAL raises whatever protobuf or SEAL raise
-        raise ProtocolError("a ciphertext does not parse: it was altered, or made with other parameters") from error
-    if vector.size() > _SLOTS:
-        raise ProtocolError("a ciphertext holds more values than its parameters allow")
-    return vector
+    def front(self, ciphertext: Any) -> bytes:
+        """What stands before the words; the same for all ciphertexts of one form."""
+        return body_of(ciphertext)[:-_WORD_BYTES]
 
 
 class SumKey:
-    """The secret key shared by the sites of one run: encrypts contributions, decrypts their sum. In memory only."""
+    """The secret key shared by the members of one run: encrypts integers, decrypts their sum. In memory only."""
 
-    def __init__(self, *, _context: Any = None) -> None:
-        if _context is None:
-            tenseal = _tenseal()
-            _context = tenseal.context(
-                tenseal.SCHEME_TYPE.CKKS,
-                _DEGREE,
-                coeff_mod_bit_sizes=_PRIME_BITS,
-                encryption_type=tenseal.ENCRYPTION_TYPE.SYMMETRIC,
-            )
-            _context.global_scale = _SCALE
-        self._context = _context
+    def __init__(self, parameters: Parameters, secret: bytes | None = None) -> None:
+        seal, self.parameters = _sealapi(), parameters
+        self.ring = Ring(parameters.prime)
+        context = self.ring.context
+        key = seal.KeyGenerator(context).secret_key() if secret is None else load_body(seal.SecretKey(), context, secret)
+        self._key = key
+        self._encryptor = seal.Encryptor(context, key)
+        self._decryptor = seal.Decryptor(context, key)
+        zero = self._zero = seal.Ciphertext()
+        self._encryptor.encrypt_zero_symmetric(zero)
+        # c0 is zero; SEAL refuses a ciphertext whose c1 is zero too.
+        empty = np.repeat(np.array([0, 1], dtype="<u8"), DEGREE)
+        self._carrier = self.ring.ciphertext(self.ring.front(zero), empty)
+        self.ring.evaluator.transform_from_ntt_inplace(zero)
+        self.front = self.ring.front(zero)
+        self._room = np.empty(DEGREE, dtype=np.uint64)
+        self.seeded_front = body_of(self._encryptor.encrypt_zero_symmetric())[:-SEEDED_BYTES]
 
     def secret_bytes(self) -> bytes:
         """The key as bytes, to be sealed to another site and to go nowhere else."""
-        return bytes(
-            self._context.serialize(save_public_key=False, save_secret_key=True, save_galois_keys=False, save_relin_keys=False)
-        )
+        return body_of(self._key)
 
-    @classmethod
-    def from_secret_bytes(cls, secret: bytes) -> SumKey:
-        """The key that :meth:`secret_bytes` gave.
-
-        Raises:
-            ProtocolError: the bytes hold no secret key of these parameters.
-        """
-        try:
-            context = _tenseal().context_from(secret)
-        except Exception as error:  # TenSEAL raises whatever protobuf or SEAL raise
-            raise ProtocolError("the shared key does not parse") from error
-        if not context.is_private() or context.global_scale != _SCALE:
-            raise ProtocolError("the shared key holds no secret key for the expected parameters")
-        return cls(_context=context)
-
-    def adding_context(self) -> bytes:
-        """What a party needs in order to add ciphertexts: the parameters, without any key."""
-        return bytes(
-            self._context.serialize(save_public_key=False, save_secret_key=False, save_galois_keys=False, save_relin_keys=False)
-        )
-
-    def encrypt(self, vector: NDArray[np.float64], contributors: int) -> Iterator[bytes]:
-        """Encrypt one contribution, block by block.
+    def encrypt(self, integers: NDArray[np.uint64], out: NDArray[np.uint64]) -> None:
+        """Encrypt integers modulo 2^P, whatever stands above their lowest P bits.
 
         Args:
-            vector: shape (d,), finite, each element at most ``LARGEST_SUM / contributors`` in size.
-            contributors: how many such vectors will be added.
+            integers: shape (DEGREE,).
+            out: where the words go: c0, then c1; shape (CIPHERTEXT_WORDS,).
+        """
+        self._encryptor.encrypt_zero_symmetric(self._zero)
+        self.ring.evaluator.transform_from_ntt_inplace(self._zero)
+        self.ring.copy_words(self._zero, out)
+        self._embed(integers, out[:DEGREE])
 
-        Yields:
-            ``block_count(d)`` blocks.
+    def encrypt_seeded(self, integers: NDArray[np.uint64]) -> bytes:
+        """Encrypt as :meth:`encrypt`, in half the size: c0, and instead of c1 the seed that makes it (:meth:`Ring.expand`)."""
+        body = body_of(self._encryptor.encrypt_zero_symmetric())
+        whole = load_body(_sealapi().Ciphertext(), self.ring.context, body)
+        self.ring.evaluator.transform_from_ntt_inplace(whole)
+        c0 = self.ring.words(whole)[:DEGREE]
+        self._embed(integers, c0)
+        return c0.tobytes() + body[-SEED_BYTES:]
+
+    def _embed(self, integers: NDArray[np.uint64], c0: NDArray[np.uint64]) -> None:
+        """c0 + Delta * r modulo q in place, r being the centred integers."""
+        p, room = self.parameters, self._room
+        prime, half, k = np.uint64(p.prime), np.uint64(1 << (p.word_bits - 1)), np.uint64(p.delta_bits)
+        # Delta * (r + 2^(P-1)) is not negative; what it is too much is taken from q, which is added so that nothing falls below zero.
+        np.add(integers, half, out=room)
+        np.bitwise_and(room, (half << np.uint64(1)) - np.uint64(1), out=room)
+        np.left_shift(room, k, out=room)
+        room += prime - (half << k)
+        c0 += room
+        # |Delta * r| < q / 4, so the sum is below 9 q / 4 < 2^62; the unsigned minimum takes q away twice where it can be taken.
+        for _ in range(2):
+            np.subtract(c0, prime, out=room)
+            np.minimum(c0, room, out=c0)
+
+    def decrypt(self, words: NDArray[np.uint64]) -> NDArray[np.uint64]:
+        """The sum of the integers behind summed words, modulo 2^P; shape (DEGREE,).
 
         Raises:
-            PrivflError: an element is not finite or so large that the sum might wrap.
+            ProtocolError: the words are no ciphertext.
         """
-        if not np.isfinite(vector).all():
-            raise PrivflError("a vector to be summed contains NaN or infinite values")
-        limit = LARGEST_SUM / contributors
-        if vector.size and float(np.abs(vector).max()) > limit:
-            raise PrivflError(
-                f"a vector to be summed has elements beyond {limit:g}, the most that {contributors} sites can add exactly"
-            )
-        for start in range(0, len(vector), BLOCK_VALUES):
-            block = vector[start : start + BLOCK_VALUES]
-            # One TenSEAL vector per ciphertext: a longer one is split by TenSEAL too, which prints a warning each time.
-            yield _pack(
-                [_tenseal().ckks_vector(self._context, block[i : i + _SLOTS]).serialize() for i in range(0, len(block), _SLOTS)]
-            )
+        return self.round(self.coefficients(words))
 
-    def decrypt(self, block: bytes | memoryview, values: int) -> NDArray[np.float64]:
-        """The ``values`` elements of a summed block, rounded to ``GRID``; shape (values,).
+    def coefficients(self, words: NDArray[np.uint64]) -> NDArray[np.int64]:
+        """The decrypted coefficients, centred modulo q: Delta times the sum plus the error; shape (DEGREE,).
 
         Raises:
-            ProtocolError: the block does not parse or holds another number of elements.
+            ProtocolError: the words are no ciphertext.
         """
-        parts = [np.asarray(_parse(self._context, c).decrypt(), dtype=np.float64) for c in _unpack(block)]
-        vector = np.concatenate(parts) if parts else np.empty(0)
-        if len(vector) != values:
-            raise ProtocolError(f"a decrypted block has {len(vector)} values, expected {values}")
-        return np.rint(vector / GRID) * GRID
-
-
-class Adder:
-    """Adds encrypted blocks without any key. One adder serves a whole run: parsing the context takes milliseconds."""
-
-    def __init__(self, adding_context: bytes) -> None:
+        seal, ring = _sealapi(), self.ring
+        if words.shape != (CIPHERTEXT_WORDS,) or (words >= np.uint64(ring.prime)).any():
+            raise ProtocolError("the words of a ciphertext are not below its modulus, or not of its length")
+        plain = seal.Plaintext()
+        sealed = ring.ciphertext(self.front, words)
         try:
-            self._context = _tenseal().context_from(adding_context)
-        except Exception as error:  # TenSEAL raises whatever protobuf or SEAL raise
-            raise ProtocolError("the context for adding does not parse") from error
-        if self._context.is_private():
-            raise InternalError("the adding party was handed a secret key; the run stops")
-        self._sums: list[list[Any] | None] = []
+            ring.evaluator.transform_to_ntt_inplace(sealed)
+            self._decryptor.decrypt(sealed, plain)
+        except Exception as error:  # SEAL refuses a ciphertext whose c1 is zero, and perhaps more
+            raise ProtocolError("SEAL refuses to decrypt a ciphertext: it was altered") from error
+        # A plaintext has no way out of NTT form of its own; as the c0 of a ciphertext it has.
+        carrier = seal.Ciphertext()
+        ring.evaluator.add_plain(self._carrier, plain, carrier)
+        ring.evaluator.transform_from_ntt_inplace(carrier)
+        found = ring.words(carrier)[:DEGREE].view(np.int64)
+        found -= (found > ring.prime // 2) * np.int64(ring.prime)
+        return found
 
-    def open(self, blocks: int) -> None:
-        """Start a new sum of contributions of ``blocks`` blocks each; the one before is forgotten."""
-        self._sums = [None] * blocks
-
-    def add(self, index: int, block: bytes | memoryview) -> None:
-        """Add one contributor's block ``index`` to the running sum."""
-        vectors = [_parse(self._context, ciphertext) for ciphertext in _unpack(block)]
-        current = self._sums[index]
-        if current is None:
-            self._sums[index] = vectors
-            return
-        if [v.size() for v in current] != [v.size() for v in vectors]:
-            raise ProtocolError("two contributions to one sum differ in length")
-        for running, vector in zip(current, vectors, strict=True):
-            running.add_(vector)
-
-    def block(self, index: int) -> bytes:
-        """The sum of all contributions' blocks ``index``."""
-        vectors = self._sums[index]
-        if vectors is None:
-            raise InternalError("a sum was asked for before anything was added")
-        return _pack([vector.serialize() for vector in vectors])
+    def round(self, coefficients: NDArray[np.int64]) -> NDArray[np.uint64]:
+        """The multiples of Delta next to the coefficients, divided by Delta; shape as given."""
+        k = self.parameters.delta_bits
+        rounded = (coefficients + np.int64(1 << (k - 1))) >> np.int64(k)
+        return rounded.view(np.uint64)

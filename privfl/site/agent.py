@@ -7,32 +7,33 @@ from __future__ import annotations
 
 import contextlib
 import json
-import math
 import os
 import sys
 import time
 import traceback
-from collections.abc import Callable
-from dataclasses import dataclass
-from importlib.metadata import version
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, Literal, TextIO
 
 import numpy as np
 from numpy.typing import NDArray
 
-from privfl import __version__
-from privfl.accounting import PoissonGaussian, RdpAccountant, epsilon_of, least_noise_multiplier
-from privfl.config import Experiment, SiteFile
+from privfl.accounting import PoissonGaussian, RdpAccountant
 from privfl.errors import EXIT_OURS, EXIT_USER, InternalError, PrivflError, ProtocolError, in_one_line
 from privfl.federation import member, messages, metrics
 from privfl.federation.messages import Body, Kind, Message
 from privfl.federation.strategies import fedavg
-from privfl.secagg import SealingKey, SumKey
-from privfl.secagg.ckks import BLOCK_VALUES, block_count
+from privfl.secagg import Exact, ExchangeKey, Grid
+from privfl.secagg.probe import prove
+from privfl.secagg.quantise import Quantiser
+from privfl.site import sums
+from privfl.site.agreement import PINNED, SINGLE, Agreement, Party
 from privfl.site.child import Trainer, threads_for
 from privfl.site.keys import RunKeys
-from privfl.transport import Transport
+from privfl.site.outbox import Outbox
+from privfl.site.outputs import share_model
+from privfl.site.setup import SiteSetup, versions
+from privfl.transport import Transport, forbid_reading
 
 _FLUSH_SECONDS = 30.0
 # A coordinator that does not answer a failure or a goodbye within this time is gone.
@@ -41,53 +42,23 @@ _STOP_SECONDS = 60.0
 _LOOK_SECONDS = 1.0
 
 
-def versions() -> dict[str, str]:
-    """What must be the same at all ranks: ciphertexts and messages do not travel between versions."""
-    return {"privfl": __version__, "tenseal": version("tenseal")}
-
-
-@dataclass(frozen=True)
-class SiteSetup:
-    """What one site brings to a run. ``folder`` is the one user functions are relative to."""
-
-    site: str
-    experiment: Experiment
-    folder: Path
-    file: SiteFile
-    noise_multiplier: float
-    planned_epsilon: float
-
-
-def prepare_site(site: str, experiment: Experiment, folder: Path, file: SiteFile) -> SiteSetup:
-    """Everything a site can decide by itself before the run, above all how much noise its records need.
-
-    Raises:
-        PrivflError: the target epsilon cannot be reached, or the noise bounds nothing.
-    """
-    privacy, rate = experiment.privacy, experiment.rate(site)
-    noise = privacy.noise_multiplier
-    if noise is None:
-        if privacy.target_epsilon is None:
-            raise InternalError("an experiment without a target and without a noise multiplier passed validation")
-        noise = least_noise_multiplier(privacy.target_epsilon, privacy.delta, rate, experiment.steps)
-    planned = epsilon_of([PoissonGaussian(rate, noise, experiment.steps)], privacy.delta)
-    if not math.isfinite(planned):
-        raise PrivflError(f"privacy.noise_multiplier {noise:g} is too little for any finite epsilon; raise it")
-    return SiteSetup(site, experiment, folder, file, noise, planned)
-
-
 def serve(transport: Transport, prepare: Callable[[], SiteSetup]) -> int:
     """Take part in one run as a site; the exit code of the job.
 
     ``prepare`` is called here so that whatever it raises reaches the coordinator instead of the screen of one rank.
     """
+    # Before there is a key: no core file, and no other process reads this one.
+    forbid_reading()
     return _Agent(transport).run(prepare)
 
 
 class _Agent:
     def __init__(self, transport: Transport) -> None:
         self._transport = transport
-        self._sealing = SealingKey()
+        self._exchange = ExchangeKey()
+        self._agreement: Agreement | None = None
+        self._sums: sums.Sums | None = None
+        self._sum: sums.OneSum | None = None
         self._keys: RunKeys | None = None
         self._trainer: Trainer | None = None
         self._facts: dict[str, Any] | None = None
@@ -96,7 +67,6 @@ class _Agent:
         self._charged_steps = 0
         self._exit_code: int | None = None
         self._failed_at: float | None = None
-        self._total: list[NDArray[np.float64]] = []
 
     def run(self, prepare: Callable[[], SiteSetup]) -> int:
         try:
@@ -142,7 +112,11 @@ class _Agent:
         self._send(
             Message.of(
                 messages.Hello(
-                    site=setup.site, digest=experiment.digest(), versions=versions(), exchange_key=self._sealing.public.hex()
+                    site=setup.site,
+                    digest=experiment.digest(),
+                    versions=versions(),
+                    exchange_key=self._exchange.public.hex(),
+                    identity=setup.identity.public,
                 )
             )
         )
@@ -192,7 +166,8 @@ class _Agent:
         if self._state.begin is None:
             return {}
         vectors: tuple[messages.Vector, ...] = ("update", "metrics")
-        return {vector: block_count(member.length(self._state, vector)) for vector in vectors}
+        parameters = self._setup.parameters
+        return {v: sums.layout_of(v, member.length(self._state, v), parameters).blocks for v in vectors}
 
     # -- what the protocol asks for ------------------------------------------------------------------------------
 
@@ -200,6 +175,8 @@ class _Agent:
         match action:
             case member.Prepare():
                 self._prepare(action)
+            case member.Verify():
+                self._verify(action)
             case member.Unseal():
                 self._open_key(action.sealed)
             case member.Start():
@@ -209,7 +186,7 @@ class _Agent:
             case member.Contribute():
                 self._contribute(action)
             case member.Collect():
-                self._collect(action)
+                self._our_sum().collect(action.block)
             case member.Combine():
                 self._combine(action.vector)
             case member.Write():
@@ -228,6 +205,7 @@ class _Agent:
         except OSError as error:
             raise PrivflError(f"cannot write {error.filename}: {error.strerror}; set output and log in the site file") from error
         self._note(f"run {self._welcome.run}, site {setup.site}")
+        self._sign()
         threads = threads_for(self._transport.sites_here, dict(os.environ))
         self._trainer = Trainer(
             setup.site,
@@ -244,27 +222,47 @@ class _Agent:
                 "run": self._welcome.run,
             },
         )
-        if action.make_key:
-            self._make_key()
+        self._words_add = prove()
 
-    def _make_key(self) -> None:
-        """Make the keys that all sites share for this run, seal them to each, give the coordinator what adding needs."""
-        self._keys = RunKeys.make()
-        run, members = self._state.run, self._welcome.members
-        self._send(Message(Kind.ADDING_CONTEXT, run, bulk=self._keys.sums["update"].adding_context()))
-        secret = self._keys.secret_bytes()
-        for index, receiver in enumerate(members):
-            if index:
-                sealed = self._sealing.seal(_public_key(receiver.exchange_key), secret, self._seal_context(receiver.site))
-                self._send(Message(Kind.SEALED_KEY, run, part=index, parts=len(members), bulk=sealed))
+    def _sign(self) -> None:
+        """Sign what the members must agree on, after a look at whether the relay tells the truth about this site and its pinned peers."""
+        setup, welcome = self._setup, self._welcome
+        members = [Party(m.site, _public_key(m.exchange_key), m.identity) for m in welcome.members]
+        agreement = Agreement.of(welcome.run, setup.experiment.digest(), setup.parameters, members)
+        agreement.check(setup.site, self._exchange, setup.identity, setup.file.peers)
+        self._agreement = agreement
+        self._note(f"keys: {', '.join(f'{m.site} {m.identity}' for m in members)}; trust: {PINNED if setup.pinned else SINGLE}")
+        self._report(messages.Signed(signature=setup.identity.sign(agreement.digest).hex()))
+
+    def _verify(self, action: member.Verify) -> None:
+        """Check all signatures; only then a key is used. The first site makes the keys of this run and seals them to each other one."""
+        try:
+            signatures = {site: bytes.fromhex(text) for site, text in action.signatures.items()}
+        except ValueError as error:
+            raise ProtocolError("a signature is not in hexadecimal") from error
+        self._our_agreement().check_signatures(signatures)
+        if not action.make_key:
+            return
+        members = self._our_agreement().members
+        keys = RunKeys.make(self._setup.parameters)
+        secret = keys.secret_bytes()
+        for index, receiver in enumerate(members[1:], 1):
+            sealed = self._exchange.seal(receiver.exchange_key, secret, self._seal_context(receiver.site))
+            self._send(Message(Kind.SEALED_KEY, self._state.run, part=index, parts=len(members), bulk=sealed))
+        self._take_keys(keys)
 
     def _open_key(self, sealed: bytes | memoryview) -> None:
-        sender = _public_key(self._welcome.members[0].exchange_key)
-        self._keys = RunKeys.from_secret_bytes(self._sealing.open(sender, bytes(sealed), self._seal_context(self._setup.site)))
+        maker = self._our_agreement().members[0].exchange_key
+        secret = self._exchange.open(maker, bytes(sealed), self._seal_context(self._setup.site))
+        self._take_keys(RunKeys.from_secret_bytes(secret, self._setup.parameters))
+
+    def _take_keys(self, keys: RunKeys) -> None:
+        self._keys = keys
+        self._sums = sums.Sums(self._our_agreement(), self._exchange, keys)
         self._report_prepared()
 
     def _seal_context(self, receiver: str) -> bytes:
-        return f"privfl sum key {self._welcome.run} {self._welcome.digest} {receiver}".encode()
+        return b"privfl run keys 1" + self._our_agreement().digest + receiver.encode()
 
     def _take_answer(self, answer: dict[str, Any]) -> None:
         if self._facts is None:
@@ -274,7 +272,7 @@ class _Agent:
         elif "draws" in answer:
             self._trained(answer)
         elif "measured" in answer:
-            self._send_vector(metrics.pack(answer["measured"], self._begin().layout), len(self._state.sites))
+            self._contribute_metrics(metrics.pack(answer["measured"], self._begin().layout))
         else:
             self._written(answer)
 
@@ -291,6 +289,8 @@ class _Agent:
                 sampling_rate=self._setup.experiment.rate(self._setup.site),
                 planned_epsilon=self._setup.planned_epsilon,
                 tag=self._tag(),
+                pinned=self._setup.pinned,
+                words_add=self._words_add,
             )
         )
 
@@ -321,6 +321,8 @@ class _Agent:
         self._update = self._our_trainer().update.read(len(self._replica), np.float32).astype(np.float64)
         if not np.isfinite(self._update).all():
             raise InternalError("the trainer's update contains NaN or infinite values; nothing of this round is sent")
+        self._update *= messages.weights_of(self._setup.experiment.weights, self._begin())[self._setup.site]
+        agreed = self._setup.experiment.secure_aggregation.range == "agreed"
         epsilon = self._accountant.epsilon(self._setup.experiment.privacy.delta)
         self._note(f"round {self._state.round}: trained, epsilon {epsilon:.4g}")
         self._report(
@@ -328,35 +330,53 @@ class _Agent:
                 event=self._event.to_dict(),
                 steps=self._charged_steps,
                 epsilon=epsilon,
+                span=sums.seal_exponent(self._our_keys(), self._update, self._span_context(self._setup.site)) if agreed else "",
             )
         )
 
+    def _span_context(self, site: str) -> bytes:
+        return f"privfl range 1 {self._state.run.hex()} {self._state.round} {site}".encode()
+
     def _contribute(self, action: member.Contribute) -> None:
-        self._total = []
         if action.vector == "metrics":
             self._our_trainer().replica.write(self._replica)
             self._our_trainer().ask({"do": "measure"})
+            return
+        chosen = self._setup.experiment.secure_aggregation
+        if chosen.range == "agreed":
+            if set(action.spans) != set(self._state.sites):
+                raise ProtocolError("the coordinator relays no ranges, but the sites must agree on one")
+            span = sums.agreed_span(self._our_keys(), action.spans, self._span_context)
         else:
-            weight = messages.weights_of(self._setup.experiment.weights, self._begin())[self._setup.site]
-            self._send_vector(self._update * weight, action.contributors)
+            span = chosen.range
+        self._open_sum(len(self._update), Grid(self._setup.parameters, span, chosen.rounding), span)
+        self._send_blocks(self._our_sum().contribution(self._update))
 
-    def _send_vector(self, vector: NDArray[np.float64], contributors: int) -> None:
+    def _contribute_metrics(self, numbers: NDArray[np.float64]) -> None:
+        integers = sums.metrics_to_integers(numbers, self._setup.parameters)
+        length = sums.layout_of("metrics", len(numbers), self._setup.parameters).values
+        self._open_sum(length, Exact(self._setup.parameters), None)
+        self._send_blocks(self._our_sum().wide_contribution(integers))
+
+    def _open_sum(self, length: int, quantiser: Quantiser, span: float | None) -> None:
+        if self._sums is None:
+            raise InternalError("a sum was opened before the keys were there")
+        state = self._state
+        self._sum = self._sums.open(state.round, state.attempt, length, quantiser, [state.vector, span])
+
+    def _send_blocks(self, blocks: Iterator[NDArray[np.uint64]]) -> None:
         state = self._state
         after = member.contributed(state)
-        parts = block_count(len(vector))
-        for part, block in enumerate(self._sum_key().encrypt(vector, contributors)):
-            self._send(Message(Kind.CONTRIBUTION, state.run, state.round, state.attempt, part, parts, bulk=block))
+        outbox = Outbox(self._transport, [m.rank for m in self._welcome.members], self._setup.experiment.secure_aggregation.path)
+        head = Message(Kind.CONTRIBUTION, state.run, state.round, state.attempt, parts=self._blocks()[state.vector])
+        outbox.send(head, blocks)
         self._state = after
 
-    def _collect(self, action: member.Collect) -> None:
-        values = member.length(self._state, self._state.vector)
-        start = action.part * BLOCK_VALUES
-        self._total.append(self._sum_key().decrypt(action.block, min(BLOCK_VALUES, values - start)))
-
     def _combine(self, vector: messages.Vector) -> None:
-        total, self._total = np.concatenate(self._total), []
+        total, self._sum = self._our_sum().total(), None
         if vector == "metrics":
-            values = metrics.unpack(total, self._begin().layout)
+            numbers = sums.metrics_from_totals(total, self._setup.parameters)
+            values = metrics.unpack(numbers, self._begin().layout)
             self._note(f"round {self._state.round}: {values}")
             self._report(messages.Measured(metrics=values))
             return
@@ -367,38 +387,23 @@ class _Agent:
 
     def _tag(self) -> str:
         """A keyed digest of all that must be the same at every site: the agreement, the constants of the model, the replica."""
-        if self._keys is None or self._facts is None:
-            raise InternalError("a digest was asked for before keys and model were there")
+        if self._facts is None:
+            raise InternalError("a digest was asked for before the model was there")
         begin = self._state.begin
         agreement = begin.model_dump(mode="json") if begin is not None else None
         text = json.dumps([self._welcome.run, self._state.round, self._facts["constants"], agreement])
-        return self._keys.tag(text, self._replica.tobytes())
+        return self._our_keys().tag(text, self._replica.tobytes())
 
     def _write_model(self) -> None:
         self._our_trainer().replica.write(self._replica)
         self._our_trainer().ask({"do": "write", "path": str(self._output / "model.safetensors")})
 
     def _written(self, answer: dict[str, Any]) -> None:
-        self._share_model(Path(answer["written"]))
-        self._report(messages.Finished(model=answer["written"], log=str(self._log_path)))
-
-    def _share_model(self, model: Path) -> None:
-        """Put the model into the run folder where this site shares it; the first site to come does it, all have the same."""
-        folder = Path(self._welcome.folder)
         try:
-            same_run = self._welcome.run in (folder / "experiment.yaml").read_text(encoding="utf-8")
-            if same_run:
-                copy = folder / f".model.{self._setup.site}"
-                copy.write_bytes(model.read_bytes())
-                copy.chmod(0o600)
-                try:
-                    os.link(copy, folder / "model.safetensors")
-                finally:
-                    copy.unlink()
-        except FileExistsError:
-            pass
+            share_model(Path(answer["written"]), Path(self._welcome.folder), self._welcome.run, self._setup.site)
         except OSError as error:
-            self._note(f"the run folder {folder} is not shared with this site: {error}")
+            self._note(f"the run folder {self._welcome.folder} is not shared with this site: {error}")
+        self._report(messages.Finished(model=answer["written"], log=str(self._log_path)))
 
     # -- small things --------------------------------------------------------------------------------------------
 
@@ -407,10 +412,20 @@ class _Agent:
             raise InternalError("the trainer is not running")
         return self._trainer
 
-    def _sum_key(self) -> SumKey:
+    def _our_keys(self) -> RunKeys:
         if self._keys is None:
             raise InternalError("the shared keys have not arrived")
-        return self._keys.sums[self._state.vector]
+        return self._keys
+
+    def _our_agreement(self) -> Agreement:
+        if self._agreement is None:
+            raise InternalError("the members of the run are not known yet")
+        return self._agreement
+
+    def _our_sum(self) -> sums.OneSum:
+        if self._sum is None:
+            raise InternalError("no sum is open")
+        return self._sum
 
     def _begin(self) -> messages.Begin:
         if self._state.begin is None:

@@ -7,12 +7,19 @@ import traceback
 from collections.abc import Callable
 from typing import Any, TextIO
 
+import numpy as np
+from numpy.typing import NDArray
+
 from privfl.errors import EXIT_OURS, EXIT_USER, InternalError, PrivflError, ProtocolError, in_one_line
 from privfl.federation import coordinator, messages
 from privfl.federation.coordinator import Phase
 from privfl.federation.messages import Kind, Message
-from privfl.secagg import Adder
-from privfl.transport import Transport
+from privfl.secagg import Adder, EvaluatorAdder, Layout, Parameters, WordAdder
+from privfl.secagg.adding import reduce_words
+from privfl.secagg.parameters import CIPHERTEXT_WORDS
+from privfl.site.outbox import finish
+from privfl.site.sums import layout_of
+from privfl.transport import Reduction, Transport
 
 Told = Callable[[str, dict[str, Any]], None]
 
@@ -21,6 +28,7 @@ _GOODBYE_SECONDS = 20.0
 # Phases whose time is reported, and under which name.
 _CLOCKS = {
     Phase.GREETING: "start",
+    Phase.SIGNING: "start",
     Phase.PREPARING: "start",
     Phase.TRAINING: "training",
     Phase.SUMMING: "aggregation",
@@ -30,15 +38,16 @@ _CLOCKS = {
 }
 
 
-def coordinate(transport: Transport, plan: coordinator.Plan, tell: Told, trace: TextIO) -> int:
+def coordinate(transport: Transport, plan: coordinator.Plan, parameters: Parameters, tell: Told, trace: TextIO) -> int:
     """Lead one run; the exit code of the job.
 
     Args:
+        parameters: those of the encrypted sums.
         tell: called with what happened ('greeted', 'started', 'round', 'finished', 'failed') and its facts, each with the seconds spent
             per phase since the last call.
         trace: where the traceback of an error of ours goes.
     """
-    return _Driver(transport, plan, tell, trace).run()
+    return _Driver(transport, plan, parameters, tell, trace).run()
 
 
 def dismiss(transport: Transport, exit_code: int) -> int:
@@ -62,9 +71,10 @@ def dismiss(transport: Transport, exit_code: int) -> int:
 
 
 class _Driver:
-    def __init__(self, transport: Transport, plan: coordinator.Plan, tell: Told, trace: TextIO) -> None:
+    def __init__(self, transport: Transport, plan: coordinator.Plan, parameters: Parameters, tell: Told, trace: TextIO) -> None:
         self._transport = transport
         self._plan = plan
+        self._parameters = parameters
         self._tell = tell
         self._trace = trace
         self._state = coordinator.State()
@@ -113,10 +123,10 @@ class _Driver:
         match output:
             case coordinator.Send():
                 self._transport.send(output.rank, *output.message.encode())
-            case coordinator.SetContext():
-                self._adder = Adder(bytes(output.context))
+            case coordinator.SetAdder():
+                self._adder = self._make_adder(output.words_add)
             case coordinator.OpenSum():
-                self._our_adder().open(output.blocks)
+                self._our_adder().open(layout_of(output.vector, output.numbers, self._parameters))
             case coordinator.Fold():
                 self._our_adder().add(output.part, output.block)
             case coordinator.Release():
@@ -127,6 +137,15 @@ class _Driver:
             case coordinator.Dismiss():
                 self._exit_code = output.exit_code
 
+    def _make_adder(self, words_add: bool) -> Adder:
+        if self._plan.path == "reduce":
+            if not words_add:
+                raise PrivflError(
+                    "secure_aggregation.path reduce adds words, which this TenSEAL is not proven to allow; use path star"
+                )
+            return ReducingAdder(self._transport, tuple(sorted(self._state.hellos)), self._parameters)
+        return WordAdder(self._parameters) if words_add else EvaluatorAdder(self._parameters)
+
     def _release(self, output: coordinator.Release) -> None:
         for part in range(output.blocks):
             total = self._our_adder().block(part)
@@ -134,9 +153,33 @@ class _Driver:
             message = Message(head.kind, head.run, head.round, head.attempt, part, output.blocks, bulk=total)
             for rank in output.ranks:
                 self._transport.send(rank, *message.encode())
-        self._our_adder().open(0)
+        self._our_adder().close()
 
     def _our_adder(self) -> Adder:
         if self._adder is None:
-            raise InternalError("a sum was opened before the context for adding came")
+            raise InternalError("a sum was opened before the sites were prepared")
         return self._adder
+
+
+class ReducingAdder:
+    """Lets the transport add: all blocks of a sum are under way at once, and nothing but their sums reaches this rank."""
+
+    def __init__(self, transport: Transport, members: tuple[int, ...], parameters: Parameters) -> None:
+        self._transport, self._members, self._parameters = transport, members, parameters
+        self._sums: list[tuple[NDArray[np.uint64], Reduction]] = []
+
+    def open(self, layout: Layout) -> None:
+        sums = [np.zeros(layout.ciphertexts(i) * CIPHERTEXT_WORDS, dtype=np.uint64) for i in range(layout.blocks)]
+        self._sums = [(words, self._transport.reduce(self._members, words)) for words in sums]
+
+    def add(self, index: int, block: bytes | memoryview) -> None:
+        raise InternalError("a contribution came as a message although the transport adds")
+
+    def block(self, index: int) -> memoryview:
+        words, part = self._sums[index]
+        finish(part)
+        reduce_words(words, self._parameters.prime, len(self._members))
+        return words.data.cast("B")
+
+    def close(self) -> None:
+        self._sums = []

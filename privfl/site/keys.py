@@ -5,53 +5,60 @@ from __future__ import annotations
 import hashlib
 import hmac
 import os
-import struct
 
 from privfl.errors import ProtocolError
-from privfl.federation.messages import Vector
-from privfl.secagg import SumKey
-
-_DIGEST_KEY_BYTES = 32
-_LENGTH = struct.Struct("<I")
+from privfl.secagg import Parameters, SumKey
+from privfl.secagg.exchange import open_sealed, seal
+from privfl.secagg.keystream import KEY_BYTES, derive_key
 
 
 class RunKeys:
-    """A CKKS key for updates, another for metrics, and a key for digests of replicas.
+    """The CKKS key, and a secret from which keys for checksums, digests of replicas and notes between sites are derived."""
 
-    Two keys, because the totals of metrics are told to the coordinator: under one key it could hand in the ciphertext of an update as a
-    total of metrics and be told what is inside.
-    """
-
-    def __init__(self, digest_key: bytes, sums: dict[Vector, SumKey]) -> None:
-        self._digest_key = digest_key
+    def __init__(self, secret: bytes, sums: SumKey) -> None:
+        self._secret = secret
         self.sums = sums
 
     @classmethod
-    def make(cls) -> RunKeys:
+    def make(cls, parameters: Parameters) -> RunKeys:
         """New keys from the operating system's randomness."""
-        return cls(os.urandom(_DIGEST_KEY_BYTES), {"update": SumKey(), "metrics": SumKey()})
+        return cls(os.urandom(KEY_BYTES), SumKey(parameters))
 
     def secret_bytes(self) -> bytes:
         """All of it, to be sealed to another site."""
-        update = self.sums["update"].secret_bytes()
-        return self._digest_key + _LENGTH.pack(len(update)) + update + self.sums["metrics"].secret_bytes()
+        return self._secret + self.sums.secret_bytes()
 
     @classmethod
-    def from_secret_bytes(cls, secret: bytes) -> RunKeys:
+    def from_secret_bytes(cls, secret: bytes, parameters: Parameters) -> RunKeys:
         """What :meth:`secret_bytes` gave.
 
         Raises:
             ProtocolError: anything else.
         """
-        start = _DIGEST_KEY_BYTES + _LENGTH.size
-        if len(secret) < start:
+        if len(secret) <= KEY_BYTES:
             raise ProtocolError("the shared keys are too short")
-        (length,) = _LENGTH.unpack_from(secret, _DIGEST_KEY_BYTES)
-        update, metrics = secret[start : start + length], secret[start + length :]
-        return cls(
-            secret[:_DIGEST_KEY_BYTES], {"update": SumKey.from_secret_bytes(update), "metrics": SumKey.from_secret_bytes(metrics)}
-        )
+        return cls(secret[:KEY_BYTES], SumKey(parameters, secret[KEY_BYTES:]))
 
     def tag(self, text: str, replica: bytes) -> str:
         """A keyed digest: equal tags mean equal replicas, and without the sites' key nobody can test a guess."""
-        return hmac.new(self._digest_key, hashlib.sha256(text.encode()).digest() + replica, hashlib.sha256).hexdigest()
+        key = derive_key(self._secret, b"", b"privfl replica 1")
+        return hmac.new(key, hashlib.sha256(text.encode()).digest() + replica, hashlib.sha256).hexdigest()
+
+    def checksum_key(self, transcript: bytes) -> bytes:
+        """The key of the checksums of one attempt."""
+        return derive_key(self._secret, transcript, b"privfl checksum 1")
+
+    def seal_note(self, note: bytes, context: bytes) -> bytes:
+        """A few bytes for all sites, which the coordinator relays."""
+        return seal(self._note_key(), note, context)
+
+    def open_note(self, sealed: bytes, context: bytes) -> bytes:
+        """What a site sealed with :meth:`seal_note` for the same context.
+
+        Raises:
+            ProtocolError: altered, or for another context.
+        """
+        return open_sealed(self._note_key(), sealed, context)
+
+    def _note_key(self) -> bytes:
+        return derive_key(self._secret, b"", b"privfl note 1")

@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import NoReturn, Protocol
+
+import numpy as np
+from numpy.typing import NDArray
 
 # No single message is larger: MPI counts end at 2 GiB in some libraries, and smaller pieces are faster anyway.
 CHUNK = 64 << 20
@@ -22,8 +26,16 @@ class Frame:
     bulk: bytes | memoryview
 
 
+class Reduction(Protocol):
+    """One sum under way; see :meth:`Transport.reduce`."""
+
+    def done(self, timeout: float) -> bool:
+        """Wait until this rank's part is over; False if that took longer than ``timeout`` seconds."""
+        ...
+
+
 class Transport(Protocol):
-    """Point-to-point frames between rank 0 and every other rank.
+    """Point-to-point frames between rank 0 and every other rank, and sums of words into rank 0.
 
     Frames between two ranks arrive in the order they were sent, whole or not at all. No call blocks longer than its timeout.
     """
@@ -55,6 +67,14 @@ class Transport(Protocol):
         """
         ...
 
+    def reduce(self, members: Sequence[int], words: NDArray[np.uint64]) -> Reduction:
+        """Start adding the ``words`` of all members, modulo 2^64, to those of rank 0, in place there, and return at once.
+
+        Collective: rank 0 and exactly the members call it, all in the same order of sums, with arrays of the same shape (words,). The first
+        call for a set of members may block until all of them have made it. ``words`` must not change until :meth:`Reduction.done`.
+        """
+        ...
+
     def flush(self, timeout: float) -> bool:
         """Wait until everything sent has left; False if that took longer than ``timeout`` seconds."""
         ...
@@ -80,3 +100,11 @@ def check_peer(rank: int, size: int, to: int) -> None:
     """Raise ValueError unless ``rank`` may talk to ``to``: only pairs with rank 0 are connected."""
     if not 0 <= to < size or to == rank or 0 not in (rank, to):
         raise ValueError(f"rank {rank} of {size} has no connection to rank {to}")
+
+
+def check_members(rank: int, size: int, members: Sequence[int]) -> tuple[int, ...]:
+    """The members of a sum in order of rank; ValueError unless they are ranks other than 0, and this rank is one of them or rank 0."""
+    names = tuple(sorted(set(members)))
+    if not names or names[0] < 1 or names[-1] >= size or (rank and rank not in names):
+        raise ValueError(f"rank {rank} of {size} cannot take part in a sum of the ranks {names}")
+    return names

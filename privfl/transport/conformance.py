@@ -9,7 +9,11 @@ import socket
 import time
 from collections.abc import Callable
 
+import numpy as np
+from numpy.typing import NDArray
+
 from privfl.transport.base import CHUNK, HEAD_LIMIT, Frame, Transport
+from privfl.transport.memory import forbid_reading
 
 _SECONDS = 30.0
 
@@ -170,6 +174,44 @@ def _check_wake(transport: Transport) -> None:
             assert frame.head == b"awake"
 
 
+def _check_reduce(transport: Transport) -> None:
+    """Sums of words modulo 2^64 reach rank 0 whole, in order, for several sets of members, and several at a time."""
+    for members in (range(1, transport.size), [transport.size - 1, 1], [1]):
+        if transport.rank and transport.rank not in members:
+            continue
+        sizes = [1, 1000, 1 << 18]
+        given = [_numbers(size, number, transport.rank) for number, size in enumerate(sizes)]
+        under_way = [transport.reduce(list(members), words) for words in given]
+        assert all(part.done(_SECONDS) for part in under_way), f"rank {transport.rank}: a sum did not end"
+        if transport.rank == 0:
+            for number, (size, words) in enumerate(zip(sizes, given, strict=True)):
+                expected = sum(_numbers(size, number, rank) for rank in (0, *members))
+                assert np.array_equal(words, expected), f"sum {number} of the ranks {list(members)} is wrong"
+
+
+def _numbers(size: int, number: int, rank: int) -> NDArray[np.uint64]:
+    return (np.arange(size, dtype=np.uint64) + np.uint64(number)) * np.uint64((0x9E3779B97F4A7C15 * (rank + 1)) % 2**64)
+
+
+def _check_members_of_a_sum(transport: Transport) -> None:
+    words = np.zeros(1, dtype=np.uint64)
+    wrong: list[list[int]] = [[], [0, 1], [transport.size], [-1]]
+    for members in wrong + ([[1 if transport.rank != 1 else 2]] if transport.rank else []):
+        try:
+            transport.reduce(members, words)
+        except ValueError:
+            continue
+        raise AssertionError(f"rank {transport.rank}: a sum of the ranks {members} was accepted")
+
+
+def _check_unreadable_memory(transport: Transport) -> None:
+    """Everything still works between processes that may not read each other's memory. The last check: it cannot be undone."""
+    forbid_reading()
+    _meet(transport)
+    _check_sizes_both_ways(transport)
+    _check_reduce(transport)
+
+
 CHECKS = [
     _check_identity,
     _check_sizes_both_ways,
@@ -178,4 +220,7 @@ CHECKS = [
     _check_limits,
     _check_timeout,
     _check_wake,
+    _check_reduce,
+    _check_members_of_a_sum,
+    _check_unreadable_memory,
 ]

@@ -7,22 +7,65 @@ import os
 import select
 import threading
 import time
+from collections.abc import Sequence
 from typing import NoReturn
 
+import numpy as np
+from numpy.typing import NDArray
+
 from privfl.errors import InternalError
-from privfl.transport.base import Frame, check_limits, check_peer
+from privfl.transport.base import Frame, check_limits, check_members, check_peer
 
 
 class Aborted(InternalError):  # noqa: N818  (an event of this world)
     """Another rank of this in-process world called :meth:`InProcess.abort`."""
 
 
+class _Sum:
+    """A sum of words that ranks add to as they come; it is rank 0's once all are there."""
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()
+        self._complete = threading.Event()
+        self._missing: set[int] | None = None
+        self._total: NDArray[np.uint64] | None = None
+
+    def add(self, rank: int, members: Sequence[int], words: NDArray[np.uint64]) -> None:
+        with self._lock:
+            self._missing = {0, *members} if self._missing is None else self._missing
+            self._missing.discard(rank)
+            self._total = words.copy() if self._total is None else self._total + words
+            if not self._missing:
+                self._complete.set()
+
+    def take(self, timeout: float) -> NDArray[np.uint64] | None:
+        return self._total if self._complete.wait(timeout) else None
+
+
+class _Part:
+    """One rank's part in a sum. A member's is over at once, because its words are copied."""
+
+    def __init__(self, total: _Sum | None, words: NDArray[np.uint64]) -> None:
+        self._total, self._words = total, words
+
+    def done(self, timeout: float) -> bool:
+        if self._total is None:
+            return True
+        found = self._total.take(timeout)
+        if found is None:
+            return False
+        self._words[:] = found
+        return True
+
+
 class InProcess:
     """One rank of a world of threads. Frames are copied when sent, as on a wire."""
 
-    def __init__(self, rank: int, world: list[InProcess]) -> None:
+    def __init__(self, rank: int, world: list[InProcess], sums: collections.defaultdict[tuple[object, ...], _Sum]) -> None:
         self.rank = rank
         self._world = world
+        self._sums = sums
+        self._reduced: collections.Counter[tuple[int, ...]] = collections.Counter()
         self._inbox: collections.deque[Frame] = collections.deque()
         self._lock = threading.Lock()
         self._aborted = False
@@ -69,6 +112,13 @@ class InProcess:
             if wake in readable or not readable:
                 return None
 
+    def reduce(self, members: Sequence[int], words: NDArray[np.uint64]) -> _Part:
+        names = check_members(self.rank, self.size, members)
+        self._reduced[names] += 1
+        total = self._sums[(names, self._reduced[names])]
+        total.add(self.rank, names, words)
+        return _Part(total if self.rank == 0 else None, words)
+
     def flush(self, timeout: float) -> bool:
         return True
 
@@ -98,5 +148,6 @@ class _ignoring_errors:  # noqa: N801  (reads as a statement)
 def connect(size: int) -> list[InProcess]:
     """The ``size`` ranks of a new in-process world."""
     world: list[InProcess] = []
-    world.extend(InProcess(rank, world) for rank in range(size))
+    sums: collections.defaultdict[tuple[object, ...], _Sum] = collections.defaultdict(_Sum)
+    world.extend(InProcess(rank, world, sums) for rank in range(size))
     return world

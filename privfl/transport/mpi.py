@@ -2,30 +2,42 @@
 
 Facts it is built on (measured with MPICH 5.0 and Open MPI 5.0): a blocking receive burns a core and delays signals, so every receive
 is an Irecv polled with back-off; a request dropped before it completed corrupts messages on some networks, so requests and buffers
-are kept until they are done; counts beyond 2 GiB fail in some libraries, so nothing larger than a chunk is sent.
+are kept until they are done; counts beyond 2 GiB fail in some libraries, so nothing larger than a chunk is sent; MPICH copies large
+messages straight out of another process's memory, which fails where a site forbids that, so this way (CMA) is switched off.
 """
 
 from __future__ import annotations
 
 import array
 import collections
-import hashlib
 import os
 import select
 import struct
 import time
+import zlib
+from collections.abc import Callable, Sequence
 from typing import Any, NoReturn
 
+import numpy as np
+from numpy.typing import NDArray
+
 from privfl.errors import PrivflError, ProtocolError
-from privfl.transport.base import CHUNK, HEAD_LIMIT, Frame, check_limits, check_peer
+from privfl.transport.base import CHUNK, HEAD_LIMIT, Frame, check_limits, check_members, check_peer
 
 _MAGIC = 0x70724D31
-_ENVELOPE = struct.Struct("<IIQ32s")  # magic, length of head, length of bulk, SHA-256 of head and bulk
+# Magic, length of head, length of bulk, CRC-32 of head and bulk: it notices damage; what guards against forgery is in the payloads.
+_ENVELOPE = struct.Struct("<IIQI")
 # A payload that fits here travels with its envelope in one message.
 _INLINE = 4096
 _ENVELOPE_BYTES = _ENVELOPE.size + HEAD_LIMIT + _INLINE
 _TAG_ENVELOPE, _TAG_BULK = 1, 2
 _FIRST_WAIT, _LONGEST_WAIT, _GROWTH = 50e-6, 2e-3, 1.5
+# Through shared memory MPICH moves 8 KiB each time it is let work, and its queues hold 64 such cells.
+_BURST = 64
+
+
+# One process must not need to read another's memory: MPICH's own switch, then Open MPI's.
+WITHOUT_CMA = {"MPIR_CVAR_CH4_CMA_ENABLE": "0", "OMPI_MCA_smsc": "^cma"}
 
 
 def start() -> MPITransport:
@@ -38,6 +50,8 @@ def start() -> MPITransport:
 
     # The agent is a single thread that only moves bytes; some libraries are slower with more thread support.
     mpi4py.rc.threads = False
+    for name, value in WITHOUT_CMA.items():
+        os.environ.setdefault(name, value)
     try:
         from mpi4py import MPI
     except (ImportError, RuntimeError) as error:
@@ -45,7 +59,14 @@ def start() -> MPITransport:
             "no MPI library can be loaded: install one into this environment with `pip install 'privfl[mpich]'`, "
             "or load your cluster's MPI module first"
         ) from error
-    return MPITransport(MPI)
+    return MPITransport(MPI, MPI.COMM_WORLD)
+
+
+def over(comm: Any) -> MPITransport:
+    """The transport over a communicator of the user's program. Collective over its ranks."""
+    from mpi4py import MPI
+
+    return MPITransport(MPI, comm)
 
 
 def library() -> tuple[str, str]:
@@ -70,28 +91,33 @@ class _Incoming:
         self._comm = comm
         self.peer = peer
         self._envelope = bytearray(_ENVELOPE_BYTES)
-        self._expected: tuple[bytes, bytearray, bytes] | None = None
+        self._expected: tuple[bytes, NDArray[np.uint8], int] | None = None
         self.request: Any = comm.Irecv(self._envelope, source=peer, tag=_TAG_ENVELOPE)
+
+    @property
+    def large(self) -> bool:
+        """Whether a payload that did not fit its envelope is under way."""
+        return self._expected is not None
 
     def completed(self) -> Frame | None:
         """Take what has arrived, post the next receive; the frame if it is complete. After an error this peer is not heard any more."""
         self.request = None
         if self._expected is None:
             head, digest, bulk = self._open_envelope()
-            if isinstance(bulk, bytearray):
+            if not isinstance(bulk, bytes):
                 self._expected = (head, bulk, digest)
                 self.request = self._comm.Irecv(bulk, source=self.peer, tag=_TAG_BULK)
                 return None
         else:
             head, bulk, digest = self._expected
             self._expected = None
-        frame = Frame(self.peer, head, memoryview(bulk).toreadonly())
-        if _digest(head, bulk) != digest:
+        frame = Frame(self.peer, head, bulk if isinstance(bulk, bytes) else bulk.data.toreadonly())
+        if _digest(head, frame.bulk) != digest:
             raise ProtocolError(f"a message from rank {self.peer} was damaged on the way")
         self.request = self._comm.Irecv(self._envelope, source=self.peer, tag=_TAG_ENVELOPE)
         return frame
 
-    def _open_envelope(self) -> tuple[bytes, bytes, bytes | bytearray]:
+    def _open_envelope(self) -> tuple[bytes, int, bytes | NDArray[np.uint8]]:
         """(head, digest, payload or an empty buffer of the announced size). Lengths are checked before anything is allocated."""
         magic, head_length, bulk_length, digest = _ENVELOPE.unpack_from(self._envelope)
         if magic != _MAGIC or head_length > HEAD_LIMIT or bulk_length > CHUNK:
@@ -99,17 +125,31 @@ class _Incoming:
         start = _ENVELOPE.size + head_length
         head = bytes(self._envelope[_ENVELOPE.size : start])
         if bulk_length > _INLINE:
-            return head, digest, bytearray(bulk_length)
+            return head, digest, np.empty(bulk_length, dtype=np.uint8)
         return head, digest, bytes(self._envelope[start : start + bulk_length])
 
 
-class MPITransport:
-    """One rank of an MPI world; frames go between rank 0 and every other rank."""
+class _Reduction:
+    """One sum under way. Its buffer is kept until it is over."""
 
-    def __init__(self, mpi: Any) -> None:
+    def __init__(self, transport: MPITransport, request: Any, words: NDArray[np.uint64]) -> None:
+        self._transport, self._request, self._words = transport, request, words
+        transport.reductions.add(self)
+
+    def done(self, timeout: float) -> bool:
+        over = self._transport.wait_until(self._request.Test, timeout)
+        if over:
+            self._transport.reductions.discard(self)
+        return over
+
+
+class MPITransport:
+    """One rank of an MPI communicator; frames go between rank 0 and every other rank."""
+
+    def __init__(self, mpi: Any, comm: Any) -> None:
         self._mpi = mpi
         # A communicator of our own, so that no message of the user's program can meet ours. Collective, as the next lines.
-        self._comm = mpi.COMM_WORLD.Dup()
+        self._comm = comm.Dup()
         self.rank: int = self._comm.Get_rank()
         self.size: int = self._comm.Get_size()
         here = self._comm.Split_type(mpi.COMM_TYPE_SHARED)
@@ -119,8 +159,10 @@ class MPITransport:
         here.Free()
         peers = range(1, self.size) if self.rank == 0 else range(1)
         self._incoming = [_Incoming(self._comm, peer) for peer in peers if peer != self.rank]
-        self._outgoing: list[tuple[Any, Any]] = []
+        self._outgoing: list[tuple[Any, bytes | memoryview, int]] = []
+        self.reductions: set[_Reduction] = set()
         self._inbox: collections.deque[Frame] = collections.deque()
+        self._among: dict[tuple[int, ...], Any] = {}
 
     def send(self, to: int, head: bytes, bulk: bytes | memoryview = b"") -> None:
         check_peer(self.rank, self.size, to)
@@ -132,18 +174,22 @@ class MPITransport:
         self._start(envelope, to, _TAG_ENVELOPE)
         if length > _INLINE:
             self._start(bulk, to, _TAG_BULK)
+        # So that what was sent before moves on while the next piece is being made.
+        self._progress_sends()
 
     def _start(self, buffer: bytes | memoryview, to: int, tag: int) -> None:
         request = self._comm.Isend([buffer, self._mpi.BYTE], dest=to, tag=tag)
-        self._outgoing.append((request, buffer))
+        self._outgoing.append((request, buffer, memoryview(buffer).nbytes))
 
     def _progress(self) -> bool:
-        """Let MPI work; True if anything moved."""
-        moved = False
-        if self._outgoing:
-            pending = [(request, buffer) for request, buffer in self._outgoing if not request.Test()]
-            moved = len(pending) < len(self._outgoing)
-            self._outgoing = pending
+        """Let MPI work; True if anything was completed."""
+        large = (
+            bool(self.reductions) or any(i.large for i in self._incoming) or any(s[2] > _ENVELOPE_BYTES for s in self._outgoing)
+        )
+        return any(self._progress_once() for _ in range(_BURST if large else 1))
+
+    def _progress_once(self) -> bool:
+        moved = self._progress_sends()
         for incoming in self._incoming:
             if incoming.request is not None and incoming.request.Test():
                 moved = True
@@ -152,13 +198,20 @@ class MPITransport:
                     self._inbox.append(frame)
         return moved
 
+    def _progress_sends(self) -> bool:
+        pending = [sending for sending in self._outgoing if not sending[0].Test()]
+        moved = len(pending) < len(self._outgoing)
+        self._outgoing = pending
+        return moved
+
     def receive(self, timeout: float | None, wake: int | None = None) -> Frame | None:
         deadline = None if timeout is None else time.monotonic() + timeout
         pause = _FIRST_WAIT
-        while True:
+        # What has arrived is used up before more is taken in: at most one frame of each peer waits here, the rest with its sender.
+        while not self._inbox:
             moved = self._progress()
             if self._inbox:
-                return self._inbox.popleft()
+                break
             if moved:
                 pause = _FIRST_WAIT
             left = pause if deadline is None else min(pause, deadline - time.monotonic())
@@ -168,15 +221,28 @@ class MPITransport:
             if select.select([] if wake is None else [wake], [], [], left)[0]:
                 return None
             pause = min(pause * _GROWTH, _LONGEST_WAIT)
+        return self._inbox.popleft()
+
+    def reduce(self, members: Sequence[int], words: NDArray[np.uint64]) -> _Reduction:
+        names = check_members(self.rank, self.size, members)
+        if names not in self._among:
+            group = self._comm.Get_group().Incl([0, *names])
+            self._among[names] = self._comm.Create_group(group)
+        kind = self._mpi.UINT64_T
+        ours, theirs = (self._mpi.IN_PLACE, [words, kind]) if self.rank == 0 else ([words, kind], None)
+        return _Reduction(self, self._among[names].Ireduce(ours, theirs, op=self._mpi.SUM, root=0), words)
 
     def flush(self, timeout: float) -> bool:
+        return self.wait_until(lambda: not self._outgoing, timeout)
+
+    def wait_until(self, ready: Callable[[], bool], timeout: float) -> bool:
+        """Let MPI work until ``ready()``; False if that took longer than ``timeout`` seconds."""
         deadline = time.monotonic() + timeout
         pause = _FIRST_WAIT
-        while self._outgoing:
+        while not ready():
             if self._progress():
                 pause = _FIRST_WAIT
-            if not self._outgoing:
-                break
+                continue
             if time.monotonic() > deadline:
                 return False
             select.select([], [], [], pause)
@@ -195,7 +261,5 @@ class MPITransport:
         os._exit(code)
 
 
-def _digest(head: bytes, bulk: bytes | bytearray | memoryview) -> bytes:
-    digest = hashlib.sha256(head)
-    digest.update(bulk)
-    return digest.digest()
+def _digest(head: bytes, bulk: bytes | memoryview) -> int:
+    return zlib.crc32(bulk, zlib.crc32(head))

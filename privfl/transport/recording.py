@@ -2,22 +2,26 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import NoReturn
 
-from privfl.transport.base import Frame, Transport
+import numpy as np
+from numpy.typing import NDArray
+
+from privfl.transport.base import Frame, Reduction, Transport
 
 
 @dataclass(frozen=True)
 class Recorded:
-    """One frame as one rank saw it: ``sent`` by ``rank`` to ``peer``, or received from it."""
+    """One frame as one rank saw it: ``sent`` by ``rank`` to ``peer``, or received from it; or its words in a sum (``summed``)."""
 
     rank: int
     peer: int
     sent: bool
     head: bytes
     bulk: bytes
+    summed: bool = False
 
 
 class Recording:
@@ -39,6 +43,13 @@ class Recording:
         if frame is not None:
             self._keep(Recorded(self.rank, frame.peer, False, bytes(frame.head), bytes(frame.bulk)))
         return frame
+
+    def reduce(self, members: Sequence[int], words: NDArray[np.uint64]) -> Reduction:
+        mine = words.tobytes()
+        part = self._inner.reduce(members, words)
+        if self.rank:
+            self._keep(Recorded(self.rank, 0, True, b"", mine, summed=True))
+        return part
 
     def flush(self, timeout: float) -> bool:
         return self._inner.flush(timeout)

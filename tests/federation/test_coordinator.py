@@ -59,8 +59,33 @@ def at(kind: Kind) -> tuple[World, int, Message]:
     raise AssertionError(f"no {kind.name} in a run")
 
 
+def test_where_the_transport_adds_contributions_are_one_empty_message_each():
+    world = World(plan(path="reduce"))
+    world.run()
+    assert world.code == 0
+    assert world.folded == []
+    assert sum(m.kind is Kind.CONTRIBUTION for _, _, m in world.wire) == 2 * 2 * len(SITES)
+    assert sum(m.kind is Kind.TOTAL for _, _, m in world.wire) == 2 * 2 * BLOCKS * len(SITES)
+
+
+def test_ranges_are_relayed_with_the_sum_of_updates_only():
+    world = World(plan())
+    world.run()
+    spans = {(m.body.vector, tuple(sorted(m.body.spans.items()))) for _, _, m in world.wire if m.kind is Kind.SUM}
+    assert spans == {("update", (("a", "s"), ("b", "s"), ("c", "s"))), ("metrics", ())}
+
+
+@pytest.mark.parametrize(("proven", "expected"), [((True, True, True), True), ((True, False, True), False)])
+def test_words_are_added_only_where_every_site_has_proven_it(proven: tuple[bool, ...], expected: bool):
+    world, _, _ = at(Kind.PREPARED)
+    state = world.state
+    for rank, words_add in enumerate(proven, 1):
+        state, outputs = lead.step(world.plan, state, rank, Message.of(prepared(words_add=words_add), RUN))
+    assert [o.words_add for o in outputs if isinstance(o, lead.SetAdder)] == [expected]
+
+
 FROM_SITES = [
-    Kind.ADDING_CONTEXT,
+    Kind.SIGNED,
     Kind.SEALED_KEY,
     Kind.PREPARED,
     Kind.TRAINED,
@@ -88,7 +113,7 @@ def test_the_coordinator_refuses_what_is_not_due(kind: Kind):
             lead.step(world.plan, before, rank, wrong)
     # Any other kind that sites send, too early or too late.
     for other in FROM_SITES:
-        if other is kind or {other, kind} <= {Kind.ADDING_CONTEXT, Kind.SEALED_KEY, Kind.PREPARED}:
+        if other is kind or {other, kind} <= {Kind.SEALED_KEY, Kind.PREPARED}:
             continue
         _, _, early = at(other)
         with pytest.raises(ProtocolError):
@@ -154,8 +179,7 @@ def test_sites_that_do_not_fit_together(hellos: tuple[Message, ...], sentence: s
 )
 def test_models_that_do_not_fit_together(different: dict[str, Any], sentence: str):
     world, _, _ = at(Kind.PREPARED)
-    state = replace(world.state, has_context=True)
-    state, _ = lead.step(world.plan, state, 1, Message.of(prepared(), RUN))
+    state, _ = lead.step(world.plan, world.state, 1, Message.of(prepared(), RUN))
     state, _ = lead.step(world.plan, state, 2, Message.of(prepared(**different), RUN))
     with pytest.raises(PrivflError, match=sentence):
         lead.step(world.plan, state, 3, Message.of(prepared(), RUN))

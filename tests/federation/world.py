@@ -24,14 +24,17 @@ def plan(**changes: Any) -> lead.Plan:
         "rounds": 2,
         "evaluate_every": 1,
         "weights": "uniform",
-        "blocks": lambda values: BLOCKS,
+        "blocks": lambda vector, numbers: BLOCKS,
     }
     return lead.Plan(**fields | changes)
 
 
 def hello(site: str, **changes: Any) -> Message:
     return Message.of(
-        messages.Hello(**{"site": site, "digest": "d", "versions": {"privfl": "1"}, "exchange_key": site * 8} | changes)
+        messages.Hello(
+            **{"site": site, "digest": "d", "versions": {"privfl": "1"}, "exchange_key": site * 8, "identity": f"id {site}"}
+            | changes
+        )
     )
 
 
@@ -44,11 +47,13 @@ def prepared(**changes: Any) -> messages.Prepared:
         "sampling_rate": 0.1,
         "planned_epsilon": 1.0,
         "tag": "t",
+        "pinned": False,
+        "words_add": True,
     }
     return messages.Prepared(**fields | changes)
 
 
-TRAINED = messages.Trained(event={"kind": "x"}, steps=3, epsilon=0.5)
+TRAINED = messages.Trained(event={"kind": "x"}, steps=3, epsilon=0.5, span="s")
 
 
 class World:
@@ -101,8 +106,9 @@ class World:
         state = self.members[rank]
         match action:
             case member.Prepare():
+                self.answer(rank, messages.Signed(signature=f"s{rank}"))
+            case member.Verify():
                 if action.make_key:
-                    self.queue.append((rank, Message(Kind.ADDING_CONTEXT, RUN, bulk=b"ctx")))
                     self.queue += [(rank, Message(Kind.SEALED_KEY, RUN, part=i, parts=len(SITES), bulk=b"key")) for i in (1, 2)]
                     self.answer(rank, prepared())
             case member.Unseal():
@@ -110,8 +116,9 @@ class World:
             case member.Train():
                 self.answer(rank, TRAINED)
             case member.Contribute():
-                for part in range(BLOCKS):
-                    message = Message(Kind.CONTRIBUTION, RUN, state.round, state.attempt, part, BLOCKS, bulk=b"c")
+                parts = BLOCKS if self.plan.path == "star" else 1
+                for part in range(parts):
+                    message = Message(Kind.CONTRIBUTION, RUN, state.round, state.attempt, part, parts, bulk=b"c")
                     self.queue.append((rank, message))
                 self.members[rank] = member.contributed(state)
             case member.Combine(vector="update"):

@@ -5,11 +5,11 @@ from __future__ import annotations
 import pytest
 
 from privfl.errors import ProtocolError
-from privfl.secagg import SealingKey
+from privfl.secagg import ExchangeKey
 
 
 def test_only_the_receiver_opens():
-    sender, receiver, relay = SealingKey(), SealingKey(), SealingKey()
+    sender, receiver, relay = ExchangeKey(), ExchangeKey(), ExchangeKey()
     sealed = sender.seal(receiver.public, b"secret", b"run 1 to B")
     assert b"secret" not in sealed
     assert receiver.open(sender.public, sealed, b"run 1 to B") == b"secret"
@@ -23,7 +23,7 @@ def test_only_the_receiver_opens():
 
 
 def test_every_altered_bit_is_noticed():
-    sender, receiver = SealingKey(), SealingKey()
+    sender, receiver = ExchangeKey(), ExchangeKey()
     sealed = sender.seal(receiver.public, b"secret", b"c")
     for bit in range(8 * len(sealed)):
         altered = bytearray(sealed)
@@ -36,7 +36,7 @@ def test_every_altered_bit_is_noticed():
 
 
 def test_a_sealed_message_does_not_reflect():
-    a, b = SealingKey(), SealingKey()
+    a, b = ExchangeKey(), ExchangeKey()
     sealed = a.seal(b.public, b"secret", b"c")
     with pytest.raises(ProtocolError):
         a.open(b.public, sealed, b"c")
@@ -44,13 +44,13 @@ def test_a_sealed_message_does_not_reflect():
 
 def test_weak_public_keys_are_refused():
     with pytest.raises(ProtocolError, match="X25519"):
-        SealingKey().seal(bytes(32), b"secret", b"c")
+        ExchangeKey().seal(bytes(32), b"secret", b"c")
     with pytest.raises(ProtocolError, match="X25519"):
-        SealingKey().seal(b"short", b"secret", b"c")
+        ExchangeKey().seal(b"short", b"secret", b"c")
 
 
 def test_keys_and_nonces_are_new_each_time():
-    receiver = SealingKey()
-    sender = SealingKey()
-    assert SealingKey().public != SealingKey().public
+    receiver = ExchangeKey()
+    sender = ExchangeKey()
+    assert ExchangeKey().public != ExchangeKey().public
     assert sender.seal(receiver.public, b"x", b"c") != sender.seal(receiver.public, b"x", b"c")

@@ -1,0 +1,45 @@
+"""`privfl keys`: the identity by which the other sites of a consortium know this one."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+import click
+
+from privfl.errors import PrivflError
+
+
+@click.group(name="keys")
+def command() -> None:
+    """Make a site's identity, an Ed25519 key pair, or show its public key."""
+
+
+@command.command()
+@click.argument("file", type=click.Path(path_type=Path))
+def generate(file: Path) -> None:
+    """Write a new private key to FILE, readable for its owner only, and print the public key.
+
+    Name FILE as `identity` in this site's file; give the public key to the other sites, on a way you trust, for their `peers`.
+    """
+    from privfl.secagg import Identity
+
+    identity = Identity()
+    try:
+        # Only a new file, and never readable for others, not even for a moment.
+        with os.fdopen(os.open(file, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600), "wb") as private:
+            private.write(identity.pem())
+    except FileExistsError as error:
+        raise PrivflError(f"{file} exists already; nothing was written, choose another file") from error
+    except OSError as error:
+        raise PrivflError(f"cannot write {file}: {error.strerror}") from error
+    click.echo(identity.public)
+
+
+@command.command()
+@click.argument("file", type=click.Path(path_type=Path))
+def show(file: Path) -> None:
+    """Print the public key of the private key in FILE."""
+    from privfl.site.agreement import load_identity
+
+    click.echo(load_identity(str(file)).public)

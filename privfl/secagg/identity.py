@@ -1,0 +1,77 @@
+"""Who a site is: an Ed25519 key pair (RFC 8032) that outlives runs, and the text form of its public half."""
+
+from __future__ import annotations
+
+import base64
+import binascii
+
+from cryptography.exceptions import InvalidSignature
+from cryptography.hazmat.primitives import serialization
+from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey, Ed25519PublicKey
+
+from privfl.errors import PrivflError, ProtocolError
+
+_PREFIX = "ed25519:"
+
+
+class Identity:
+    """A signing key. ``public`` is what others pin: 'ed25519:' and 43 characters of base64."""
+
+    def __init__(self, private: Ed25519PrivateKey | None = None) -> None:
+        self._private = Ed25519PrivateKey.generate() if private is None else private
+        raw = self._private.public_key().public_bytes(serialization.Encoding.Raw, serialization.PublicFormat.Raw)
+        self.public = _PREFIX + base64.urlsafe_b64encode(raw).decode().rstrip("=")
+
+    @classmethod
+    def from_pem(cls, pem: bytes) -> Identity:
+        """The key that :meth:`pem` gave.
+
+        Raises:
+            PrivflError: it is no Ed25519 private key, or protected by a password.
+        """
+        try:
+            key = serialization.load_pem_private_key(pem, password=None)
+        except (ValueError, TypeError) as error:
+            raise PrivflError("holds no private key that can be read; make one with `privfl keys generate`") from error
+        if not isinstance(key, Ed25519PrivateKey):
+            raise PrivflError("holds a private key of another kind than Ed25519; make one with `privfl keys generate`")
+        return cls(key)
+
+    def pem(self) -> bytes:
+        """The private key, unencrypted, as PKCS8 in PEM."""
+        return self._private.private_bytes(
+            serialization.Encoding.PEM, serialization.PrivateFormat.PKCS8, serialization.NoEncryption()
+        )
+
+    def sign(self, message: bytes) -> bytes:
+        """64 bytes that :func:`verify` accepts for this message and key only."""
+        return self._private.sign(message)
+
+
+def verify(public: str, signature: bytes, message: bytes) -> None:
+    """Check a signature.
+
+    Raises:
+        ProtocolError: it is not that of ``message`` by the holder of ``public``, or ``public`` is no key.
+    """
+    try:
+        Ed25519PublicKey.from_public_bytes(public_bytes(public)).verify(signature, message)
+    except (InvalidSignature, ValueError) as error:
+        raise ProtocolError("a signature does not fit") from error
+
+
+def public_bytes(public: str) -> bytes:
+    """The 32 bytes behind the text form of a public key.
+
+    Raises:
+        ValueError: it is not one.
+    """
+    text = public.removeprefix(_PREFIX)
+    try:
+        raw = base64.b64decode(text + "=", altchars=b"-_", validate=True)
+    except binascii.Error as error:
+        raise ValueError("is no public key") from error
+    # One spelling for each key: two that look different must be different.
+    if text == public or len(raw) != 32 or base64.urlsafe_b64encode(raw).decode().rstrip("=") != text:
+        raise ValueError("must be 'ed25519:' and 43 characters, as `privfl keys show` prints it")
+    return raw

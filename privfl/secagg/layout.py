@@ -1,0 +1,38 @@
+"""Where a vector lies in the integers, ciphertexts and blocks of a contribution."""
+
+from __future__ import annotations
+
+from privfl.secagg.checksum import checksum_length
+from privfl.secagg.packing import packed_length
+from privfl.secagg.parameters import DEGREE, Parameters
+
+# Two mebibytes a block: small enough to stay in a cache and to overlap, large enough for the wire. A block is whole rows of the checksum.
+CIPHERTEXTS_PER_BLOCK = 32
+BLOCK_INTEGERS = CIPHERTEXTS_PER_BLOCK * DEGREE
+
+
+class Layout:
+    """Where a vector of ``values`` elements lies in the integers and blocks of a contribution."""
+
+    def __init__(self, values: int, parameters: Parameters) -> None:
+        self.values = values
+        self.parameters = parameters
+        self.packed = packed_length(values, parameters)
+        self.integers = self.packed + checksum_length(parameters)
+        self.blocks = -(-self.integers // BLOCK_INTEGERS)
+
+    def ciphertexts(self, block: int) -> int:
+        """How many ciphertexts block number ``block`` has."""
+        return min(CIPHERTEXTS_PER_BLOCK, -(-(self.integers - block * BLOCK_INTEGERS) // DEGREE))
+
+    def values_of(self, block: int) -> slice:
+        """Which elements of the vector lie in block number ``block``."""
+        per_block = BLOCK_INTEGERS * self.parameters.fields
+        return slice(min(block * per_block, self.values), min((block + 1) * per_block, self.values))
+
+    def checks_of(self, block: int) -> tuple[slice, slice]:
+        """Which integers of block number ``block`` are the checksum's, and which of the checksum's integers they are."""
+        first = block * BLOCK_INTEGERS
+        start, end = max(self.packed, first), min(self.integers, first + BLOCK_INTEGERS)
+        end = max(start, end)
+        return slice(start - first, end - first), slice(start - self.packed, end - self.packed)

@@ -1,0 +1,46 @@
+"""Stage 2: neighbouring values share one integer X of P bits, each in a field wide enough for the sum of all members."""
+
+from __future__ import annotations
+
+import numpy as np
+from numpy.typing import NDArray
+
+from privfl.secagg.parameters import Parameters
+
+
+def packed_length(values: int, parameters: Parameters) -> int:
+    """How many integers hold ``values`` values."""
+    return -(-values // parameters.fields)
+
+
+def pack(values: NDArray[np.float64], parameters: Parameters) -> NDArray[np.uint64]:
+    """X = v0 + 2^w v1 modulo 2^64; shape (packed_length,). An odd last value is alone in its integer.
+
+    X has at most 53 bits with two fields (P <= 52), so the arithmetic in float64 is exact.
+    """
+    if parameters.fields == 1:
+        return values.astype(np.int64).view(np.uint64)
+    pairs = values[: len(values) // 2 * 2].reshape(-1, 2)
+    integers = np.empty(packed_length(len(values), parameters), dtype=np.int64)
+    integers[: len(pairs)] = pairs[:, 0] + pairs[:, 1] * float(1 << parameters.field_bits)
+    if len(values) % 2:
+        integers[-1] = values[-1]
+    return integers.view(np.uint64)
+
+
+def unpack(sums: NDArray[np.uint64], values: int, parameters: Parameters) -> NDArray[np.int64]:
+    """The ``values`` sums of values behind sums of packed integers, of which only the lowest P bits count; shape (values,)."""
+    if parameters.fields == 1:
+        return centred(sums, parameters.word_bits)[:values]
+    width = parameters.field_bits
+    whole = centred(sums, parameters.word_bits)
+    pairs = np.empty((len(sums), 2), dtype=np.int64)
+    pairs[:, 0] = centred(sums, width)
+    pairs[:, 1] = (whole - pairs[:, 0]) >> width
+    return pairs.reshape(-1)[:values]
+
+
+def centred(integers: NDArray[np.uint64], bits: int) -> NDArray[np.int64]:
+    """The lowest ``bits`` bits as a number in [-2^(bits-1), 2^(bits-1)); same shape."""
+    half, modulus = np.uint64(1 << (bits - 1)), np.uint64((1 << bits) - 1)
+    return ((integers + half) & modulus).view(np.int64) - np.int64(half)

@@ -1,0 +1,99 @@
+"""Stage 1: vectors to integers of ``value_bits``, and sums of integers back to numbers.
+
+Integers travel through the first stages as float64, in which every integer below 2^53 is exact and arithmetic is fastest.
+"""
+
+from __future__ import annotations
+
+import os
+from typing import Literal, Protocol
+
+import numpy as np
+from numpy.typing import NDArray
+
+from privfl.errors import PrivflError
+from privfl.secagg.keystream import KEY_BYTES, Keystream
+from privfl.secagg.parameters import Parameters
+
+Rounding = Literal["nearest", "stochastic"]
+
+
+class Quantiser(Protocol):
+    """How numbers become integers and sums of integers become numbers again."""
+
+    def check(self, vector: NDArray[np.generic]) -> None:
+        """Refuse a vector that does not fit, before anything of it leaves.
+
+        Raises:
+            PrivflError: naming what does not fit.
+        """
+        ...
+
+    def integers(self, values: NDArray[np.generic]) -> NDArray[np.float64]:
+        """A piece of a checked vector as integers; same shape."""
+        ...
+
+    def numbers(self, totals: NDArray[np.int64]) -> NDArray[np.generic]:
+        """What sums of integers stand for; same shape."""
+        ...
+
+
+class Exact:
+    """int64 in, int64 out."""
+
+    def __init__(self, parameters: Parameters) -> None:
+        self._limit = parameters.largest_value
+        self._bits = parameters.value_bits
+
+    def check(self, vector: NDArray[np.generic]) -> None:
+        if vector.size and not (-self._limit <= vector.min() and vector.max() <= self._limit):
+            raise PrivflError(
+                f"a vector to be summed has integers beyond {self._limit}, the largest of {self._bits} bits; raise value_bits"
+            )
+
+    def integers(self, values: NDArray[np.generic]) -> NDArray[np.float64]:
+        return values.astype(np.float64)
+
+    def numbers(self, totals: NDArray[np.int64]) -> NDArray[np.int64]:
+        return totals
+
+
+class Grid:
+    """Numbers of a public range on a grid: x becomes round(x / g), with g = range / (2^(b-1) - 1).
+
+    The error of a sum of n values is at most n g / 2 with ``nearest`` and n g with ``stochastic`` rounding, whose mean is zero:
+    floor(x / g + u), u uniform on [0, 1) from the operating system's randomness.
+
+    Args:
+        span: the public range; values are between -span and span.
+    """
+
+    def __init__(self, parameters: Parameters, span: float, rounding: Rounding = "nearest") -> None:
+        self.span = span
+        self.grid = span / parameters.largest_value
+        self._limit = float(parameters.largest_value)
+        self._dither = Keystream(os.urandom(KEY_BYTES)) if rounding == "stochastic" else None
+
+    def check(self, vector: NDArray[np.generic]) -> None:
+        # NaN makes both comparisons false, so one pass answers for NaN, infinity and range.
+        if vector.size and not (float(vector.min()) >= -self.span and float(vector.max()) <= self.span):
+            if not np.isfinite(vector).all():
+                raise PrivflError("a vector to be summed contains NaN or infinite values")
+            raise PrivflError(
+                f"a vector to be summed has values up to {float(np.abs(vector).max()):.6g}, beyond the public range {self.span:g}; "
+                "raise the range, which makes the grid coarser"
+            )
+
+    def integers(self, values: NDArray[np.generic]) -> NDArray[np.float64]:
+        scaled: NDArray[np.float64] = np.multiply(values, 1.0 / self.grid, dtype=np.float64)
+        if self._dither is None:
+            np.rint(scaled, out=scaled)
+        else:
+            scaled += (self._dither.words(scaled.size) >> np.uint64(11)).astype(np.float64) * 2.0**-53
+            np.floor(scaled, out=scaled)
+            # At the very end of the range 1 / g is rounded itself, and the floor may be one unit too much.
+            np.minimum(scaled, self._limit, out=scaled)
+        return scaled
+
+    def numbers(self, totals: NDArray[np.int64]) -> NDArray[np.float64]:
+        return totals.astype(np.float64) * self.grid

@@ -1,0 +1,57 @@
+"""How a site's contribution leaves it, block by block as it is encrypted: to rank 0 as messages, or into a sum that MPI makes."""
+
+from __future__ import annotations
+
+import collections
+from collections.abc import Iterable, Sequence
+from dataclasses import replace
+
+import numpy as np
+from numpy.typing import NDArray
+
+from privfl.errors import PrivflError
+from privfl.federation.messages import Message
+from privfl.site.sums import Path
+from privfl.transport import Reduction, Transport
+
+# So many sums may be under way while the next block is encrypted.
+_UNDER_WAY = 4
+REDUCE_SECONDS = 120.0
+
+
+class Outbox:
+    """Sends the contributions of one site. ``ranks``: the members of the sum, this site included."""
+
+    def __init__(self, transport: Transport, ranks: Sequence[int], path: Path) -> None:
+        self._transport, self._ranks, self._path = transport, ranks, path
+
+    def send(self, head: Message, blocks: Iterable[NDArray[np.uint64]]) -> None:
+        """Send ``blocks`` of the contribution that ``head`` describes; with ``reduce`` only an empty message says that all are handed over.
+
+        Raises:
+            PrivflError: other members did not take part in the reduction in time.
+        """
+        if self._path == "star":
+            for part, block in enumerate(blocks):
+                self._transport.send(0, *replace(head, part=part, bulk=block.data.cast("B")).encode())
+            return
+        waiting: collections.deque[Reduction] = collections.deque()
+        for block in blocks:
+            waiting.append(self._transport.reduce(self._ranks, block))
+            if len(waiting) > _UNDER_WAY:
+                finish(waiting.popleft())
+        while waiting:
+            finish(waiting.popleft())
+        self._transport.send(0, *replace(head, part=0, parts=1).encode())
+
+
+def finish(part: Reduction) -> None:
+    """Wait for a sum that the transport makes.
+
+    Raises:
+        PrivflError: it takes too long; another member is gone.
+    """
+    if not part.done(REDUCE_SECONDS):
+        raise PrivflError(
+            f"a sum by MPI_Reduce did not end within {REDUCE_SECONDS:.0f} s: another rank is gone or stuck; path star survives that"
+        )

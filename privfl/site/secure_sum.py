@@ -1,0 +1,346 @@
+"""The encrypted sum alone, for any program whose ranks share a communicator: `privfl.SecureSum(comm).sum(vector)`."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import time
+from collections.abc import Iterator
+from types import TracebackType
+from typing import Any
+
+import numpy as np
+from numpy.typing import ArrayLike, NDArray
+
+from privfl.errors import PrivflError, ProtocolError
+from privfl.federation import messages
+from privfl.federation.messages import Body, Kind, Message
+from privfl.secagg import Exact, ExchangeKey, Grid, Identity, Layout, WordAdder, derive, usual_value_bits
+from privfl.secagg.adding import reduce_words
+from privfl.secagg.probe import prove
+from privfl.secagg.quantise import Quantiser, Rounding
+from privfl.site.agreement import Agreement, Party
+from privfl.site.keys import RunKeys
+from privfl.site.outbox import Outbox, finish
+from privfl.site.setup import versions
+from privfl.site.sums import OneSum, Path, Sums
+from privfl.transport import Transport
+
+
+class SecureSum:
+    """Sums vectors of all ranks so that no rank sees another rank's vector, only the sum.
+
+    Every rank is a site; rank 0 also adds, and holds the key like all others. So what a vector is protected by here are the masks: whatever some
+    ranks pool, rank 0 included, they learn of the other ranks' vectors only their sum (claim C). That rank 0 sees not even the sum (claim B) is not
+    claimed, and keys are not pinned, so rank 0 must run this code unchanged: a single trust domain. docs/secure-aggregation.md has the proofs.
+
+    Args:
+        comm: an mpi4py communicator of at least 2 ranks, or a privfl transport. Collective, as is every :meth:`sum`.
+        value_bits: bits of a value, 12 to 28; by default as many, from 16 to 24, as two values can share a word with.
+        range: for floating-point vectors the public bound on the size of their elements; without it vectors are integers.
+        rounding: of floating-point values to the grid range / (2^(value_bits - 1) - 1): ``nearest`` or ``stochastic``.
+        path: ``star`` sends contributions to rank 0, ``reduce`` lets the MPI library add them. Same result.
+        timeout: seconds after which a rank that does not answer is an error.
+
+    Raises:
+        PrivflError: too few ranks, ranks with other arguments or versions, parameters that do not fit.
+    """
+
+    def __init__(
+        self,
+        comm: Any,
+        *,
+        value_bits: int | None = None,
+        range: float | None = None,  # noqa: A002  (the word of the experiment file)
+        rounding: Rounding = "nearest",
+        path: Path = "star",
+        timeout: float = 600.0,
+    ) -> None:
+        self._transport = _transport(comm)
+        self._timeout, self._path = timeout, path
+        size, rank = self._transport.size, self._transport.rank
+        if size < 2:
+            raise PrivflError(
+                "SecureSum needs at least 2 ranks, this communicator has 1; start the program with: mpiexec -n 4 python ..."
+            )
+        if rounding not in ("nearest", "stochastic") or path not in ("star", "reduce"):
+            raise PrivflError(
+                f"SecureSum takes rounding nearest or stochastic and path star or reduce, got {rounding!r} and {path!r}"
+            )
+        if range is not None and not 0.0 < range < float("inf"):
+            raise PrivflError(f"SecureSum needs a range above 0, got {range}")
+        self.parameters = derive(size, value_bits or usual_value_bits(size))
+        if path == "reduce" and size > self.parameters.additions:
+            raise PrivflError(
+                f"path reduce adds at most {self.parameters.additions} ranks at this value_bits, there are {size}; lower value_bits"
+            )
+        self._quantiser: Quantiser = Exact(self.parameters) if range is None else Grid(self.parameters, range, rounding)
+        self._integers = range is None
+        self._round = 0
+        self._run = messages.NO_RUN
+        if not prove():
+            raise PrivflError(
+                "this TenSEAL is not proven to let ciphertexts be added as words, which SecureSum needs; see `privfl doctor`"
+            )
+        self._site = f"rank{rank}"
+        self._sums = self._set_up([size, self.parameters.value_bits, range, path])
+
+    # -- the sum ---------------------------------------------------------------------------------------------------
+
+    def sum(self, vector: ArrayLike) -> NDArray[Any]:
+        """The sum over all ranks, at every rank. Collective.
+
+        Args:
+            vector: integers of at most ``value_bits`` bits (with sign), or, if a ``range`` was given, numbers within it. Any shape, the same at
+                all ranks.
+
+        Returns:
+            int64, exact; with a ``range`` float64, each rank's values rounded to the grid.
+
+        Raises:
+            PrivflError: at all ranks alike, if one rank's vector does not fit; nothing of any vector has left then.
+            MismatchError: the sum is not what the ranks sent; this object sums nothing more.
+        """
+        self._round += 1
+        given = np.asarray(vector)
+        flat = self._agree(given)
+        one = self._sums.open(self._round, 1, len(flat), self._quantiser, [])
+        layout = Layout(len(flat), self.parameters)
+        head = Message(Kind.CONTRIBUTION, self._run, self._round, 1, parts=layout.blocks)
+        blocks = one.contribution(flat)
+        if self._transport.rank:
+            ranks = [*_others(self._transport)]
+            Outbox(self._transport, ranks, self._path).send(head, blocks)
+        totals = self._add(layout, blocks) if self._transport.rank == 0 else self._receive_totals(layout)
+        for block in totals:
+            one.collect(block)
+        return self._finish(one).reshape(given.shape)
+
+    def _agree(self, given: NDArray[Any]) -> NDArray[Any]:
+        """The vector, once every rank has said that its own fits; the same sentence at all ranks if one does not."""
+        problem, flat = None, given.reshape(-1)
+        try:
+            flat = self._accept(flat)
+        except PrivflError as error:
+            problem = str(error)
+        if self._transport.rank:
+            self._send(0, messages.Failed(error=problem, exit_code=2) if problem else messages.Ready(values=len(flat)))
+            self._expect(Kind.ROUND)
+            return flat
+        if problem:
+            problem = f"rank 0: {problem}"
+        for rank, message in self._from_all(Kind.READY, Kind.FAILED).items():
+            body = message.body
+            if isinstance(body, messages.Failed):
+                problem = problem or f"rank {rank}: {body.error}"
+            elif isinstance(body, messages.Ready) and body.values != len(flat):
+                problem = (
+                    problem or f"rank {rank} has a vector of {body.values} values, rank 0 one of {len(flat)}; they must be alike"
+                )
+        self._to_all(messages.Failed(error=problem, exit_code=2) if problem else messages.Round())
+        if problem:
+            raise PrivflError(problem)
+        return flat
+
+    def _accept(self, flat: NDArray[Any]) -> NDArray[Any]:
+        if self._integers and not np.can_cast(flat.dtype, np.int64):
+            raise PrivflError(
+                f"SecureSum sums integers exactly, and was given {flat.dtype}; for numbers give it their public range"
+            )
+        if not self._integers and not (np.issubdtype(flat.dtype, np.floating) or np.issubdtype(flat.dtype, np.integer)):
+            raise PrivflError(f"SecureSum sums real numbers, and was given {flat.dtype}")
+        self._quantiser.check(flat)
+        return flat
+
+    def _add(self, layout: Layout, blocks: Iterator[NDArray[np.uint64]]) -> Iterator[memoryview]:
+        """On rank 0: the sums of all blocks, each sent to everybody as soon as it is there."""
+        totals = self._reduced(blocks) if self._path == "reduce" else self._added(layout, blocks)
+        for part, total in enumerate(totals):
+            message = Message(Kind.TOTAL, self._run, self._round, 1, part, layout.blocks, bulk=total)
+            for rank in _others(self._transport):
+                self._transport.send(rank, *message.encode())
+            yield total
+
+    def _reduced(self, blocks: Iterator[NDArray[np.uint64]]) -> Iterator[memoryview]:
+        under_way = [(words, self._transport.reduce([*_others(self._transport)], words)) for words in blocks]
+        for words, part in under_way:
+            finish(part)
+            reduce_words(words, self.parameters.prime, self._transport.size)
+        # Each says that it has handed over all of its part before anybody gets a total and goes on to the next sum.
+        self._from_all(Kind.CONTRIBUTION)
+        for words, _ in under_way:
+            yield words.data.cast("B")
+
+    def _added(self, layout: Layout, blocks: Iterator[NDArray[np.uint64]]) -> Iterator[memoryview]:
+        adder = WordAdder(self.parameters)
+        adder.open(layout)
+        parts = dict.fromkeys(_others(self._transport), 0)
+        for own, words in enumerate(blocks):
+            adder.add(own, words.data.cast("B"))
+            while self._take(adder, parts, layout, 0.0):
+                pass
+        while any(part < layout.blocks for part in parts.values()):
+            if not self._take(adder, parts, layout, self._timeout):
+                raise PrivflError(f"no contribution arrived within {self._timeout:.0f} s; another rank is gone or stuck")
+        for part in range(layout.blocks):
+            yield adder.block(part)
+
+    def _take(self, adder: WordAdder, parts: dict[int, int], layout: Layout, timeout: float) -> bool:
+        frame = self._transport.receive(timeout)
+        if frame is None:
+            return False
+        message = messages.decode(frame.head, frame.bulk)
+        here = (message.kind, message.run, message.round, message.part, message.parts)
+        if here != (Kind.CONTRIBUTION, self._run, self._round, parts[frame.peer], layout.blocks):
+            raise ProtocolError(
+                f"rank {frame.peer} sent a {message.kind.name} message where the next block of its contribution was due"
+            )
+        adder.add(message.part, message.bulk)
+        parts[frame.peer] += 1
+        return True
+
+    def _receive_totals(self, layout: Layout) -> Iterator[memoryview | bytes]:
+        for part in range(layout.blocks):
+            message = self._expect(Kind.TOTAL)
+            if (message.part, message.parts) != (part, layout.blocks):
+                raise ProtocolError(
+                    f"rank 0 sent block {message.part} of {message.parts} of a sum, expected {part} of {layout.blocks}"
+                )
+            yield message.bulk
+
+    def _finish(self, one: OneSum) -> NDArray[Any]:
+        if not self._transport.flush(self._timeout):
+            raise PrivflError(f"a sum could not be sent within {self._timeout:.0f} s; another rank is gone or stuck")
+        return one.total()
+
+    # -- keys ------------------------------------------------------------------------------------------------------
+
+    def _set_up(self, arguments: list[Any]) -> Sums:
+        """Exchange and sign keys; rank 0 makes those of the sums and seals them to the others."""
+        exchange, identity = ExchangeKey(), Identity()
+        digest = hashlib.sha256(json.dumps(["privfl SecureSum 1", arguments]).encode()).hexdigest()
+        hello = messages.Hello(
+            site=self._site, digest=digest, versions=versions(), exchange_key=exchange.public.hex(), identity=identity.public
+        )
+        welcome = self._greet(hello)
+        members = [Party(m.site, bytes.fromhex(m.exchange_key), m.identity) for m in welcome.members]
+        agreement = Agreement.of(welcome.run, digest, self.parameters, members)
+        agreement.check(self._site, exchange, identity, {})
+        signature = identity.sign(agreement.digest)
+        agreement.check_signatures(self._exchange_signatures(signature))
+        if self._transport.rank == 0:
+            keys = RunKeys.make(self.parameters)
+            for rank, party in enumerate(agreement.members[1:], 1):
+                sealed = exchange.seal(party.exchange_key, keys.secret_bytes(), agreement.digest + party.site.encode())
+                message = Message(Kind.SEALED_KEY, self._run, part=rank, parts=self._transport.size, bulk=sealed)
+                self._transport.send(rank, *message.encode())
+        else:
+            sealed = bytes(self._expect(Kind.SEALED_KEY).bulk)
+            secret = exchange.open(agreement.members[0].exchange_key, sealed, agreement.digest + self._site.encode())
+            keys = RunKeys.from_secret_bytes(secret, self.parameters)
+        return Sums(agreement, exchange, keys)
+
+    def _greet(self, hello: messages.Hello) -> messages.Welcome:
+        if self._transport.rank:
+            self._send(0, hello)
+            message = self._expect(Kind.WELCOME)
+            assert isinstance(message.body, messages.Welcome)
+            self._run = message.run
+            return message.body
+        hellos = {
+            0: hello,
+            **{rank: m.body for rank, m in self._from_all(Kind.HELLO).items() if isinstance(m.body, messages.Hello)},
+        }
+        odd = [rank for rank, other in hellos.items() if (other.digest, other.versions) != (hello.digest, hello.versions)]
+        if odd:
+            problem = (
+                f"rank {odd[0]} calls SecureSum with other arguments than rank 0, or runs other versions of privfl or tenseal"
+            )
+            self._to_all(messages.Failed(error=problem, exit_code=2))
+            raise PrivflError(problem)
+        self._run = os.urandom(16)
+        members = tuple(
+            messages.Member(site=f"rank{rank}", rank=rank, exchange_key=other.exchange_key, identity=other.identity)
+            for rank, other in sorted(hellos.items())
+        )
+        welcome = messages.Welcome(run=self._run.hex(), folder="", digest=hello.digest, members=members)
+        self._to_all(welcome)
+        return welcome
+
+    def _exchange_signatures(self, own: bytes) -> dict[str, bytes]:
+        if self._transport.rank:
+            self._send(0, messages.Signed(signature=own.hex()))
+            body = self._expect(Kind.AGREED).body
+            assert isinstance(body, messages.Agreed)
+            return {site: bytes.fromhex(text) for site, text in body.signatures.items()}
+        signatures = {"rank0": own.hex()}
+        for rank, message in self._from_all(Kind.SIGNED).items():
+            assert isinstance(message.body, messages.Signed)
+            signatures[f"rank{rank}"] = message.body.signature
+        self._to_all(messages.Agreed(signatures=signatures))
+        return {site: bytes.fromhex(text) for site, text in signatures.items()}
+
+    # -- messages --------------------------------------------------------------------------------------------------
+
+    def _send(self, to: int, body: Body) -> None:
+        self._transport.send(to, *Message.of(body, self._run, self._round).encode())
+
+    def _to_all(self, body: Body) -> None:
+        for rank in _others(self._transport):
+            self._send(rank, body)
+
+    def _expect(self, kind: Kind) -> Message:
+        """The next message of rank 0, which must be of this kind."""
+        message = self._next()[1]
+        if isinstance(message.body, messages.Failed):
+            raise PrivflError(message.body.error)
+        if message.kind is not kind or message.round != self._round:
+            raise ProtocolError(
+                f"rank 0 sent a {message.kind.name} message of sum {message.round}, expected {kind.name} of sum {self._round}"
+            )
+        return message
+
+    def _from_all(self, *kinds: Kind) -> dict[int, Message]:
+        """One message of each other rank, by rank."""
+        got: dict[int, Message] = {}
+        while len(got) < self._transport.size - 1:
+            rank, message = self._next()
+            if message.kind not in kinds or rank in got or message.round != self._round:
+                raise ProtocolError(
+                    f"rank {rank} sent a {message.kind.name} message, expected {' or '.join(k.name for k in kinds)}"
+                )
+            got[rank] = message
+        return dict(sorted(got.items()))
+
+    def _next(self) -> tuple[int, Message]:
+        frame = self._transport.receive(self._timeout)
+        if frame is None:
+            raise PrivflError(
+                f"no message arrived within {self._timeout:.0f} s; another rank is gone, stuck, or makes no call of SecureSum"
+            )
+        return frame.peer, messages.decode(frame.head, frame.bulk)
+
+    def close(self) -> None:
+        """Give up receiving. Collective in effect: no rank may sum after another has closed."""
+        deadline = time.monotonic() + self._timeout
+        self._transport.flush(max(0.0, deadline - time.monotonic()))
+        self._transport.close()
+
+    def __enter__(self) -> SecureSum:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+        self.close()
+
+
+def _transport(comm: Any) -> Transport:
+    if hasattr(comm, "Get_rank"):
+        from privfl.transport import mpi
+
+        return mpi.over(comm)
+    return comm  # type: ignore[no-any-return]
+
+
+def _others(transport: Transport) -> range:
+    return range(1, transport.size)
