@@ -13,6 +13,7 @@ import threading
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -145,6 +146,24 @@ def run_twin(
     return twin
 
 
+def in_threads(world: Sequence[Any], part: Callable[[Any], Any]) -> list[Any]:
+    """What ``part`` gives, or raises, for each rank of an in-process world, all at once."""
+    results: list[Any] = [None] * len(world)
+
+    def rank(number: int) -> None:
+        try:
+            results[number] = part(world[number])
+        except BaseException as error:
+            results[number] = error
+
+    threads = [threading.Thread(target=rank, args=(number,), daemon=True) for number in range(len(world))]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join(120)
+    return results
+
+
 def without_ptrace() -> list[str]:
     """The start of a command whose process may not read others' memory by the rights of root; skips where root cannot give them up."""
     if os.geteuid():
@@ -210,5 +229,17 @@ def edit(path: Path, old: str, new: str) -> None:
     path.write_text(text.replace(old, new))
 
 
-__all__ = ["Job", "Twin", "edit", "processes", "run_cli", "run_job", "run_twin", "start_job", "train", "without_ptrace"]
+__all__ = [
+    "Job",
+    "Twin",
+    "edit",
+    "in_threads",
+    "processes",
+    "run_cli",
+    "run_job",
+    "run_twin",
+    "start_job",
+    "train",
+    "without_ptrace",
+]
 assert sys.version_info >= (3, 11)

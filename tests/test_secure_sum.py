@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import sys
 import threading
-from collections.abc import Callable
 from typing import Any
 
 import numpy as np
@@ -15,24 +14,7 @@ import privfl
 from privfl.errors import PrivflError, ProtocolError
 from privfl.federation.messages import Kind, decode
 from privfl.transport import Recorded, Recording, connect
-from tests.conftest import run_job
-
-
-def in_threads(world: list[Any], part: Callable[[Any], Any]) -> list[Any]:
-    results: list[Any] = [None] * len(world)
-
-    def rank(number: int) -> None:
-        try:
-            results[number] = part(world[number])
-        except Exception as error:
-            results[number] = error
-
-    threads = [threading.Thread(target=rank, args=(n,), daemon=True) for n in range(len(world))]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join(120)
-    return results
+from tests.conftest import in_threads, run_job
 
 
 def test_sums_refusals_and_both_paths_under_mpiexec():

@@ -7,7 +7,8 @@ from dataclasses import replace
 
 import pytest
 
-from privfl.errors import ProtocolError
+from privfl.errors import PrivflError, ProtocolError
+from privfl.federation import coordinator as lead
 from privfl.federation import member, messages
 from privfl.federation.messages import Kind, Message, decode
 from tests.federation.world import BLOCKS, RUN, SITES, World, plan
@@ -144,14 +145,18 @@ def test_sizes_that_a_coordinator_may_announce_are_bounded():
 
 
 def test_every_mutation_of_a_message_is_refused_or_understood():
-    """10^4 mutated messages: a named error or a well-formed message, never a crash."""
+    """10^5 mutated messages, each at the decoder and then at the state it was meant for: a named error or a new state, never a crash."""
     world = World(plan())
+    before: list[tuple[int, int, Message, object]] = []
+    to_lead, to_member = world.to_lead, world.to_member
+    world.to_lead = lambda rank, message: (before.append((rank, 0, message, world.state)), to_lead(rank, message))[1]
+    world.to_member = lambda rank, message: (before.append((0, rank, message, world.members[rank])), to_member(rank, message))[1]
     world.run()
-    samples = [m.encode() for _, _, m in world.wire]
     chance = random.Random(0)
-    understood = 0
-    for _ in range(10_000):
-        head, bulk = (bytearray(x) for x in chance.choice(samples))
+    understood = taken = 0
+    for _ in range(100_000):
+        sender, receiver, message, state = chance.choice(before)
+        head, bulk = (bytearray(x) for x in message.encode())
         target = head if chance.random() < 0.5 or not bulk else bulk
         match chance.randrange(3):
             case 0:
@@ -161,8 +166,13 @@ def test_every_mutation_of_a_message_is_refused_or_understood():
             case _:
                 target += chance.randbytes(chance.randrange(1, 9))
         try:
-            decode(bytes(head), bytes(bulk))
+            mutated = decode(bytes(head), bytes(bulk))
             understood += 1
-        except ProtocolError:
+            if receiver:
+                member.step(state, mutated, TWO)
+            else:
+                lead.step(world.plan, state, sender, mutated)
+            taken += 1
+        except PrivflError:
             continue
-    assert 0 < understood < 9_000
+    assert 0 < taken < understood < 90_000

@@ -10,11 +10,13 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from privfl.errors import PrivflError, ProtocolError
-from privfl.secagg import Checksum, Decryption, EvaluatorAdder, Layout, MismatchError, SumKey, WordAdder, derive
+from privfl.secagg import Checksum, Decryption, EvaluatorAdder, Identity, Layout, MismatchError, SumKey, WordAdder, derive
 from privfl.secagg.adding import reduce_words
 from privfl.secagg.checksum import checksum_length
+from privfl.secagg.identity import verify
 from privfl.secagg.layout import BLOCK_INTEGERS
 from privfl.secagg.parameters import CIPHERTEXT_WORDS
+from privfl.site.keys import RunKeys
 from tests.secagg.test_parameters import every
 from tests.secagg.world import Members
 
@@ -198,8 +200,10 @@ def test_the_checksum_is_linear_and_notices_one_unit(count: int, bits: int, leng
         assert check.fits(limbs) is (unit == 0)
 
 
-def test_mutated_blocks_crash_nothing():
-    """10^4 mutations of blocks, of sealed keys' bodies and of seeded ciphertexts, at every decoder: a named error or a right answer."""
+@pytest.mark.parametrize("rounds", [1000, pytest.param(20_000, marks=pytest.mark.long)])
+def test_mutated_bytes_crash_nothing(rounds: int):
+    """Blocks, keys, sealed keys, notes, seeded ciphertexts, signatures (10^5 in all in the long run), at every decoder: a named error or a
+    right answer."""
     members = Members(2, 20)
     blocks = members.contributions([np.ones(50, dtype=np.int64)] * 2)
     good = members.add(blocks, 50)[0]
@@ -219,10 +223,17 @@ def test_mutated_blocks_crash_nothing():
                 changed[random.integers(len(changed))] ^= 1 << int(random.integers(8))
         return bytes(changed)
 
+    def never(_: object) -> None:
+        raise AssertionError("something altered was accepted")
+
     adder = WordAdder(members.parameters)
     adder.open(Layout(50, members.parameters))
     outcomes = {"refused": 0, "right": 0}
-    for _ in range(2500):
+    keys, exchange = RunKeys.make(members.parameters), members.exchange
+    sealed = exchange[0].seal(exchange[1].public, b"secret", b"context")
+    note, identity = keys.seal_note(b"note", b"context"), Identity()
+    signature = identity.sign(b"message")
+    for _ in range(rounds):
         # A change below Delta / 2 is rounded away as the encryption's own error is; the sum is then the right one.
         try:
             assert (members.decode([mutated(good)], 50) == 2).all()
@@ -234,12 +245,16 @@ def test_mutated_blocks_crash_nothing():
             lambda: adder.add(0, mutated(good)),
             lambda: SumKey(members.parameters, mutated(secret)),
             lambda: members.key.ring.expand(mutated(seeded), members.key.seeded_front),
+            lambda: RunKeys.from_secret_bytes(mutated(keys.secret_bytes()), members.parameters),
+            lambda: never(exchange[1].open(exchange[0].public, mutated(sealed), b"context")),
+            lambda: never(keys.open_note(mutated(note), b"context")),
+            lambda: never(verify(identity.public, mutated(signature), b"message")),
         ):
             try:
                 attempt()
             except ProtocolError:
                 continue
-    assert min(outcomes.values()) > 50
+    assert min(outcomes.values()) > rounds / 50
 
 
 def test_decryption_takes_no_more_than_its_blocks():

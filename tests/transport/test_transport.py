@@ -7,30 +7,13 @@ import sys
 import threading
 
 from privfl.transport import Recorded, Recording, conformance, connect
-from tests.conftest import run_job, without_ptrace
+from tests.conftest import in_threads, run_job, without_ptrace
 
 NAMES = [check.__name__.removeprefix("_check_") for check in conformance.CHECKS]
 
 
-def _in_threads(world: list[object]) -> list[object]:
-    results: list[object] = [None] * len(world)
-
-    def rank(number: int) -> None:
-        try:
-            results[number] = conformance.run(world[number])
-        except BaseException as error:
-            results[number] = error
-
-    threads = [threading.Thread(target=rank, args=(n,), daemon=True) for n in range(len(world))]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join(120)
-    return results
-
-
 def test_in_process():
-    assert _in_threads(connect(4)) == [NAMES] * 4
+    assert in_threads(connect(4), conformance.run) == [NAMES] * 4
 
 
 def test_recording_changes_nothing_and_keeps_everything():
@@ -41,7 +24,7 @@ def test_recording_changes_nothing_and_keeps_everything():
         with lock:
             kept.append(recorded)
 
-    assert _in_threads([Recording(transport, keep) for transport in connect(3)]) == [NAMES] * 3
+    assert in_threads([Recording(transport, keep) for transport in connect(3)], conformance.run) == [NAMES] * 3
     sent = sorted((r.rank, r.peer, r.head, r.bulk) for r in kept if r.sent and not r.summed)
     received = sorted((r.peer, r.rank, r.head, r.bulk) for r in kept if not r.sent)
     assert sent == received
