@@ -107,10 +107,13 @@ def ours(parameters: int, peers: int) -> Way:
         for index in range(layout.blocks):
             adder.block(index)
 
+    server()
+    total = [bytes(adder.block(index)) for index in range(layout.blocks)]
+
     def down() -> None:
         decryption = Decryption(parameters, Checksum(check, p), key)
-        for block in alone:
-            decryption.add(block.data.cast("B"))
+        for block in total:
+            decryption.add(block)
         grid.numbers(decryption.totals())
 
     return Way(sum(block.nbytes for block in alone) / parameters, dict(zip(STEPS, (up, down, server), strict=True)))
@@ -260,7 +263,7 @@ def _privfl(transport: Any, sites: int, parameters: int, way: str) -> Callable[[
 
     def contribute(number: int) -> None:
         one = sums.open(number, 1, parameters, grid, [])
-        Outbox(transport, ranks, path).send(Message(Kind.CONTRIBUTION, parts=layout.blocks), one.contribution(vector))
+        Outbox(transport, ranks, path, Message(Kind.CONTRIBUTION, parts=layout.blocks)).send(one.contribution(vector))
         for _ in range(layout.blocks):
             one.collect(transport.receive(600).bulk)
         total = one.total()

@@ -38,7 +38,7 @@ def test_site_file_options_work_once_uncommented(tmp_path: Path):
     values = yaml.safe_load(
         "\n".join(line[2:] for line in path.read_text().splitlines() if line.startswith("# ") and ": " in line[2:20])
     )
-    assert set(values) == {"data_options", "device", "output", "log"}
+    assert set(values) == {"data_options", "device", "output", "log", "identity", "peers", "require"}
 
 
 @pytest.mark.parametrize("path", [HEART / "heart_disease.py", ROOT / "privfl" / "demo" / "digits.py"], ids=lambda p: p.name)

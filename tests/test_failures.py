@@ -107,6 +107,26 @@ def test_a_run_folder_that_cannot_be_made(small: Path, tmp_path: Path):
     one_sentence(train(3, small, "--output", tmp_path / "file" / "o"), "cannot create the run folder", "--output")
 
 
+@pytest.mark.parametrize("path", ["star", "reduce"])
+def test_a_site_that_cannot_contribute_hangs_no_sum(small: Path, tmp_path: Path, path: str):
+    """Where MPI adds, the others are in the middle of a collective by then."""
+    job = timed(45, small, "--output", tmp_path / "o", "--set", f"secure_aggregation={{path: {path}, range: 1.0e-6}}")
+    one_sentence(job, "values beyond the public range 1e-06")
+
+
+@pytest.mark.parametrize("path", ["star", "reduce"])
+def test_a_metric_that_raises_in_the_middle_of_a_sum_hangs_nobody(small: Path, tmp_path: Path, path: str):
+    edit(
+        small.parent / "task.py",
+        "    return (output.argmax(dim=1) == target).sum(), len(target)",
+        "    import sys; calls.append(1); assert len(calls) < 2 or sys.argv[1] != 'bbb'\n"
+        "    return (output.argmax(dim=1) == target).sum(), len(target)",
+    )
+    edit(small.parent / "task.py", "def model():", "calls = []\n\n\ndef model():")
+    job = timed(45, small, "--output", tmp_path / "o", "--set", f"secure_aggregation.path={path}")
+    one_sentence(job, "site bbb: evaluating model and metrics on the held-out records raised AssertionError")
+
+
 # -- in the trainer -------------------------------------------------------------------------------------------------------
 
 

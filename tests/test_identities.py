@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import stat
+import sys
 from pathlib import Path
 
 import pytest
@@ -12,7 +13,8 @@ from privfl.errors import PrivflError, ProtocolError
 from privfl.secagg import ExchangeKey, Identity, derive
 from privfl.secagg.identity import public_bytes, verify
 from privfl.site.agreement import Agreement, Party, load_identity
-from tests.conftest import Job, run_cli, train
+from privfl.site.outputs import share_model
+from tests.conftest import Job, run_cli, run_job, train
 
 SITES = ("aa", "bbb")
 
@@ -25,7 +27,7 @@ def sites(tmp_path: Path) -> Path:
     public = {site: run_cli("keys", "generate", folder / f"{site}.key").out.strip() for site in SITES}
     for site, other in (SITES, SITES[::-1]):
         (folder / f"{site}.yaml").write_text(
-            f"identity: {site}.key\npeers: {{{other}: '{public[other]}'}}\nrequire: [pinned_keys]\n"
+            f"identity: {site}.key\npeers: {{{other}: '{public[other]}'}}\nrequire: [pinned_keys]\noutput: ../of_{site}\n"
         )
     return folder
 
@@ -53,19 +55,56 @@ def test_keys_are_made_once_readable_for_their_owner_and_shown(tmp_path: Path):
     one_sentence(run_cli("keys", "show", file), "holds no private key", "privfl keys generate")
 
 
+def accounts_of_their_own(small: Path, sites: Path, tmp_path: Path) -> Job:
+    words = ["train", str(small), "--sites", str(sites), "--output", str(tmp_path / "o")]
+    return run_job(3, [sys.executable, "-m", "tests.jobs.accounts", *words])
+
+
 def test_a_run_with_pinned_keys_says_so(small: Path, sites: Path, tmp_path: Path):
+    job = accounts_of_their_own(small, sites, tmp_path)
+    assert job.code == 0, job.err
+    assert "trust: pinned keys: every site knows the keys of all others, and each runs under an account of its own" in job.out
+    assert json.loads((job.folder / "summary.json").read_text())["trust"] == "pinned keys"
+
+
+def test_one_account_is_a_single_trust_domain_whatever_is_pinned(small: Path, sites: Path, tmp_path: Path):
     job = train(3, small, "--sites", sites, "--output", tmp_path / "o")
     assert job.code == 0, job.err
-    assert "trust: pinned keys" in job.out
-    assert json.loads((job.folder / "summary.json").read_text())["trust"] == "pinned keys"
-    assert "trust: pinned keys" in (job.folder / "sites" / "aa" / "site.log").read_text()
+    assert "trust: single trust domain: keys are pinned, but several parties run under one account" in job.out
+    assert json.loads((job.folder / "summary.json").read_text())["trust"] == "single trust domain"
+
+
+def test_a_site_that_pins_keeps_model_and_log_out_of_the_coordinators_folder(small: Path, sites: Path, tmp_path: Path):
+    job = train(3, small, "--sites", sites, "--output", tmp_path / "o")
+    assert job.code == 0, job.err
+    assert {path.name for path in job.folder.iterdir()} == {"experiment.yaml", "rounds.jsonl", "summary.json"}
+    assert {path.name for path in (tmp_path / "of_aa").iterdir()} == {"model.safetensors", "site.log"}
+
+
+def test_a_model_is_shared_in_a_new_file_of_its_owner_only(tmp_path: Path):
+    (tmp_path / "experiment.yaml").write_text("# run 17")
+    model = tmp_path / "of_site"
+    model.write_bytes(b"weights")
+    share_model(model, tmp_path, "17", "aa")
+    shared = tmp_path / "model.safetensors"
+    assert (shared.read_bytes(), stat.S_IMODE(shared.stat().st_mode)) == (b"weights", 0o600)
+    share_model(model, tmp_path, "other run", "bbb")
+    # What somebody put in the way, to read along or to lead elsewhere, is not written to.
+    trap = tmp_path / ".model.aa"
+    for lay in (lambda: trap.touch(0o666), lambda: trap.symlink_to(tmp_path / "elsewhere")):
+        lay()
+        with pytest.raises(OSError, match="exists"):
+            share_model(model, tmp_path, "17", "aa")
+        assert not (tmp_path / "elsewhere").exists()
+        assert trap.is_symlink() or trap.read_bytes() == b""
+        trap.unlink()
 
 
 def test_one_site_that_pins_nothing_makes_it_a_single_trust_domain(small: Path, sites: Path, tmp_path: Path):
     (sites / "bbb.yaml").write_text("identity: bbb.key\n")
-    job = train(3, small, "--sites", sites, "--output", tmp_path / "o")
+    job = accounts_of_their_own(small, sites, tmp_path)
     assert job.code == 0, job.err
-    assert "trust: single trust domain" in job.out
+    assert "trust: single trust domain: whoever owns the account" in job.out
     assert json.loads((job.folder / "summary.json").read_text())["trust"] == "single trust domain"
 
 
@@ -81,7 +120,8 @@ def test_another_key_than_the_pinned_one_is_refused_before_a_record_is_read(smal
     [
         ("require: [pinned_keys]\n", ("pins no key for bbb", "privfl keys show")),
         ("identity: aa.key\nrequire: [pinned_keys]\n", ("pins no key for bbb",)),
-        ("identity: aa.key\npeers: {ccc: 'ed25519:" + 43 * "A" + "'}\n", ("pins no key for bbb",)),
+        ("output: x\nidentity: aa.key\npeers: {ccc: 'ed25519:" + 43 * "A" + "'}\n", ("pins no key for bbb",)),
+        ("identity: aa.key\npeers: {bbb: 'ed25519:" + 43 * "A" + "'}\n", ("has peers but no output", "aa.yaml")),
         ("peers: {bbb: 'ed25519:" + 43 * "A" + "'}\n", ("has peers but no identity", "aa.yaml")),
         ("identity: aa.key\npeers: {bbb: ssh-ed25519 AAAA}\n", ("peers.bbb", "must be 'ed25519:' and 43 characters", "aa.yaml")),
         ("identity: nowhere.key\n", ("cannot read the identity", "sites/nowhere.key")),

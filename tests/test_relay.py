@@ -13,7 +13,7 @@ import pytest
 
 from privfl.federation import messages
 from privfl.federation.messages import Kind, Message, decode
-from privfl.secagg import ExchangeKey, Identity
+from privfl.secagg import ExchangeKey, Identity, derive, usual_value_bits
 from privfl.site import agent
 from tests.conftest import Twin, edit, run_twin
 
@@ -151,7 +151,7 @@ def words(message: Message) -> np.ndarray:
 
 
 def altered_total(to: int, message: Message, earlier: list[Message]) -> list[Message]:
-    """Delta added to the first coefficient, at all sites alike: one unit in the first value of the sum."""
+    """A small number added to the first coefficient, at all sites alike: some units in the first value of the sum."""
     if message.kind is not Kind.TOTAL or message.round != 1:
         return [message]
     changed = words(message)
@@ -180,6 +180,36 @@ def truncated_total(to: int, message: Message, earlier: list[Message]) -> list[M
     return [replace(message, bulk=message.bulk[:-8])] if message.kind is Kind.TOTAL else [message]
 
 
+def times(factor: int) -> Tamper:
+    """The sum times a number: a linear checksum would follow."""
+
+    def scaled(to: int, message: Message, earlier: list[Message]) -> list[Message]:
+        if message.kind is not Kind.TOTAL or message.round != 1:
+            return [message]
+        prime = derive(2, usual_value_bits(2)).prime
+        return [replace(message, bulk=np.array([int(w) * factor % prime for w in words(message)], dtype="<u8").tobytes())]
+
+    scaled.__name__ = f"times {factor}"
+    return scaled
+
+
+def encryption_of_nothing(to: int, message: Message, earlier: list[Message]) -> list[Message]:
+    """c0 = 0 and c1 = 1 decrypts to the key, whose coefficients round to zero: a sum of zeros that needs no key."""
+    if message.kind is not Kind.TOTAL:
+        return [message]
+    rows = np.zeros((len(message.bulk) // 65536, 8192), dtype="<u8")
+    rows[:, 4096] = 1
+    return [replace(message, bulk=rows.tobytes())]
+
+
+def other_numbers_of_records(to: int, message: Message, earlier: list[Message]) -> list[Message]:
+    """Each site alone may check its own number: with other weights for others the sum could become one site's update."""
+    if message.kind is not Kind.BEGIN:
+        return [message]
+    other = "bbb" if to == 1 else "aa"
+    return [replace(message, body=message.body.model_copy(update={"records": message.body.records | {other: 10**15}}))]
+
+
 def empty_total(to: int, message: Message, earlier: list[Message]) -> list[Message]:
     return [replace(message, bulk=bytes(len(message.bulk)))] if message.kind is Kind.TOTAL else [message]
 
@@ -205,6 +235,10 @@ SUM = "a decrypted sum is not the sum of what the sites sent"
         (altered_at_one_site, SUM, 1),
         (replayed_total, SUM, 2),
         (truncated_total, SUM, 0),
+        (times(-1), SUM, 0),
+        (times(2), SUM, 0),
+        (encryption_of_nothing, SUM, 0),
+        (other_numbers_of_records, SUM, 0),
         (empty_total, SUM, 0),
         (words_beyond_the_modulus, SUM, 0),
         (update_as_metrics, SUM, 2),
@@ -221,6 +255,36 @@ def test_no_sum_is_used_after_a_trick_with_sums(
     assert used.count("mean") == means
 
 
+def test_replicas_that_differ_do_not_decode_even_if_the_coordinator_does_not_compare(
+    small: Path, tmp_path: Path, used: list[str], monkeypatch: pytest.MonkeyPatch
+):
+    from privfl.federation import coordinator
+
+    average, turn = agent.fedavg, iter(range(1000))
+    monkeypatch.setattr(agent, "fedavg", lambda replica, mean: average(replica, mean + 1e-3 * next(turn)))
+    applied = coordinator._applied
+    blind = messages.Applied(tag="alike")
+    monkeypatch.setattr(
+        coordinator, "_applied", lambda plan, state: applied(plan, replace(state, answers=dict.fromkeys(state.answers, blind)))
+    )
+    twin = run_twin(small, output=tmp_path / "o", ranks=3)
+    assert twin.codes == [1, 1, 1], twin.err
+    assert SUM in twin.err
+
+
+def test_a_coordinator_cannot_run_more_rounds_than_the_sites_planned(
+    small: Path, tmp_path: Path, used: list[str], monkeypatch: pytest.MonkeyPatch
+):
+    from privfl.federation import coordinator
+
+    longer = coordinator.Plan
+    monkeypatch.setattr(coordinator, "Plan", lambda **facts: longer(**facts | {"rounds": 4}))
+    twin = run_twin(small, output=tmp_path / "o", ranks=3)
+    assert twin.codes == [1, 1, 1], twin.err
+    assert "the coordinator opened round 3 of an experiment of 2 rounds" in twin.err
+    assert used.count("mean") == 4
+
+
 def test_the_altered_sum_passes_without_the_checksum(
     small: Path, tmp_path: Path, used: list[str], monkeypatch: pytest.MonkeyPatch
 ):
@@ -234,7 +298,7 @@ def test_the_altered_sum_passes_without_the_checksum(
 
 def test_totals_in_another_order_are_refused(small: Path, tmp_path: Path, used: list[str]):
     """A vector of two blocks, the second one first."""
-    edit(small.parent / "task.py", "return nn.Linear(5, 2)", "return nn.Sequential(nn.Linear(5, 40000), nn.Linear(40000, 2))")
+    edit(small.parent / "task.py", "return nn.Linear(5, 2)", "return nn.Sequential(nn.Linear(5, 20000), nn.Linear(20000, 2))")
 
     def reorder(to: int, message: Message, earlier: list[Message]) -> list[Message]:
         if message.kind is Kind.TOTAL and message.part == 0 and message.parts == 2:

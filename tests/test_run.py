@@ -383,7 +383,7 @@ def test_both_paths_give_the_same_run_bit_for_bit(small: Path, tmp_path: Path, p
 def test_a_public_range_that_is_too_small_is_told_and_one_that_fits_is_used(small: Path, tmp_path: Path):
     twin = run_twin(small, "secure_aggregation.range=0.001", output=tmp_path / "runs", ranks=3)
     assert twin.codes == [2, 2, 2]
-    assert "beyond the public range 0.001" in twin.err
+    assert "values beyond the public range 0.001; raise the range" in twin.err
     twin = run_twin(
         small, "secure_aggregation={range: 50, value_bits: 28, rounding: stochastic}", output=tmp_path / "more", ranks=3
     )

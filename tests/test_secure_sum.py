@@ -105,8 +105,8 @@ def test_an_altered_sum_is_refused_and_ends_the_keys(wrong: int):
         ({"value_bits": 40}, "between 12 and 28"),
         ({"path": "tree"}, "path star or reduce"),
         ({"rounding": "up"}, "rounding nearest or stochastic"),
-        ({"range": 0.0}, "range above 0"),
-        ({"range": float("nan")}, "range above 0"),
+        ({"range": 0.0}, "public range of a sum must be between"),
+        ({"range": float("nan")}, "public range of a sum must be between"),
     ],
 )
 def test_arguments_that_do_not_fit(arguments: dict[str, Any], sentence: str):
@@ -127,6 +127,46 @@ def test_a_rank_that_does_not_come_is_an_error():
 
     results = in_threads(connect(3), part)
     assert all(isinstance(results[r], PrivflError) and "within 0" in str(results[r]) for r in (0, 2)), results
+
+
+@pytest.mark.parametrize(
+    ("odd", "sentence"),
+    [
+        ([[1, 2], [3]], "rank 1: no vector of numbers was given (ValueError"),
+        (np.array([1 + 2j]), "rank 1: SecureSum sums integers exactly"),
+        (np.zeros((2, 1), dtype=np.int64), "rank 1 has a vector of shape (2, 1)"),
+    ],
+)
+def test_what_one_rank_cannot_give_is_told_to_all_and_the_next_sum_works(odd: Any, sentence: str):
+    def part(transport: Any) -> Any:
+        secure = privfl.SecureSum(transport, timeout=10)
+        with pytest.raises(PrivflError) as refusal:
+            secure.sum(odd if transport.rank == 1 else np.zeros((1, 2), dtype=np.int64))
+        return str(refusal.value), secure.sum([1, 2]).tolist()
+
+    for told, total in in_threads(connect(3), part):
+        assert sentence in told
+        assert total == [3, 6]
+
+
+def test_arguments_that_only_one_rank_gives_wrongly_are_told_to_all():
+    def part(transport: Any) -> Any:
+        return privfl.SecureSum(transport, value_bits=30 if transport.rank == 2 else None, timeout=10)
+
+    results = in_threads(connect(3), part)
+    assert all(isinstance(r, PrivflError) and "rank 2: value_bits must be between" in str(r) for r in results), results
+
+
+def test_after_a_mismatch_at_one_rank_no_rank_waits_for_the_next_sum():
+    def part(transport: Any) -> Any:
+        secure = privfl.SecureSum(transport, timeout=10)
+        secure.sum([1])
+        if transport.rank == 1:
+            secure._sums.given_up = True
+        return secure.sum([1])
+
+    results = in_threads(connect(3), part)
+    assert all(isinstance(r, PrivflError) and "not the sum of what the sites sent" in str(r) for r in results), results
 
 
 def test_a_second_contribution_to_one_attempt_is_refused():

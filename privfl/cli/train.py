@@ -157,7 +157,7 @@ class _Leader:
         from privfl.federation.coordinator import Plan
         from privfl.federation.messages import Vector
         from privfl.site import coordinator
-        from privfl.site.setup import versions
+        from privfl.site.setup import account, versions
         from privfl.site.sums import layout_of
 
         experiment, parameters = self._experiment, self._parameters
@@ -176,6 +176,7 @@ class _Leader:
             weights=experiment.weights,
             blocks=blocks,
             path=experiment.secure_aggregation.path,
+            account=account(),
         )
         self._terminal.line(
             f"starting {len(experiment.sites)} sites ({', '.join(experiment.sites)}): torch, Opacus, keys; some seconds ..."
@@ -218,7 +219,7 @@ class _Leader:
         from privfl.site.agreement import PINNED, SINGLE
 
         parameters, chosen = self._parameters, self._experiment.secure_aggregation
-        return PINNED if facts["pinned"] else SINGLE, {
+        return PINNED if facts["pinned"] and facts["accounts"] else SINGLE, {
             "encryption": "CKKS, one key per run, held by the sites",
             "masks": "pairwise",
             "value_bits": parameters.value_bits,

@@ -26,9 +26,13 @@ class SiteFile(Section):
     require: tuple[Literal["pinned_keys"], ...] = ()
 
     @model_validator(mode="after")
-    def _peers_need_an_identity(self) -> SiteFile:
+    def _peers_need_more(self) -> SiteFile:
         if self.peers and self.identity is None:
             raise ValueError(
                 "has peers but no identity, by which they would know this site; make one with `privfl keys generate`"
+            )
+        if self.peers and self.output is None:
+            raise ValueError(
+                "has peers but no output: model and log would go into the folder of a coordinator that need not be trusted"
             )
         return self

@@ -70,6 +70,7 @@ class Plan:
     weights: Literal["uniform", "records"]
     blocks: Callable[[Vector, int], int]
     path: Literal["star", "reduce"] = "star"
+    account: str = ""
 
 
 @dataclass(frozen=True)
@@ -306,7 +307,9 @@ def _prepare(plan: Plan, state: State, rank: int, body: Prepared) -> Result:
         for p in [state.prepared[_rank_of(state, site)]]
     }
     words_add, pinned = all(p.words_add for p in everybody), all(p.pinned for p in everybody)
-    started = Tell("started", {"parameters": begin.parameters, "sites": sites, "words_add": words_add, "pinned": pinned})
+    accounts = [plan.account, *(state.hellos[rank].account for rank in _ranks(plan))]
+    facts = {"words_add": words_add, "pinned": pinned, "accounts": len(set(accounts)) == len(accounts)}
+    started = Tell("started", {"parameters": begin.parameters, "sites": sites, **facts})
     opening = _to_all(plan, state, begin)
     state, outputs = _open_round(plan, replace(state, begin=begin))
     return state, (started, SetAdder(words_add), *opening, *outputs)

@@ -151,6 +151,9 @@ def step(state: State, message: Message, blocks_of: dict[Vector, int]) -> tuple[
         _expect(state, message, Phase.IDLE)
         if state.begin is None or message.round != state.round + 1 or message.attempt != 0:
             raise ProtocolError(f"the coordinator opened round {message.round} after round {state.round}")
+        if message.round > state.rounds:
+            # The budget was planned for so many; a coordinator must not spend more of it.
+            raise ProtocolError(f"the coordinator opened round {message.round} of an experiment of {state.rounds} rounds")
         return replace(state, phase=Phase.TRAINING, round=message.round, attempt=0), (Train(),)
     if isinstance(body, Sum):
         return _open_sum(state, message, body)
@@ -158,9 +161,13 @@ def step(state: State, message: Message, blocks_of: dict[Vector, int]) -> tuple[
         return _take_total(state, message, blocks_of)
     if isinstance(body, Finish):
         _expect(state, message, Phase.IDLE)
-        if (message.round, message.attempt) != (state.round, state.attempt) or state.begin is None:
+        if (
+            (message.round, message.attempt) != (state.rounds, state.attempt)
+            or state.round != state.rounds
+            or state.begin is None
+        ):
             raise ProtocolError(
-                f"the coordinator finished the run after round {message.round}, this site is in round {state.round}"
+                f"the coordinator finished the run after round {message.round}, this site is in round {state.round} of {state.rounds}"
             )
         return replace(state, phase=Phase.FINISHING), (Write(),)
     raise ProtocolError(f"the coordinator sent a {message.kind.name} message, which it may not send")

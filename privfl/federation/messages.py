@@ -40,6 +40,7 @@ class Hello(Body):
     versions: dict[str, str] = {}
     exchange_key: str = ""
     identity: str = ""
+    account: str = ""
     error: str | None = None
     exit_code: int = 0
 
@@ -179,9 +180,9 @@ class Bye(Body):
 
 
 class Ready(Body):
-    """Rank to rank 0, in a sum on its own (``SecureSum``): my vector has so many values and fits."""
+    """Rank to rank 0, in a sum on its own (``SecureSum``): my vector has this shape and fits."""
 
-    values: int = Field(ge=0)
+    shape: tuple[Annotated[int, Field(ge=0)], ...]
 
 
 class Kind(enum.IntEnum):

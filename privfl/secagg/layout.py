@@ -6,8 +6,8 @@ from privfl.secagg.checksum import checksum_length
 from privfl.secagg.packing import packed_length
 from privfl.secagg.parameters import DEGREE, Parameters
 
-# Two mebibytes a block: small enough to stay in a cache and to overlap, large enough for the wire. A block is whole rows of the checksum.
-CIPHERTEXTS_PER_BLOCK = 32
+# One mebibyte a block: small enough to stay in a cache and to overlap, large enough for the wire. A block is whole rows of the checksum.
+CIPHERTEXTS_PER_BLOCK = 16
 BLOCK_INTEGERS = CIPHERTEXTS_PER_BLOCK * DEGREE
 
 

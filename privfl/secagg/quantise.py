@@ -16,6 +16,9 @@ from privfl.secagg.keystream import KEY_BYTES, Keystream
 from privfl.secagg.parameters import Parameters
 
 Rounding = Literal["nearest", "stochastic"]
+# Far from the ends of float64, where grids and sums would be infinite or zero.
+_PIECE = 1 << 14
+LEAST_SPAN, LARGEST_SPAN = 2.0**-256, 2.0**256
 
 
 class Quantiser(Protocol):
@@ -34,7 +37,7 @@ class Quantiser(Protocol):
         ...
 
     def numbers(self, totals: NDArray[np.int64]) -> NDArray[np.generic]:
-        """What sums of integers stand for; same shape."""
+        """What sums of integers stand for; same shape, and perhaps the same memory."""
         ...
 
 
@@ -66,9 +69,14 @@ class Grid:
 
     Args:
         span: the public range; values are between -span and span.
+
+    Raises:
+        PrivflError: a range next to the ends of what float64 can hold.
     """
 
     def __init__(self, parameters: Parameters, span: float, rounding: Rounding = "nearest") -> None:
+        if not LEAST_SPAN <= span <= LARGEST_SPAN:
+            raise PrivflError(f"the public range of a sum must be between {LEAST_SPAN:.3g} and {LARGEST_SPAN:.3g}, got {span:g}")
         self.span = span
         self.grid = span / parameters.largest_value
         self._limit = float(parameters.largest_value)
@@ -79,9 +87,9 @@ class Grid:
         if vector.size and not (float(vector.min()) >= -self.span and float(vector.max()) <= self.span):
             if not np.isfinite(vector).all():
                 raise PrivflError("a vector to be summed contains NaN or infinite values")
+            # By how much it is beyond would be said in the clear to everybody.
             raise PrivflError(
-                f"a vector to be summed has values up to {float(np.abs(vector).max()):.6g}, beyond the public range {self.span:g}; "
-                "raise the range, which makes the grid coarser"
+                f"a vector to be summed has values beyond the public range {self.span:g}; raise the range, which makes the grid coarser"
             )
 
     def integers(self, values: NDArray[np.generic]) -> NDArray[np.float64]:
@@ -96,4 +104,8 @@ class Grid:
         return scaled
 
     def numbers(self, totals: NDArray[np.int64]) -> NDArray[np.float64]:
-        return totals.astype(np.float64) * self.grid
+        # In the same memory, piece by piece: large vectors cost more in new pages than in arithmetic.
+        found = totals.view(np.float64)
+        for start in range(0, len(totals), _PIECE):
+            found[start : start + _PIECE] = totals[start : start + _PIECE].astype(np.float64) * self.grid
+        return found

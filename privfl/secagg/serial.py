@@ -33,7 +33,7 @@ class Memory:
         if not hasattr(os, "memfd_create"):
             raise PrivflError("privfl encrypts on Linux only: this system has no files in memory, and keys must not go to a disk")
         self._file = os.memfd_create("privfl", os.MFD_CLOEXEC)
-        self._path = f"/dev/fd/{self._file}"
+        self._path = f"/proc/self/fd/{self._file}"
 
     def save(self, thing: Any) -> bytes:
         """What ``thing.save`` writes."""

@@ -13,7 +13,7 @@ import time
 import traceback
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any, Literal, TextIO
+from typing import Any, Literal, TextIO, TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
@@ -27,13 +27,15 @@ from privfl.secagg import Exact, ExchangeKey, Grid
 from privfl.secagg.probe import prove
 from privfl.secagg.quantise import Quantiser
 from privfl.site import sums
-from privfl.site.agreement import PINNED, SINGLE, Agreement, Party
+from privfl.site.agreement import Agreement, Party
 from privfl.site.child import Trainer, threads_for
-from privfl.site.keys import RunKeys
+from privfl.site.keys import RunKeys, open_keys, seal_keys
 from privfl.site.outbox import Outbox
 from privfl.site.outputs import share_model
-from privfl.site.setup import SiteSetup, versions
+from privfl.site.setup import SiteSetup, account, versions
 from privfl.transport import Transport, forbid_reading
+
+_Thing = TypeVar("_Thing")
 
 _FLUSH_SECONDS = 30.0
 # A coordinator that does not answer a failure or a goodbye within this time is gone.
@@ -59,6 +61,7 @@ class _Agent:
         self._agreement: Agreement | None = None
         self._sums: sums.Sums | None = None
         self._sum: sums.OneSum | None = None
+        self._outbox: Outbox | None = None
         self._keys: RunKeys | None = None
         self._trainer: Trainer | None = None
         self._facts: dict[str, Any] | None = None
@@ -117,6 +120,7 @@ class _Agent:
                     versions=versions(),
                     exchange_key=self._exchange.public.hex(),
                     identity=setup.identity.public,
+                    account=account(),
                 )
             )
         )
@@ -135,6 +139,11 @@ class _Agent:
             self._failed_at = time.monotonic()
             self._send(Message.of(messages.Failed(error=sentence, exit_code=exit_code)))
             self._note(f"failed: {sentence}")
+            if self._outbox is not None:
+                layout = sums.layout_of(
+                    self._state.vector, member.length(self._state, self._state.vector), self._setup.parameters
+                )
+                self._outbox.give_up(layout)
 
     def _explain(self, error: Exception) -> tuple[str, Literal[1, 2]]:
         """(one sentence, exit code); the traceback of an error of ours goes to the log."""
@@ -231,7 +240,7 @@ class _Agent:
         agreement = Agreement.of(welcome.run, setup.experiment.digest(), setup.parameters, members)
         agreement.check(setup.site, self._exchange, setup.identity, setup.file.peers)
         self._agreement = agreement
-        self._note(f"keys: {', '.join(f'{m.site} {m.identity}' for m in members)}; trust: {PINNED if setup.pinned else SINGLE}")
+        self._note(f"keys: {', '.join(f'{m.site} {m.identity}' for m in members)}; {'pinned' if setup.pinned else 'not pinned'}")
         self._report(messages.Signed(signature=setup.identity.sign(agreement.digest).hex()))
 
     def _verify(self, action: member.Verify) -> None:
@@ -243,26 +252,19 @@ class _Agent:
         self._our_agreement().check_signatures(signatures)
         if not action.make_key:
             return
-        members = self._our_agreement().members
         keys = RunKeys.make(self._setup.parameters)
-        secret = keys.secret_bytes()
-        for index, receiver in enumerate(members[1:], 1):
-            sealed = self._exchange.seal(receiver.exchange_key, secret, self._seal_context(receiver.site))
-            self._send(Message(Kind.SEALED_KEY, self._state.run, part=index, parts=len(members), bulk=sealed))
+        for index, sealed in seal_keys(keys, self._exchange, self._our_agreement()):
+            self._send(Message(Kind.SEALED_KEY, self._state.run, part=index, parts=len(self._state.sites), bulk=sealed))
         self._take_keys(keys)
 
     def _open_key(self, sealed: bytes | memoryview) -> None:
-        maker = self._our_agreement().members[0].exchange_key
-        secret = self._exchange.open(maker, bytes(sealed), self._seal_context(self._setup.site))
-        self._take_keys(RunKeys.from_secret_bytes(secret, self._setup.parameters))
+        agreement, parameters = self._our_agreement(), self._setup.parameters
+        self._take_keys(open_keys(bytes(sealed), self._exchange, agreement, self._setup.site, parameters))
 
     def _take_keys(self, keys: RunKeys) -> None:
         self._keys = keys
         self._sums = sums.Sums(self._our_agreement(), self._exchange, keys)
         self._report_prepared()
-
-    def _seal_context(self, receiver: str) -> bytes:
-        return b"privfl run keys 1" + self._our_agreement().digest + receiver.encode()
 
     def _take_answer(self, answer: dict[str, Any]) -> None:
         if self._facts is None:
@@ -280,6 +282,7 @@ class _Agent:
         """Once both the trainer and the keys are here."""
         if self._facts is None or self._keys is None:
             return
+        self._replica_tag = self._tag()
         self._report(
             messages.Prepared(
                 records=self._facts["records"],
@@ -288,7 +291,7 @@ class _Agent:
                 noise_multiplier=self._setup.noise_multiplier,
                 sampling_rate=self._setup.experiment.rate(self._setup.site),
                 planned_epsilon=self._setup.planned_epsilon,
-                tag=self._tag(),
+                tag=self._replica_tag,
                 pinned=self._setup.pinned,
                 words_add=self._words_add,
             )
@@ -338,17 +341,17 @@ class _Agent:
         return f"privfl range 1 {self._state.run.hex()} {self._state.round} {site}".encode()
 
     def _contribute(self, action: member.Contribute) -> None:
+        chosen = self._setup.experiment.secure_aggregation
+        blocks = self._blocks()[action.vector]
+        head = Message(Kind.CONTRIBUTION, self._state.run, self._state.round, self._state.attempt, parts=blocks)
+        self._outbox = Outbox(self._transport, [m.rank for m in self._welcome.members], chosen.path, head)
         if action.vector == "metrics":
             self._our_trainer().replica.write(self._replica)
             self._our_trainer().ask({"do": "measure"})
             return
-        chosen = self._setup.experiment.secure_aggregation
-        if chosen.range == "agreed":
-            if set(action.spans) != set(self._state.sites):
-                raise ProtocolError("the coordinator relays no ranges, but the sites must agree on one")
-            span = sums.agreed_span(self._our_keys(), action.spans, self._span_context)
-        else:
-            span = chosen.range
+        span = chosen.range
+        if span == "agreed":
+            span = sums.agreed_span(self._our_keys(), action.spans, self._state.sites, self._span_context)
         self._open_sum(len(self._update), Grid(self._setup.parameters, span, chosen.rounding), span)
         self._send_blocks(self._our_sum().contribution(self._update))
 
@@ -359,18 +362,15 @@ class _Agent:
         self._send_blocks(self._our_sum().wide_contribution(integers))
 
     def _open_sum(self, length: int, quantiser: Quantiser, span: float | None) -> None:
-        if self._sums is None:
-            raise InternalError("a sum was opened before the keys were there")
         state = self._state
-        self._sum = self._sums.open(state.round, state.attempt, length, quantiser, [state.vector, span])
+        # Sites that were told of other records or weights, or whose replicas differ, do not decode, whoever was to compare them.
+        facts = [state.vector, span, self._begin().model_dump(mode="json"), self._replica_tag]
+        self._sum = _there(self._sums, "the run's keys").open(state.round, state.attempt, length, quantiser, facts)
 
     def _send_blocks(self, blocks: Iterator[NDArray[np.uint64]]) -> None:
-        state = self._state
-        after = member.contributed(state)
-        outbox = Outbox(self._transport, [m.rank for m in self._welcome.members], self._setup.experiment.secure_aggregation.path)
-        head = Message(Kind.CONTRIBUTION, state.run, state.round, state.attempt, parts=self._blocks()[state.vector])
-        outbox.send(head, blocks)
-        self._state = after
+        after = member.contributed(self._state)
+        _there(self._outbox, "an open sum").send(blocks)
+        self._state, self._outbox = after, None
 
     def _combine(self, vector: messages.Vector) -> None:
         total, self._sum = self._our_sum().total(), None
@@ -383,15 +383,15 @@ class _Agent:
         self._replica = fedavg(self._replica, total)
         if not np.isfinite(self._replica).all():
             raise PrivflError("the averaged model contains NaN or infinite values; lower optimizer.lr")
-        self._report(messages.Applied(tag=self._tag()))
+        self._replica_tag = self._tag()
+        self._report(messages.Applied(tag=self._replica_tag))
 
     def _tag(self) -> str:
         """A keyed digest of all that must be the same at every site: the agreement, the constants of the model, the replica."""
-        if self._facts is None:
-            raise InternalError("a digest was asked for before the model was there")
+        facts = _there(self._facts, "the model")
         begin = self._state.begin
         agreement = begin.model_dump(mode="json") if begin is not None else None
-        text = json.dumps([self._welcome.run, self._state.round, self._facts["constants"], agreement])
+        text = json.dumps([self._welcome.run, self._state.round, facts["constants"], agreement])
         return self._our_keys().tag(text, self._replica.tobytes())
 
     def _write_model(self) -> None:
@@ -399,38 +399,30 @@ class _Agent:
         self._our_trainer().ask({"do": "write", "path": str(self._output / "model.safetensors")})
 
     def _written(self, answer: dict[str, Any]) -> None:
-        try:
-            share_model(Path(answer["written"]), Path(self._welcome.folder), self._welcome.run, self._setup.site)
-        except OSError as error:
-            self._note(f"the run folder {self._welcome.folder} is not shared with this site: {error}")
+        # A site that has pinned the others does not trust the coordinator, whose folder it is, with the model.
+        if not self._setup.pinned:
+            try:
+                share_model(Path(answer["written"]), Path(self._welcome.folder), self._welcome.run, self._setup.site)
+            except OSError as error:
+                self._note(f"the run folder {self._welcome.folder} is not shared with this site: {error}")
         self._report(messages.Finished(model=answer["written"], log=str(self._log_path)))
 
     # -- small things --------------------------------------------------------------------------------------------
 
     def _our_trainer(self) -> Trainer:
-        if self._trainer is None:
-            raise InternalError("the trainer is not running")
-        return self._trainer
+        return _there(self._trainer, "the trainer")
 
     def _our_keys(self) -> RunKeys:
-        if self._keys is None:
-            raise InternalError("the shared keys have not arrived")
-        return self._keys
+        return _there(self._keys, "the run's keys")
 
     def _our_agreement(self) -> Agreement:
-        if self._agreement is None:
-            raise InternalError("the members of the run are not known yet")
-        return self._agreement
+        return _there(self._agreement, "the members' agreement")
 
     def _our_sum(self) -> sums.OneSum:
-        if self._sum is None:
-            raise InternalError("no sum is open")
-        return self._sum
+        return _there(self._sum, "an open sum")
 
     def _begin(self) -> messages.Begin:
-        if self._state.begin is None:
-            raise InternalError("the run has not begun")
-        return self._state.begin
+        return _there(self._state.begin, "the beginning of the run")
 
     def _note(self, text: str) -> None:
         # A full disk must not keep a site from reporting.
@@ -448,3 +440,9 @@ def _public_key(text: str) -> bytes:
         return bytes.fromhex(text)
     except ValueError as error:
         raise ProtocolError("a public key is not in hexadecimal") from error
+
+
+def _there(thing: _Thing | None, what: str) -> _Thing:
+    if thing is None:
+        raise InternalError(f"{what} was needed before it was there")
+    return thing

@@ -7,9 +7,10 @@ import hmac
 import os
 
 from privfl.errors import ProtocolError
-from privfl.secagg import Parameters, SumKey
+from privfl.secagg import ExchangeKey, Parameters, SumKey
 from privfl.secagg.exchange import open_sealed, seal
 from privfl.secagg.keystream import KEY_BYTES, derive_key
+from privfl.site.agreement import Agreement
 
 
 class RunKeys:
@@ -62,3 +63,25 @@ class RunKeys:
 
     def _note_key(self) -> bytes:
         return derive_key(self._secret, b"", b"privfl note 1")
+
+
+def seal_keys(keys: RunKeys, exchange: ExchangeKey, agreement: Agreement) -> list[tuple[int, bytes]]:
+    """The keys sealed to every member but the first, which made them: (index of the member, sealed)."""
+    return [
+        (index, exchange.seal(party.exchange_key, keys.secret_bytes(), _context(agreement, party.site)))
+        for index, party in enumerate(agreement.members[1:], 1)
+    ]
+
+
+def open_keys(sealed: bytes, exchange: ExchangeKey, agreement: Agreement, site: str, parameters: Parameters) -> RunKeys:
+    """The keys that the first member sealed to ``site``.
+
+    Raises:
+        ProtocolError: altered, or sealed by or to somebody else or for another agreement.
+    """
+    secret = exchange.open(agreement.members[0].exchange_key, sealed, _context(agreement, site))
+    return RunKeys.from_secret_bytes(secret, parameters)
+
+
+def _context(agreement: Agreement, receiver: str) -> bytes:
+    return b"privfl run keys 1" + agreement.digest + receiver.encode()

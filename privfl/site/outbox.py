@@ -11,6 +11,8 @@ from numpy.typing import NDArray
 
 from privfl.errors import PrivflError
 from privfl.federation.messages import Message
+from privfl.secagg import Layout
+from privfl.secagg.parameters import CIPHERTEXT_WORDS
 from privfl.site.sums import Path
 from privfl.transport import Reduction, Transport
 
@@ -20,29 +22,40 @@ REDUCE_SECONDS = 120.0
 
 
 class Outbox:
-    """Sends the contributions of one site. ``ranks``: the members of the sum, this site included."""
+    """Sends one contribution of a site. ``ranks``: the members of the sum, this site included; ``head``: what each message says."""
 
-    def __init__(self, transport: Transport, ranks: Sequence[int], path: Path) -> None:
-        self._transport, self._ranks, self._path = transport, ranks, path
+    def __init__(self, transport: Transport, ranks: Sequence[int], path: Path, head: Message) -> None:
+        self._transport, self._ranks, self._path, self._head = transport, ranks, path, head
+        self._handed = 0
 
-    def send(self, head: Message, blocks: Iterable[NDArray[np.uint64]]) -> None:
-        """Send ``blocks`` of the contribution that ``head`` describes; with ``reduce`` only an empty message says that all are handed over.
+    def send(self, blocks: Iterable[NDArray[np.uint64]]) -> None:
+        """Send all blocks; with ``reduce`` only an empty message says that they are handed over.
 
         Raises:
             PrivflError: other members did not take part in the reduction in time.
         """
         if self._path == "star":
             for part, block in enumerate(blocks):
-                self._transport.send(0, *replace(head, part=part, bulk=block.data.cast("B")).encode())
+                self._transport.send(0, *replace(self._head, part=part, bulk=block.data.cast("B")).encode())
             return
+        self._reduce(blocks)
+        self._transport.send(0, *replace(self._head, part=0, parts=1).encode())
+
+    def give_up(self, layout: Layout) -> None:
+        """Take part in what is left of a reduction with zeros: it is nobody's sum any more, but without them no rank could leave it."""
+        if self._path == "reduce":
+            sizes = [layout.ciphertexts(number) * CIPHERTEXT_WORDS for number in range(self._handed, layout.blocks)]
+            self._reduce(np.zeros(size, dtype=np.uint64) for size in sizes)
+
+    def _reduce(self, blocks: Iterable[NDArray[np.uint64]]) -> None:
         waiting: collections.deque[Reduction] = collections.deque()
         for block in blocks:
             waiting.append(self._transport.reduce(self._ranks, block))
+            self._handed += 1
             if len(waiting) > _UNDER_WAY:
                 finish(waiting.popleft())
         while waiting:
             finish(waiting.popleft())
-        self._transport.send(0, *replace(head, part=0, parts=1).encode())
 
 
 def finish(part: Reduction) -> None:

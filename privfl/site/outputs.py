@@ -1,4 +1,4 @@
-"""Putting the finished model where the sites of a run share a folder."""
+"""Putting the finished model where the sites of a run share a folder and an account."""
 
 from __future__ import annotations
 
@@ -10,14 +10,17 @@ from pathlib import Path
 def share_model(model: Path, folder: Path, run: str, site: str) -> None:
     """Put ``model`` into the run folder if it is this run's here too; the first site to come does it, all have the same.
 
+    Only for sites that share an account with the coordinator anyway: it owns the folder.
+
     Raises:
-        OSError: the folder is not shared with this site.
+        OSError: the folder is not shared with this site, or something is in the way.
     """
     if run not in (folder / "experiment.yaml").read_text(encoding="utf-8"):
         return
     copy = folder / f".model.{site}"
-    copy.write_bytes(model.read_bytes())
-    copy.chmod(0o600)
+    # A new file that nobody else can read, not even for a moment, and no link to another place.
+    with os.fdopen(os.open(copy, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW, 0o600), "wb") as file:
+        file.write(model.read_bytes())
     try:
         with contextlib.suppress(FileExistsError):
             os.link(copy, folder / "model.safetensors")

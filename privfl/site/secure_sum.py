@@ -6,22 +6,22 @@ import hashlib
 import json
 import os
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from types import TracebackType
 from typing import Any
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
-from privfl.errors import PrivflError, ProtocolError
+from privfl.errors import PrivflError, ProtocolError, in_one_line
 from privfl.federation import messages
 from privfl.federation.messages import Body, Kind, Message
-from privfl.secagg import Exact, ExchangeKey, Grid, Identity, Layout, WordAdder, derive, usual_value_bits
+from privfl.secagg import Exact, ExchangeKey, Grid, Identity, Layout, MismatchError, WordAdder, derive, usual_value_bits
 from privfl.secagg.adding import reduce_words
 from privfl.secagg.probe import prove
 from privfl.secagg.quantise import Quantiser, Rounding
 from privfl.site.agreement import Agreement, Party
-from privfl.site.keys import RunKeys
+from privfl.site.keys import RunKeys, open_keys, seal_keys
 from privfl.site.outbox import Outbox, finish
 from privfl.site.setup import versions
 from privfl.site.sums import OneSum, Path, Sums
@@ -59,32 +59,14 @@ class SecureSum:
     ) -> None:
         self._transport = _transport(comm)
         self._timeout, self._path = timeout, path
-        size, rank = self._transport.size, self._transport.rank
-        if size < 2:
+        self._round = 0
+        self._run = messages.NO_RUN
+        self._site = f"rank{self._transport.rank}"
+        if self._transport.size < 2:
             raise PrivflError(
                 "SecureSum needs at least 2 ranks, this communicator has 1; start the program with: mpiexec -n 4 python ..."
             )
-        if rounding not in ("nearest", "stochastic") or path not in ("star", "reduce"):
-            raise PrivflError(
-                f"SecureSum takes rounding nearest or stochastic and path star or reduce, got {rounding!r} and {path!r}"
-            )
-        if range is not None and not 0.0 < range < float("inf"):
-            raise PrivflError(f"SecureSum needs a range above 0, got {range}")
-        self.parameters = derive(size, value_bits or usual_value_bits(size))
-        if path == "reduce" and size > self.parameters.additions:
-            raise PrivflError(
-                f"path reduce adds at most {self.parameters.additions} ranks at this value_bits, there are {size}; lower value_bits"
-            )
-        self._quantiser: Quantiser = Exact(self.parameters) if range is None else Grid(self.parameters, range, rounding)
-        self._integers = range is None
-        self._round = 0
-        self._run = messages.NO_RUN
-        if not prove():
-            raise PrivflError(
-                "this TenSEAL is not proven to let ciphertexts be added as words, which SecureSum needs; see `privfl doctor`"
-            )
-        self._site = f"rank{rank}"
-        self._sums = self._set_up([size, self.parameters.value_bits, range, path])
+        self._sums = self._set_up(value_bits, range, rounding)
 
     # -- the sum ---------------------------------------------------------------------------------------------------
 
@@ -92,66 +74,73 @@ class SecureSum:
         """The sum over all ranks, at every rank. Collective.
 
         Args:
-            vector: integers of at most ``value_bits`` bits (with sign), or, if a ``range`` was given, numbers within it. Any shape, the same at
-                all ranks.
+            vector: integers of at most ``value_bits`` bits (with sign), or, if a ``range`` was given, numbers within it. Any shape, the same
+                at all ranks.
 
         Returns:
             int64, exact; with a ``range`` float64, each rank's values rounded to the grid.
 
         Raises:
-            PrivflError: at all ranks alike, if one rank's vector does not fit; nothing of any vector has left then.
+            PrivflError: at all ranks, if one rank's vector does not fit or it can sum nothing more; nothing of any vector has left then.
             MismatchError: the sum is not what the ranks sent; this object sums nothing more.
         """
         self._round += 1
-        given = np.asarray(vector)
-        flat = self._agree(given)
+        given = self._agree(vector)
+        flat = given.reshape(-1)
         one = self._sums.open(self._round, 1, len(flat), self._quantiser, [])
         layout = Layout(len(flat), self.parameters)
         head = Message(Kind.CONTRIBUTION, self._run, self._round, 1, parts=layout.blocks)
         blocks = one.contribution(flat)
         if self._transport.rank:
-            ranks = [*_others(self._transport)]
-            Outbox(self._transport, ranks, self._path).send(head, blocks)
+            Outbox(self._transport, [*_others(self._transport)], self._path, head).send(blocks)
         totals = self._add(layout, blocks) if self._transport.rank == 0 else self._receive_totals(layout)
         for block in totals:
             one.collect(block)
         return self._finish(one).reshape(given.shape)
 
-    def _agree(self, given: NDArray[Any]) -> NDArray[Any]:
-        """The vector, once every rank has said that its own fits; the same sentence at all ranks if one does not."""
-        problem, flat = None, given.reshape(-1)
+    def _agree(self, vector: ArrayLike) -> NDArray[Any]:
+        """The vector as an array, once every rank has said that its own fits; the same sentence at all ranks if one does not."""
+        problem, given = "", np.empty(0)
         try:
-            flat = self._accept(flat)
+            given = self._accept(vector)
         except PrivflError as error:
             problem = str(error)
+        except Exception as error:  # whatever numpy makes of it, the other ranks must not wait
+            problem = in_one_line(f"no vector of numbers was given ({type(error).__name__}: {error})")
+        answer = messages.Failed(error=problem, exit_code=2) if problem else messages.Ready(shape=given.shape)
         if self._transport.rank:
-            self._send(0, messages.Failed(error=problem, exit_code=2) if problem else messages.Ready(values=len(flat)))
+            self._send(0, answer)
             self._expect(Kind.ROUND)
-            return flat
-        if problem:
-            problem = f"rank 0: {problem}"
-        for rank, message in self._from_all(Kind.READY, Kind.FAILED).items():
-            body = message.body
+            return given
+        answers = {0: answer} | {rank: m.body for rank, m in self._from_all(Kind.READY, Kind.FAILED).items()}
+        self._settle(answers, messages.Round())
+        return given
+
+    def _settle(self, answers: Mapping[int, Body | None], go: Body) -> None:
+        """On rank 0: tell all to go on, or, if not all answers are alike, why not."""
+        problem = ""
+        for rank, body in answers.items():
             if isinstance(body, messages.Failed):
                 problem = problem or f"rank {rank}: {body.error}"
-            elif isinstance(body, messages.Ready) and body.values != len(flat):
-                problem = (
-                    problem or f"rank {rank} has a vector of {body.values} values, rank 0 one of {len(flat)}; they must be alike"
-                )
-        self._to_all(messages.Failed(error=problem, exit_code=2) if problem else messages.Round())
+        for rank, body in answers.items():
+            if isinstance(body, messages.Ready) and body != answers[0]:
+                problem = problem or f"rank {rank} has a vector of shape {body.shape}, rank 0 another one; they must be alike"
+        self._to_all(messages.Failed(error=problem, exit_code=2) if problem else go)
         if problem:
             raise PrivflError(problem)
-        return flat
 
-    def _accept(self, flat: NDArray[Any]) -> NDArray[Any]:
-        if self._integers and not np.can_cast(flat.dtype, np.int64):
+    def _accept(self, vector: ArrayLike) -> NDArray[Any]:
+        given = np.asarray(vector)
+        if self._sums.given_up:
+            raise MismatchError
+        if self._integers and not np.can_cast(given.dtype, np.int64):
             raise PrivflError(
-                f"SecureSum sums integers exactly, and was given {flat.dtype}; for numbers give it their public range"
+                f"SecureSum sums integers exactly, and was given {given.dtype}; for numbers give it their public range"
             )
-        if not self._integers and not (np.issubdtype(flat.dtype, np.floating) or np.issubdtype(flat.dtype, np.integer)):
-            raise PrivflError(f"SecureSum sums real numbers, and was given {flat.dtype}")
-        self._quantiser.check(flat)
-        return flat
+        if not self._integers and not (np.issubdtype(given.dtype, np.floating) or np.issubdtype(given.dtype, np.integer)):
+            raise PrivflError(f"SecureSum sums real numbers, and was given {given.dtype}")
+        self._quantiser.check(given)
+        return given
 
     def _add(self, layout: Layout, blocks: Iterator[NDArray[np.uint64]]) -> Iterator[memoryview]:
         """On rank 0: the sums of all blocks, each sent to everybody as soon as it is there."""
@@ -216,30 +205,53 @@ class SecureSum:
 
     # -- keys ------------------------------------------------------------------------------------------------------
 
-    def _set_up(self, arguments: list[Any]) -> Sums:
+    def _set_up(self, value_bits: int | None, span: float | None, rounding: Rounding) -> Sums:
         """Exchange and sign keys; rank 0 makes those of the sums and seals them to the others."""
         exchange, identity = ExchangeKey(), Identity()
-        digest = hashlib.sha256(json.dumps(["privfl SecureSum 1", arguments]).encode()).hexdigest()
+        arguments = json.dumps(["privfl SecureSum 1", self._transport.size, value_bits, span, self._path])
         hello = messages.Hello(
-            site=self._site, digest=digest, versions=versions(), exchange_key=exchange.public.hex(), identity=identity.public
+            site=self._site,
+            digest=hashlib.sha256(arguments.encode()).hexdigest(),
+            versions=versions(),
+            exchange_key=exchange.public.hex(),
+            identity=identity.public,
         )
+        try:
+            self._choose(value_bits, span, rounding)
+        except PrivflError as error:
+            hello = messages.Hello(site=self._site, error=str(error), exit_code=2)
         welcome = self._greet(hello)
         members = [Party(m.site, bytes.fromhex(m.exchange_key), m.identity) for m in welcome.members]
-        agreement = Agreement.of(welcome.run, digest, self.parameters, members)
+        agreement = Agreement.of(welcome.run, hello.digest, self.parameters, members)
         agreement.check(self._site, exchange, identity, {})
-        signature = identity.sign(agreement.digest)
-        agreement.check_signatures(self._exchange_signatures(signature))
-        if self._transport.rank == 0:
-            keys = RunKeys.make(self.parameters)
-            for rank, party in enumerate(agreement.members[1:], 1):
-                sealed = exchange.seal(party.exchange_key, keys.secret_bytes(), agreement.digest + party.site.encode())
-                message = Message(Kind.SEALED_KEY, self._run, part=rank, parts=self._transport.size, bulk=sealed)
-                self._transport.send(rank, *message.encode())
-        else:
+        agreement.check_signatures(self._exchange_signatures(identity.sign(agreement.digest)))
+        if self._transport.rank:
             sealed = bytes(self._expect(Kind.SEALED_KEY).bulk)
-            secret = exchange.open(agreement.members[0].exchange_key, sealed, agreement.digest + self._site.encode())
-            keys = RunKeys.from_secret_bytes(secret, self.parameters)
+            return Sums(agreement, exchange, open_keys(sealed, exchange, agreement, self._site, self.parameters))
+        keys = RunKeys.make(self.parameters)
+        for rank, sealed in seal_keys(keys, exchange, agreement):
+            message = Message(Kind.SEALED_KEY, self._run, part=rank, parts=self._transport.size, bulk=sealed)
+            self._transport.send(rank, *message.encode())
         return Sums(agreement, exchange, keys)
+
+    def _choose(self, value_bits: int | None, span: float | None, rounding: Rounding) -> None:
+        """Turn the arguments into parameters and a quantiser, and prove that the encryption works here."""
+        size = self._transport.size
+        if rounding not in ("nearest", "stochastic") or self._path not in ("star", "reduce"):
+            raise PrivflError(
+                f"SecureSum takes rounding nearest or stochastic and path star or reduce, got {rounding!r} and {self._path!r}"
+            )
+        self.parameters = derive(size, value_bits or usual_value_bits(size))
+        if self._path == "reduce" and size > self.parameters.additions:
+            raise PrivflError(
+                f"path reduce adds at most {self.parameters.additions} ranks at this value_bits, there are {size}; lower value_bits"
+            )
+        self._integers = span is None
+        self._quantiser: Quantiser = Exact(self.parameters) if span is None else Grid(self.parameters, span, rounding)
+        if not prove():
+            raise PrivflError(
+                "this TenSEAL is not proven to let ciphertexts be added as words, which SecureSum needs; see `privfl doctor`"
+            )
 
     def _greet(self, hello: messages.Hello) -> messages.Welcome:
         if self._transport.rank:
@@ -248,24 +260,19 @@ class SecureSum:
             assert isinstance(message.body, messages.Welcome)
             self._run = message.run
             return message.body
-        hellos = {
-            0: hello,
-            **{rank: m.body for rank, m in self._from_all(Kind.HELLO).items() if isinstance(m.body, messages.Hello)},
-        }
-        odd = [rank for rank, other in hellos.items() if (other.digest, other.versions) != (hello.digest, hello.versions)]
-        if odd:
-            problem = (
-                f"rank {odd[0]} calls SecureSum with other arguments than rank 0, or runs other versions of privfl or tenseal"
-            )
-            self._to_all(messages.Failed(error=problem, exit_code=2))
-            raise PrivflError(problem)
+        hellos = {0: hello} | {r: m.body for r, m in self._from_all(Kind.HELLO).items() if isinstance(m.body, messages.Hello)}
         self._run = os.urandom(16)
         members = tuple(
             messages.Member(site=f"rank{rank}", rank=rank, exchange_key=other.exchange_key, identity=other.identity)
             for rank, other in sorted(hellos.items())
         )
         welcome = messages.Welcome(run=self._run.hex(), folder="", digest=hello.digest, members=members)
-        self._to_all(welcome)
+        odd = "calls SecureSum with other arguments than rank 0, or runs other versions of privfl or tenseal"
+        problems = {
+            rank: other.error or ("" if (other.digest, other.versions) == (hello.digest, hello.versions) else odd)
+            for rank, other in hellos.items()
+        }
+        self._settle({rank: messages.Failed(error=p, exit_code=2) if p else None for rank, p in problems.items()}, welcome)
         return welcome
 
     def _exchange_signatures(self, own: bytes) -> dict[str, bytes]:

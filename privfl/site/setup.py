@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import os
 from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
@@ -11,13 +12,18 @@ from privfl import __version__
 from privfl.accounting import PoissonGaussian, epsilon_of, least_noise_multiplier
 from privfl.config import Experiment, SiteFile
 from privfl.errors import InternalError, PrivflError
-from privfl.secagg import Identity, Parameters, derive, usual_value_bits
+from privfl.secagg import Grid, Identity, Parameters, derive, usual_value_bits
 from privfl.site.agreement import load_identity
 
 
 def versions() -> dict[str, str]:
     """What must be the same at all ranks: ciphertexts and messages do not travel between versions."""
     return {"privfl": __version__, "tenseal": version("tenseal")}
+
+
+def account() -> str:
+    """The account this process runs under, by its number alone: one user has the same on all machines of a cluster."""
+    return str(os.getuid())
 
 
 @dataclass(frozen=True)
@@ -48,6 +54,8 @@ def parameters_of(experiment: Experiment) -> Parameters:
     members, chosen = len(experiment.sites), experiment.secure_aggregation
     try:
         parameters = derive(members, chosen.value_bits or usual_value_bits(members))
+        if chosen.range != "agreed":
+            Grid(parameters, chosen.range)
     except PrivflError as error:
         raise PrivflError(f"secure_aggregation: {error}") from error
     if chosen.path == "reduce" and members > parameters.additions:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import json
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, Literal
 
 import numpy as np
@@ -62,7 +62,7 @@ class Sums:
         self._keys = keys
         self.key = keys.sums
         self._pairs = Pairs(exchange, [party.exchange_key for party in agreement.members])
-        self._given_up = False
+        self.given_up = False
 
     @property
     def parameters(self) -> Parameters:
@@ -78,7 +78,7 @@ class Sums:
         Raises:
             ProtocolError: not later than the last one, or the keys were given up.
         """
-        if self._given_up:
+        if self.given_up:
             raise MismatchError
         names = [party.site for party in self._agreement.members]
         text = json.dumps(["privfl sum 1", self._agreement.digest.hex(), round_, attempt, length, names, facts], sort_keys=True)
@@ -92,7 +92,7 @@ class Sums:
         try:
             yield
         except MismatchError:
-            self._given_up = True
+            self.given_up = True
             raise
 
 
@@ -153,12 +153,14 @@ def seal_exponent(keys: RunKeys, vector: NDArray[np.float64], context: bytes) ->
     return keys.seal_note(min(max(exponent, -_LEAST), _LEAST - 1).to_bytes(2, "big", signed=True), context).hex()
 
 
-def agreed_span(keys: RunKeys, sealed: Mapping[str, str], context: Callable[[str], bytes]) -> float:
+def agreed_span(keys: RunKeys, sealed: Mapping[str, str], sites: Sequence[str], context: Callable[[str], bytes]) -> float:
     """The power of two that bounds the vectors of all sites. ``context``: from a site's name to what its exponent was sealed for.
 
     Raises:
         ProtocolError: a note was altered, or is of another site or round.
     """
+    if set(sealed) != set(sites):
+        raise ProtocolError("the coordinator does not relay a range of every site, but they must agree on one")
     exponents = []
     for site, text in sealed.items():
         try:

@@ -71,7 +71,8 @@ class Transport(Protocol):
         """Start adding the ``words`` of all members, modulo 2^64, to those of rank 0, in place there, and return at once.
 
         Collective: rank 0 and exactly the members call it, all in the same order of sums, with arrays of the same shape (words,). The first
-        call for a set of members may block until all of them have made it. ``words`` must not change until :meth:`Reduction.done`.
+        call for a set of members that is not all ranks may block until all of them have made it. ``words`` must not change until it is
+        :meth:`Reduction.done`.
         """
         ...
 

@@ -7,7 +7,7 @@ import os
 import select
 import threading
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import NoReturn
 
 import numpy as np
@@ -45,8 +45,8 @@ class _Sum:
 class _Part:
     """One rank's part in a sum. A member's is over at once, because its words are copied."""
 
-    def __init__(self, total: _Sum | None, words: NDArray[np.uint64]) -> None:
-        self._total, self._words = total, words
+    def __init__(self, total: _Sum | None, words: NDArray[np.uint64], forget: Callable[[], object]) -> None:
+        self._total, self._words, self._forget = total, words, forget
 
     def done(self, timeout: float) -> bool:
         if self._total is None:
@@ -55,6 +55,7 @@ class _Part:
         if found is None:
             return False
         self._words[:] = found
+        self._forget()
         return True
 
 
@@ -115,9 +116,10 @@ class InProcess:
     def reduce(self, members: Sequence[int], words: NDArray[np.uint64]) -> _Part:
         names = check_members(self.rank, self.size, members)
         self._reduced[names] += 1
-        total = self._sums[(names, self._reduced[names])]
+        name = (names, self._reduced[names])
+        total = self._sums[name]
         total.add(self.rank, names, words)
-        return _Part(total if self.rank == 0 else None, words)
+        return _Part(total if self.rank == 0 else None, words, lambda: self._sums.pop(name, None))
 
     def flush(self, timeout: float) -> bool:
         return True

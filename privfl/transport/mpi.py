@@ -224,13 +224,22 @@ class MPITransport:
         return self._inbox.popleft()
 
     def reduce(self, members: Sequence[int], words: NDArray[np.uint64]) -> _Reduction:
-        names = check_members(self.rank, self.size, members)
-        if names not in self._among:
-            group = self._comm.Get_group().Incl([0, *names])
-            self._among[names] = self._comm.Create_group(group)
+        comm = self._comm_of(check_members(self.rank, self.size, members))
         kind = self._mpi.UINT64_T
         ours, theirs = (self._mpi.IN_PLACE, [words, kind]) if self.rank == 0 else ([words, kind], None)
-        return _Reduction(self, self._among[names].Ireduce(ours, theirs, op=self._mpi.SUM, root=0), words)
+        return _Reduction(self, comm.Ireduce(ours, theirs, op=self._mpi.SUM, root=0), words)
+
+    def _comm_of(self, members: tuple[int, ...]) -> Any:
+        """The communicator of rank 0 and exactly these members, made once."""
+        if len(members) == self.size - 1:
+            return self._comm
+        if members not in self._among:
+            everybody = self._comm.Get_group()
+            group = everybody.Incl([0, *members])
+            self._among[members] = self._comm.Create_group(group)
+            group.Free()
+            everybody.Free()
+        return self._among[members]
 
     def flush(self, timeout: float) -> bool:
         return self.wait_until(lambda: not self._outgoing, timeout)
@@ -255,6 +264,11 @@ class MPITransport:
                 incoming.request.Cancel()
                 incoming.request.Wait()
         self._incoming.clear()
+        # What is still under way needs its communicator; a program that opens and closes many transports must not run out of them.
+        if not self._outgoing and not self.reductions:
+            for comm in [*self._among.values(), self._comm]:
+                comm.Free()
+            self._among.clear()
 
     def abort(self, code: int) -> NoReturn:
         self._mpi.COMM_WORLD.Abort(code)

@@ -158,6 +158,14 @@ def test_every_change_of_a_sum_is_noticed(bits: int):
             at = place // 4096 * CIPHERTEXT_WORDS + place % 4096
             words[at] = (int(words[at]) + amount % prime) % prime
         assert refused(members, [words.tobytes()], length), change
+    # Multiples of the whole sum, and an encryption of zero that needs no key.
+    rows = np.frombuffer(blocks[0], dtype="<u8")
+    for factor in (-1, 2, 3, prime // 2):
+        scaled = np.array([int(word) * factor % prime for word in rows], dtype="<u8")
+        assert refused(members, [scaled.tobytes()], length), factor
+    nothing = np.zeros((len(rows) // CIPHERTEXT_WORDS, CIPHERTEXT_WORDS), dtype="<u8")
+    nothing[:, 4096] = 1
+    assert refused(members, [nothing.tobytes()], length)
     # Subsets, repetitions, another attempt's sum, another key of the checksum.
     assert refused(members, members.add(contributions[:2], length), length)
     assert refused(members, members.add([*contributions, contributions[0]], length), length)
