@@ -10,9 +10,22 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from privfl.errors import PrivflError, ProtocolError
-from privfl.secagg import Checksum, Decryption, EvaluatorAdder, Identity, Layout, MismatchError, SumKey, WordAdder, derive
+from privfl.secagg import (
+    Checksum,
+    Decryption,
+    EvaluatorAdder,
+    Exact,
+    Identity,
+    Layout,
+    MismatchError,
+    SumKey,
+    WordAdder,
+    derive,
+    encrypt,
+)
 from privfl.secagg.adding import reduce_words
 from privfl.secagg.checksum import checksum_length
+from privfl.secagg.codec import encrypt_seeded, expand
 from privfl.secagg.identity import verify
 from privfl.secagg.layout import BLOCK_INTEGERS
 from privfl.secagg.parameters import CIPHERTEXT_WORDS
@@ -122,6 +135,24 @@ def test_the_adding_side_refuses_blocks_of_other_lengths(adder: type):
     for index, wrong in ((0, block[:-1]), (0, np.concatenate([block, block])), (1, block), (-1, block), (0, block[:0])):
         with pytest.raises(ProtocolError, match="not its length"):
             adding.add(index, wrong.data.cast("B"))
+
+
+def test_half_size_contributions_add_to_the_same_sum():
+    """Every second member on a link that leaves the machine; the adding side has a key of its own only to know the form."""
+    members, length = Members(4, 20), 10_000
+    vectors, p = vectors_of("random", members, length, 5), members.parameters
+    members.attempt += 1
+    stranger, contributions = SumKey(p), []
+    for number, vector in enumerate(vectors):
+        how = encrypt_seeded if number % 2 else encrypt
+        blocks = list(how(vector, Exact(p), Checksum(members.check, p), members.masks(number), members.key))
+        if number % 2:
+            assert sum(map(len, blocks)) < 0.51 * 8 * CIPHERTEXT_WORDS * Layout(length, p).ciphertexts(0)
+            blocks = [expand(block, stranger.ring, stranger.seeded_front) for block in blocks]
+        contributions.append(blocks)
+    assert np.array_equal(members.decode(members.add(contributions, length), length), np.sum(vectors, axis=0))
+    with pytest.raises(ProtocolError):
+        expand(b"short", stranger.ring, stranger.seeded_front)
 
 
 # -- integrity ------------------------------------------------------------------------------------------------------------
