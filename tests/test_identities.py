@@ -70,7 +70,10 @@ def test_a_run_with_pinned_keys_says_so(small: Path, sites: Path, tmp_path: Path
 def test_one_account_is_a_single_trust_domain_whatever_is_pinned(small: Path, sites: Path, tmp_path: Path):
     job = train(3, small, "--sites", sites, "--output", tmp_path / "o")
     assert job.code == 0, job.err
-    assert "trust: single trust domain: keys are pinned, but several parties run under one account" in job.out
+    assert (
+        "trust: single trust domain: every site has pinned the keys of the others, but several parties run under one account"
+        in job.out
+    )
     assert json.loads((job.folder / "summary.json").read_text())["trust"] == "single trust domain"
 
 
@@ -79,6 +82,8 @@ def test_a_site_that_pins_keeps_model_and_log_out_of_the_coordinators_folder(sma
     assert job.code == 0, job.err
     assert {path.name for path in job.folder.iterdir()} == {"experiment.yaml", "rounds.jsonl", "summary.json"}
     assert {path.name for path in (tmp_path / "of_aa").iterdir()} == {"model.safetensors", "site.log"}
+    for file in (tmp_path / "of_aa").iterdir():
+        assert stat.S_IMODE(file.stat().st_mode) == 0o600, "logs quote what user code says of records"
 
 
 def test_a_model_is_shared_in_a_new_file_of_its_owner_only(tmp_path: Path):
@@ -104,7 +109,8 @@ def test_one_site_that_pins_nothing_makes_it_a_single_trust_domain(small: Path, 
     (sites / "bbb.yaml").write_text("identity: bbb.key\n")
     job = accounts_of_their_own(small, sites, tmp_path)
     assert job.code == 0, job.err
-    assert "trust: single trust domain: whoever owns the account" in job.out
+    assert "trust: single trust domain: only aa has pinned the keys of the others; all must" in job.out
+    assert json.loads((job.folder / "summary.json").read_text())["secure_aggregation"]["keys_pinned_by"] == ["aa"]
     assert json.loads((job.folder / "summary.json").read_text())["trust"] == "single trust domain"
 
 

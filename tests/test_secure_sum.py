@@ -104,6 +104,7 @@ def test_an_altered_sum_is_refused_and_ends_the_keys(wrong: int):
     [
         ({"value_bits": 40}, "between 12 and 28"),
         ({"path": "tree"}, "path star or reduce"),
+        ({"range": "agreed"}, "takes a number as the public range"),
         ({"rounding": "up"}, "rounding nearest or stochastic"),
         ({"range": 0.0}, "public range of a sum must be between"),
         ({"range": float("nan")}, "public range of a sum must be between"),

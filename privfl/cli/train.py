@@ -219,7 +219,9 @@ class _Leader:
         from privfl.site.agreement import PINNED, SINGLE
 
         parameters, chosen = self._parameters, self._experiment.secure_aggregation
-        return PINNED if facts["pinned"] and facts["accounts"] else SINGLE, {
+        everybody = len(facts["pinned"]) == len(self._experiment.sites)
+        return PINNED if everybody and facts["accounts"] else SINGLE, {
+            "keys_pinned_by": facts["pinned"],
             "encryption": "CKKS, one key per run, held by the sites",
             "masks": "pairwise",
             "value_bits": parameters.value_bits,

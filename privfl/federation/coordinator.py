@@ -306,7 +306,8 @@ def _prepare(plan: Plan, state: State, rank: int, body: Prepared) -> Result:
         for site in plan.sites
         for p in [state.prepared[_rank_of(state, site)]]
     }
-    words_add, pinned = all(p.words_add for p in everybody), all(p.pinned for p in everybody)
+    words_add = all(p.words_add for p in everybody)
+    pinned = [site for site in plan.sites if state.prepared[_rank_of(state, site)].pinned]
     accounts = [plan.account, *(state.hellos[rank].account for rank in _ranks(plan))]
     facts = {"words_add": words_add, "pinned": pinned, "accounts": len(set(accounts)) == len(accounts)}
     started = Tell("started", {"parameters": begin.parameters, "sites": sites, **facts})

@@ -56,11 +56,15 @@ class Terminal:
             self.line(
                 "ciphertexts are added with TenSEAL's evaluator, slowly: this TenSEAL is not proven to let their words be added"
             )
-        if facts["pinned"] and facts["accounts"]:
+        who = "every site" if len(facts["pinned"]) == len(sites) else f"only {', '.join(facts['pinned'])}"
+        if facts["pinned"] and facts["accounts"] and len(facts["pinned"]) == len(sites):
             self.line(f"trust: {trust}: every site knows the keys of all others, and each runs under an account of its own")
+        elif facts["pinned"] and facts["accounts"]:
+            self.line(f"trust: {trust}: {who} has pinned the keys of the others; all must")
         elif facts["pinned"]:
             self.line(
-                f"trust: {trust}: keys are pinned, but several parties run under one account, whose owner can read all their records"
+                f"trust: {trust}: {who} has pinned the keys of the others, but several parties run under one account, "
+                "whose owner can read all their records"
             )
         else:
             self.line(f"trust: {trust}: whoever owns the account that runs this can read the records of all sites")

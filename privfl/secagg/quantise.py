@@ -51,7 +51,8 @@ class Exact:
     def check(self, vector: NDArray[np.generic]) -> None:
         if vector.size and not (-self._limit <= vector.min() and vector.max() <= self._limit):
             raise PrivflError(
-                f"a vector to be summed has integers beyond {self._limit}, the largest of {self._bits} bits; raise value_bits"
+                f"a vector to be summed has integers beyond {self._limit}, the largest of {self._bits} bits; raise value_bits "
+                "(28 at most), or sum parts"
             )
 
     def integers(self, values: NDArray[np.generic]) -> NDArray[np.float64]:

@@ -31,7 +31,7 @@ from privfl.site.agreement import Agreement, Party
 from privfl.site.child import Trainer, threads_for
 from privfl.site.keys import RunKeys, open_keys, seal_keys
 from privfl.site.outbox import Outbox
-from privfl.site.outputs import share_model
+from privfl.site.outputs import open_log, share_model
 from privfl.site.setup import SiteSetup, account, versions
 from privfl.transport import Transport, forbid_reading
 
@@ -208,9 +208,7 @@ class _Agent:
         try:
             self._output.mkdir(parents=True, exist_ok=True)
             self._log_path.parent.mkdir(parents=True, exist_ok=True)
-            self._log = open(  # noqa: SIM115  (open as long as the run)
-                self._log_path, "a", buffering=1, encoding="utf-8", errors="backslashreplace"
-            )
+            self._log = open_log(self._log_path)
         except OSError as error:
             raise PrivflError(f"cannot write {error.filename}: {error.strerror}; set output and log in the site file") from error
         self._note(f"run {self._welcome.run}, site {setup.site}")

@@ -5,6 +5,20 @@ from __future__ import annotations
 import contextlib
 import os
 from pathlib import Path
+from typing import TextIO
+
+
+def open_log(path: Path) -> TextIO:
+    """A log to append to, line by line, readable for its owner only: it quotes what user code says of records.
+
+    Raises:
+        OSError: it cannot be written.
+    """
+
+    def owner_only(name: str, flags: int) -> int:
+        return os.open(name, flags, 0o600)
+
+    return open(path, "a", buffering=1, encoding="utf-8", errors="backslashreplace", opener=owner_only)
 
 
 def share_model(model: Path, folder: Path, run: str, site: str) -> None:

@@ -32,8 +32,8 @@ class SecureSum:
     """Sums vectors of all ranks so that no rank sees another rank's vector, only the sum.
 
     Every rank is a site; rank 0 also adds, and holds the key like all others. So what a vector is protected by here are the masks: whatever some
-    ranks pool, rank 0 included, they learn of the other ranks' vectors only their sum (claim C). That rank 0 sees not even the sum (claim B) is not
-    claimed, and keys are not pinned, so rank 0 must run this code unchanged: a single trust domain. docs/secure-aggregation.md has the proofs.
+    ranks pool, rank 0 included, they learn of the other ranks' vectors only their sum. That rank 0 sees not even the sum is not
+    claimed here, and keys are not pinned, so rank 0 must run this code unchanged: a single trust domain. docs/secure-aggregation.md has the proofs.
 
     Args:
         comm: an mpi4py communicator of at least 2 ranks, or a privfl transport. Collective, as is every :meth:`sum`.
@@ -246,6 +246,8 @@ class SecureSum:
             raise PrivflError(
                 f"path reduce adds at most {self.parameters.additions} ranks at this value_bits, there are {size}; lower value_bits"
             )
+        if span is not None and not isinstance(span, int | float):
+            raise PrivflError(f"SecureSum takes a number as the public range, or none for integers, got {span!r}")
         self._integers = span is None
         self._quantiser: Quantiser = Exact(self.parameters) if span is None else Grid(self.parameters, span, rounding)
         if not prove():
