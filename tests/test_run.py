@@ -198,7 +198,7 @@ def test_what_crosses_the_wire(small: Path, tmp_path: Path, monkeypatch: pytest.
     assert flat == {Kind.CONTRIBUTION, Kind.SEALED_KEY}
     said = {name for m in received if m.body is not None for name in type(m.body).model_fields}
     assert said <= {
-        "site", "digest", "versions", "exchange_key", "identity", "signature", "error", "exit_code", "records", "parameters", "layout",
+        "site", "digest", "versions", "exchange_key", "identity", "account", "signature", "error", "exit_code", "records", "parameters", "layout",
         "noise_multiplier", "sampling_rate", "planned_epsilon", "tag", "pinned", "words_add", "event", "steps", "epsilon", "span", "metrics",
         "model", "log",
     }  # fmt: skip
