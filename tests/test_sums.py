@@ -12,7 +12,16 @@ from privfl.secagg import Exact, ExchangeKey, Identity, MismatchError, WordAdder
 from privfl.secagg.limbs import join
 from privfl.site.agreement import Agreement, Party
 from privfl.site.keys import RunKeys, open_keys, seal_keys
-from privfl.site.sums import OneSum, Sums, agreed_span, layout_of, metrics_from_totals, metrics_to_integers, seal_exponent
+from privfl.site.sums import (
+    OneSum,
+    Sums,
+    agreed_span,
+    layout_of,
+    metrics_from_totals,
+    metrics_to_integers,
+    parameters_for,
+    seal_exponent,
+)
 
 SITES = ("a", "b", "c")
 P = derive(3, 20)
@@ -62,6 +71,15 @@ def test_sites_that_were_told_different_things_do_not_decode_and_give_the_keys_u
     assert sums[0].given_up
     with pytest.raises(MismatchError):
         sums[0].open(2, 1, 5, Exact(P), ["update", 1.0])
+
+
+def test_a_reduction_is_refused_where_words_of_all_members_do_not_add_in_64_bits():
+    assert parameters_for(128, 12, "star").additions < 128
+    with pytest.raises(
+        PrivflError, match=r"path reduce adds at most \d+ contributions at value_bits 12, there are 128; lower value_bits, or"
+    ):
+        parameters_for(128, 12, "reduce")
+    assert parameters_for(64, None, "reduce").value_bits == 16
 
 
 NUMBERS = [np.array([0.1, -5.5, 3e8, 0.0]), np.array([1e-9, 5.5, -3e8, -0.25]), np.array([90.0, 2.0**29, 1.0, 0.125])]

@@ -32,7 +32,6 @@ from privfl.secagg.parameters import DEGREE, Parameters
 PRIME: Final = (1 << 61) - 1
 ROW: Final = DEGREE
 _COLUMNS = 4
-_KEY_BITS = 16
 # 26 + 16 + 12 bits: 2^53 is not reached by values of size 2^25 and keys below 2^16 over 4096 places.
 _WIDEST = 26
 _HALF = 19
@@ -96,7 +95,7 @@ def checksum_length(parameters: Parameters) -> int:
 
 def _limb_bits(parameters: Parameters) -> int:
     # The limbs of all members add up below 2^(P-1), so that the centred sum is never negative.
-    return parameters.word_bits - 1 - (parameters.members - 1).bit_length()
+    return parameters.word_bits - 1 - parameters.carry_bits
 
 
 def _whole(numbers: NDArray[np.float64]) -> list[int]:

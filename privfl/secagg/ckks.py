@@ -102,7 +102,11 @@ class SumKey:
         self.ring.evaluator.transform_from_ntt_inplace(zero)
         self.front = self.ring.front(zero)
         self._room = np.empty(DEGREE, dtype=np.uint64)
-        self.seeded_front = body_of(self._encryptor.encrypt_zero_symmetric())[:-SEEDED_BYTES]
+
+    @functools.cached_property
+    def seeded_front(self) -> bytes:
+        """What stands before c0 and seed in the body of a seeded ciphertext."""
+        return body_of(self._encryptor.encrypt_zero_symmetric())[:-SEEDED_BYTES]
 
     def secret_bytes(self) -> bytes:
         """The key as bytes, to be sealed to another site and to go nowhere else."""

@@ -52,7 +52,12 @@ class Parameters:
     @property
     def field_bits(self) -> int:
         """w: the bits of one value's sum."""
-        return self.value_bits + _log2(self.members)
+        return self.value_bits + self.carry_bits
+
+    @property
+    def carry_bits(self) -> int:
+        """ceil(log2 n): by how much the sum of all members is wider than one of them."""
+        return (self.members - 1).bit_length()
 
     @property
     def word_bits(self) -> int:
@@ -128,8 +133,3 @@ def _is_prime(number: int) -> bool:
         if x not in (1, number - 1) and not any((x := x * x % number) == number - 1 for _ in range(twos - 1)):
             return False
     return True
-
-
-def _log2(members: int) -> int:
-    """ceil(log2 members)."""
-    return (members - 1).bit_length()

@@ -16,8 +16,9 @@ from privfl.secagg.keystream import KEY_BYTES, Keystream
 from privfl.secagg.parameters import Parameters
 
 Rounding = Literal["nearest", "stochastic"]
-# Far from the ends of float64, where grids and sums would be infinite or zero.
+# Work on pieces that stay in the processor's cache.
 _PIECE = 1 << 14
+# Far from the ends of float64, where grids and sums would be infinite or zero.
 LEAST_SPAN, LARGEST_SPAN = 2.0**-256, 2.0**256
 
 

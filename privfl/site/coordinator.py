@@ -162,7 +162,7 @@ class _Driver:
 
 
 class ReducingAdder:
-    """Lets the transport add: all blocks of a sum are under way at once, and nothing but their sums reaches this rank."""
+    """Lets the transport add: all blocks of a sum are under way at once, and this program sees nothing but their sums."""
 
     def __init__(self, transport: Transport, members: tuple[int, ...], parameters: Parameters) -> None:
         self._transport, self._members, self._parameters = transport, members, parameters

@@ -16,7 +16,7 @@ from numpy.typing import ArrayLike, NDArray
 from privfl.errors import PrivflError, ProtocolError, in_one_line
 from privfl.federation import messages
 from privfl.federation.messages import Body, Kind, Message
-from privfl.secagg import Exact, ExchangeKey, Grid, Identity, Layout, MismatchError, WordAdder, derive, usual_value_bits
+from privfl.secagg import Exact, ExchangeKey, Grid, Identity, Layout, MismatchError, WordAdder
 from privfl.secagg.adding import reduce_words
 from privfl.secagg.probe import prove
 from privfl.secagg.quantise import Quantiser, Rounding
@@ -24,7 +24,7 @@ from privfl.site.agreement import Agreement, Party
 from privfl.site.keys import RunKeys, open_keys, seal_keys
 from privfl.site.outbox import Outbox, finish
 from privfl.site.setup import versions
-from privfl.site.sums import OneSum, Path, Sums
+from privfl.site.sums import OneSum, Path, Sums, parameters_for
 from privfl.transport import Transport
 
 
@@ -236,16 +236,11 @@ class SecureSum:
 
     def _choose(self, value_bits: int | None, span: float | None, rounding: Rounding) -> None:
         """Turn the arguments into parameters and a quantiser, and prove that the encryption works here."""
-        size = self._transport.size
         if rounding not in ("nearest", "stochastic") or self._path not in ("star", "reduce"):
             raise PrivflError(
                 f"SecureSum takes rounding nearest or stochastic and path star or reduce, got {rounding!r} and {self._path!r}"
             )
-        self.parameters = derive(size, value_bits or usual_value_bits(size))
-        if self._path == "reduce" and size > self.parameters.additions:
-            raise PrivflError(
-                f"path reduce adds at most {self.parameters.additions} ranks at this value_bits, there are {size}; lower value_bits"
-            )
+        self.parameters = parameters_for(self._transport.size, value_bits, self._path)
         if span is not None and not isinstance(span, int | float):
             raise PrivflError(f"SecureSum takes a number as the public range, or none for integers, got {span!r}")
         self._integers = span is None

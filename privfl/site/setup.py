@@ -12,8 +12,9 @@ from privfl import __version__
 from privfl.accounting import PoissonGaussian, epsilon_of, least_noise_multiplier
 from privfl.config import Experiment, SiteFile
 from privfl.errors import InternalError, PrivflError
-from privfl.secagg import Grid, Identity, Parameters, derive, usual_value_bits
+from privfl.secagg import Grid, Identity, Parameters
 from privfl.site.agreement import load_identity
+from privfl.site.sums import parameters_for
 
 
 def versions() -> dict[str, str]:
@@ -51,18 +52,13 @@ def parameters_of(experiment: Experiment) -> Parameters:
     Raises:
         PrivflError: so many bits do not fit so many sites.
     """
-    members, chosen = len(experiment.sites), experiment.secure_aggregation
+    chosen = experiment.secure_aggregation
     try:
-        parameters = derive(members, chosen.value_bits or usual_value_bits(members))
+        parameters = parameters_for(len(experiment.sites), chosen.value_bits, chosen.path)
         if chosen.range != "agreed":
             Grid(parameters, chosen.range)
     except PrivflError as error:
         raise PrivflError(f"secure_aggregation: {error}") from error
-    if chosen.path == "reduce" and members > parameters.additions:
-        raise PrivflError(
-            f"secure_aggregation.path reduce adds at most {parameters.additions} sites at value_bits {parameters.value_bits}, the experiment has "
-            f"{members}; lower value_bits, or use path star"
-        )
     return parameters
 
 

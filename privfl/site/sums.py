@@ -13,7 +13,19 @@ from numpy.typing import NDArray
 
 from privfl.errors import PrivflError, ProtocolError
 from privfl.federation.messages import Vector
-from privfl.secagg import Checksum, Decryption, ExchangeKey, Layout, Masks, MismatchError, Pairs, Parameters, encrypt
+from privfl.secagg import (
+    Checksum,
+    Decryption,
+    ExchangeKey,
+    Layout,
+    Masks,
+    MismatchError,
+    Pairs,
+    Parameters,
+    derive,
+    encrypt,
+    usual_value_bits,
+)
 from privfl.secagg.limbs import join, limb_count, split
 from privfl.secagg.quantise import Quantiser
 from privfl.site.agreement import Agreement
@@ -26,6 +38,21 @@ Path = Literal["star", "reduce"]
 _METRIC_GRID, _LARGEST_METRIC = 2.0**-30, 2.0**32
 # Exponents of updates, which are float32, are between -148 and 128.
 _LEAST = 256
+
+
+def parameters_for(members: int, value_bits: int | None, path: Path) -> Parameters:
+    """The parameters of sums of so many members; the usual ``value_bits`` if none are given.
+
+    Raises:
+        PrivflError: so many bits do not fit so many members, or MPI cannot add their words.
+    """
+    parameters = derive(members, value_bits or usual_value_bits(members))
+    if path == "reduce" and members > parameters.additions:
+        raise PrivflError(
+            f"path reduce adds at most {parameters.additions} contributions at value_bits {parameters.value_bits}, there are {members}; "
+            "lower value_bits, or use path star"
+        )
+    return parameters
 
 
 def layout_of(vector: Vector, numbers: int, parameters: Parameters) -> Layout:
