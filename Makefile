@@ -4,6 +4,8 @@ PIP_ARGS ?=
 # The cache of pip lies in the home directory; a clone must leave no trace there.
 PIP := .venv/bin/python -m pip install --no-cache-dir --disable-pip-version-check -c constraints.txt $(PIP_ARGS)
 PYTEST := .venv/bin/python -m pytest
+# matplotlib keeps a list of the machine's fonts, by default in the home directory too.
+export MPLCONFIGDIR := $(CURDIR)/.venv/matplotlib
 
 .PHONY: demo test test-all lint clean
 

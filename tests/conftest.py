@@ -119,7 +119,12 @@ class Twin:
 
 
 def run_twin(
-    experiment: Path | None, *settings: str, output: Path, ranks: int, wrap: Callable[[object], object] = lambda t: t
+    experiment: Path | None,
+    *settings: str,
+    output: Path,
+    ranks: int,
+    wrap: Callable[[object], object] = lambda t: t,
+    sites: Path | None = None,
 ) -> Twin:
     """The same code as under mpiexec over the in-process transport; ``wrap`` may put something around each rank's transport."""
     from privfl.cli.train import run
@@ -130,7 +135,7 @@ def run_twin(
 
     def rank(number: int) -> None:
         try:
-            twin.codes[number] = run(world[number], experiment, output=output, settings=settings)
+            twin.codes[number] = run(world[number], experiment, sites=sites, output=output, settings=settings)
         except BaseException as error:
             twin.codes[number] = error
 

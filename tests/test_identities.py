@@ -80,8 +80,11 @@ def test_one_account_is_a_single_trust_domain_whatever_is_pinned(small: Path, si
 def test_a_site_that_pins_keeps_model_and_log_out_of_the_coordinators_folder(small: Path, sites: Path, tmp_path: Path):
     job = train(3, small, "--sites", sites, "--output", tmp_path / "o")
     assert job.code == 0, job.err
-    assert {path.name for path in job.folder.iterdir()} == {"experiment.yaml", "rounds.jsonl", "summary.json"}
-    assert {path.name for path in (tmp_path / "of_aa").iterdir()} == {"model.safetensors", "site.log"}
+    reports = {"report.html", "report.json"}
+    assert {path.name for path in job.folder.iterdir()} == {"experiment.yaml", "rounds.jsonl", "summary.json", *reports}
+    names = {path.name for path in (tmp_path / "of_aa").iterdir()}
+    (book,) = {name for name in names if name.endswith(".ledger")}
+    assert names == {"model.safetensors", "site.log", "heads.jsonl", book, f"{book}.lock"}
     for file in (tmp_path / "of_aa").iterdir():
         assert stat.S_IMODE(file.stat().st_mode) == 0o600, "logs quote what user code says of records"
 

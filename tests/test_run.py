@@ -82,7 +82,15 @@ def test_epsilon_recomputed_from_the_round_log_by_other_means(demo: Job):
 
 def test_the_run_folder(demo: Job):
     names = {path.name for path in demo.folder.iterdir()}
-    assert names == {"experiment.yaml", "rounds.jsonl", "summary.json", "model.safetensors", "sites"}
+    assert names == {
+        "experiment.yaml",
+        "rounds.jsonl",
+        "report.html",
+        "report.json",
+        "summary.json",
+        "model.safetensors",
+        "sites",
+    }
     load_experiment(demo.folder / "experiment.yaml")
     records = lines(demo.folder)
     assert [r["round"] for r in records] == list(range(1, len(records) + 1))
@@ -199,8 +207,8 @@ def test_what_crosses_the_wire(small: Path, tmp_path: Path, monkeypatch: pytest.
     said = {name for m in received if m.body is not None for name in type(m.body).model_fields}
     assert said <= {
         "site", "digest", "versions", "exchange_key", "identity", "account", "signature", "error", "exit_code", "records", "parameters", "layout",
-        "noise_multiplier", "sampling_rate", "planned_epsilon", "tag", "pinned", "words_add", "event", "steps", "epsilon", "span", "metrics",
-        "model", "log",
+        "noise_multiplier", "sampling_rate", "planned_epsilon", "evaluation_epsilon", "metrics_noise", "accountant", "book", "head", "tag",
+        "pinned", "words_add", "event", "steps", "epsilon", "span", "metrics", "model", "log",
     }  # fmt: skip
     # No update, mean or replica crosses in the clear, weighted or not, in either precision.
     crossed = b"\n".join(bytes(r.bulk) for r in wire.kept)
@@ -258,13 +266,14 @@ def test_site_files_overrides_and_private_records(small: Path, tmp_path: Path):
     sites.mkdir()
     (sites / "aa.yaml").write_text(f"output: {tmp_path}/only_aa\ndata_options: {{shift: 2.0}}\n")
     (sites / "bbb.yaml").write_text(f"log: {tmp_path}/bbb.log\n")
-    job = train(3, small, "--sites", sites, "--output", tmp_path / "out", "--set", "rounds=1")
+    private = ("--set", "evaluation.target_epsilon=4")
+    job = train(3, small, "--sites", sites, "--output", tmp_path / "out", "--set", "rounds=1", *private)
     assert job.code == 0, job.err
     assert (tmp_path / "only_aa" / "model.safetensors").exists()
     assert "site bbb" in (tmp_path / "bbb.log").read_text()
-    assert "metrics: none leaves a site" in job.out
+    assert "metrics have noise, which costs the held-out records an epsilon of their own: aa 4.000  bbb 4.000" in job.out
     summary = json.loads((job.folder / "summary.json").read_text())
-    assert summary["metrics"] == {}, "metrics of private records leave no site"
+    assert summary["sites"]["aa"]["evaluation_epsilon"] == pytest.approx(4, abs=1e-3)
     assert yaml.safe_load((job.folder / "experiment.yaml").read_text())["rounds"] == 1
 
 
@@ -309,15 +318,15 @@ def test_noise_that_was_not_drawn_stops_the_run(small: Path, tmp_path: Path):
 
 
 def test_a_forgotten_charge_stops_the_run(small: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
-    from privfl.site import agent
+    from privfl.site.book import Book
 
-    original = agent._Agent._train
+    original = Book.charge_round
 
-    def forget(self: Any) -> None:
-        original(self)
-        self._charged_steps -= 1
+    def forget(self: Book, round_: int) -> None:
+        original(self, round_)
+        self._steps["training"] -= 1
 
-    monkeypatch.setattr(agent._Agent, "_train", forget)
+    monkeypatch.setattr(Book, "charge_round", forget)
     twin = run_twin(small, output=tmp_path / "runs", ranks=3)
     assert twin.codes == [1, 1, 1]
     assert "noise was drawn 3 times for 2 charged steps" in twin.err

@@ -13,8 +13,9 @@ import pytest
 PACKAGE = Path(__file__).resolve().parent.parent / "privfl"
 # Which rooms a room may look into (itself and `errors` always; docs: CONTRIBUTING.md).
 ARROWS = {
-    "cli": {"config", "accounting", "dp", "secagg", "site", "federation", "transport", "reporting"},
-    "site": {"config", "accounting", "dp", "secagg", "federation", "transport"},
+    "cli": {"config", "accounting", "dp", "ledger", "secagg", "site", "federation", "transport", "reporting"},
+    "site": {"config", "accounting", "dp", "ledger", "secagg", "federation", "transport"},
+    "ledger": {"accounting"},
     "dp": {"accounting"},
     "reporting": {"accounting"},
     "config": set(),
@@ -32,6 +33,8 @@ HOMES = {
     "mpi4py": ("transport/mpi.py",),
     "tenseal": ("secagg/",),
     "dp_accounting": ("accounting/",),
+    "matplotlib": ("reporting/plots.py",),
+    "jinja2": ("reporting/html.py",),
 }
 
 
@@ -74,6 +77,7 @@ def test_every_room_has_its_arrows():
 @pytest.mark.parametrize("code", ["import privfl", "import sys; from privfl.cli import main; sys.argv = ['privfl', '--help']"])
 def test_the_entrance_is_light(code: str):
     heavy = ["torch", "mpi4py", "tenseal", "dp_accounting", "pydantic", "numpy", "yaml", "opacus", "scipy"]
+    heavy += ["matplotlib", "jinja2", "rich"]
     script = f"""
 import atexit, json, os, sys
 report = lambda: os.write(2, json.dumps([m for m in {heavy!r} if m in sys.modules]).encode())

@@ -1,6 +1,40 @@
 """What a mechanism costs: pure mathematics, no I/O, no torch."""
 
-from privfl.accounting.events import PoissonGaussian
-from privfl.accounting.rdp import ADJACENCY, RdpAccountant, epsilon_of, least_noise_multiplier
+from privfl.accounting.accountants import ADJACENCY, Accountant, Bounds, RdpAccountant, epsilon_of, person_epsilon
+from privfl.accounting.calibration import LARGEST_NOISE_MULTIPLIER, least_noise_multiplier
+from privfl.accounting.events import (
+    DiscreteGaussian,
+    Event,
+    Gaussian,
+    MetricRelease,
+    NonPrivate,
+    PoissonGaussian,
+    event_from_dict,
+)
+from privfl.accounting.filter import RenyiFilter
+from privfl.accounting.renyi import ORDERS, divergences, epsilons
+from privfl.accounting.views import View, views
 
-__all__ = ["ADJACENCY", "PoissonGaussian", "RdpAccountant", "epsilon_of", "least_noise_multiplier"]
+__all__ = [
+    "ADJACENCY",
+    "LARGEST_NOISE_MULTIPLIER",
+    "ORDERS",
+    "Accountant",
+    "Bounds",
+    "DiscreteGaussian",
+    "Event",
+    "Gaussian",
+    "MetricRelease",
+    "NonPrivate",
+    "PoissonGaussian",
+    "RdpAccountant",
+    "RenyiFilter",
+    "View",
+    "divergences",
+    "epsilon_of",
+    "epsilons",
+    "event_from_dict",
+    "least_noise_multiplier",
+    "person_epsilon",
+    "views",
+]

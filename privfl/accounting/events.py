@@ -1,61 +1,216 @@
 """Mechanism events: what was done to the records, from which any accountant can tell what it cost.
 
-Events are stored, never epsilons (the habit of dp-accounting): a better accountant may be applied to them later.
+Events are stored, never epsilons (the habit of dp-accounting): a better accountant may be applied to them later. So the meaning of a
+kind never changes; what must change gets a new version.
 """
 
 from __future__ import annotations
 
+import dataclasses
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass
-from typing import Any, ClassVar
+from dataclasses import dataclass, replace
+from typing import Any, ClassVar, Self
 
 
-@dataclass(frozen=True)
-class PoissonGaussian:
-    """``steps`` times the Gaussian mechanism on a Poisson sample: one round of DP-SGD (Abadi et al. 2016).
+@dataclass(frozen=True, kw_only=True)
+class Event:
+    """A mechanism that ran ``steps`` times, each time with fresh noise and, if it samples, a fresh sample.
+
+    To an accountant every kind is a Gaussian mechanism on a Poisson sample, or protects nothing.
+
+    Attributes:
+        steps: how often it ran.
+        whole_orders: only Renyi orders that are whole numbers may be used (discrete noise).
+    """
+
+    kind: ClassVar[str]
+    version: ClassVar[int] = 1
+    whole_orders: ClassVar[bool] = False
+
+    steps: int = 1
+
+    @property
+    def rate(self) -> float:
+        """The probability with which a record takes part in one step."""
+        return 1.0
+
+    @property
+    def sigma(self) -> float:
+        """Standard deviation of the noise in units of what one record can change; 0 protects nothing."""
+        raise NotImplementedError
+
+    def once(self) -> Self:
+        """A single step of it: what a cost is looked up by."""
+        return replace(self, steps=1)
+
+    def times(self, steps: int) -> Self:
+        """The same mechanism, run ``steps`` times."""
+        return replace(self, steps=steps)
+
+    def to_dict(self) -> dict[str, Any]:
+        """The event as JSON-ready values, with its kind and schema version."""
+        return {"kind": self.kind, "version": self.version, **dataclasses.asdict(self)}
+
+    def _check(self) -> None:
+        if not isinstance(self.steps, int) or isinstance(self.steps, bool) or self.steps < 0:
+            raise ValueError(f"steps must be a whole number, not negative, got {self.steps}")
+
+    def __post_init__(self) -> None:
+        self._check()
+
+
+def _check_noise(noise_multiplier: float) -> None:
+    if not (math.isfinite(noise_multiplier) and noise_multiplier >= 0.0):
+        raise ValueError(f"noise_multiplier must be finite and not negative, got {noise_multiplier}")
+
+
+def _check_rate(sampling_rate: float) -> None:
+    if not 0.0 < sampling_rate <= 1.0:
+        raise ValueError(f"sampling_rate must be in (0, 1], got {sampling_rate}")
+
+
+@dataclass(frozen=True, kw_only=True)
+class PoissonGaussian(Event):
+    """The Gaussian mechanism on a Poisson sample: steps of DP-SGD (Abadi et al. 2016).
 
     Attributes:
         sampling_rate: probability q in (0, 1] with which each record enters a step, independently of all others.
         noise_multiplier: standard deviation of the noise in units of the clipping norm.
-        steps: how often the mechanism ran; each step drew its own sample and its own noise.
     """
 
     kind: ClassVar[str] = "poisson_gaussian"
-    version: ClassVar[int] = 1
 
     sampling_rate: float
     noise_multiplier: float
-    steps: int
 
-    def __post_init__(self) -> None:
-        if not 0.0 < self.sampling_rate <= 1.0:
-            raise ValueError(f"sampling_rate must be in (0, 1], got {self.sampling_rate}")
-        if not (math.isfinite(self.noise_multiplier) and self.noise_multiplier >= 0.0):
-            raise ValueError(f"noise_multiplier must be finite and not negative, got {self.noise_multiplier}")
-        if self.steps < 0:
-            raise ValueError(f"steps must not be negative, got {self.steps}")
+    @property
+    def rate(self) -> float:
+        return self.sampling_rate
 
-    def to_dict(self) -> dict[str, Any]:
-        """The event as JSON-ready values, with its kind and schema version."""
-        return {
-            "kind": self.kind,
-            "version": self.version,
-            "sampling_rate": self.sampling_rate,
-            "noise_multiplier": self.noise_multiplier,
-            "steps": self.steps,
-        }
+    @property
+    def sigma(self) -> float:
+        return self.noise_multiplier
 
-    @classmethod
-    def from_dict(cls, fields: Mapping[str, Any]) -> PoissonGaussian:
-        """The event that :meth:`to_dict` wrote.
+    def _check(self) -> None:
+        super()._check()
+        _check_rate(self.sampling_rate)
+        _check_noise(self.noise_multiplier)
 
-        Raises:
-            ValueError: another kind or version, missing or unknown fields, values out of range.
-        """
-        expected = {"kind", "version", "sampling_rate", "noise_multiplier", "steps"}
-        if set(fields) != expected:
-            raise ValueError(f"an event has the fields {sorted(expected)}, got {sorted(fields)}")
-        if (fields["kind"], fields["version"]) != (cls.kind, cls.version):
-            raise ValueError(f"unknown event {fields['kind']!r} version {fields['version']!r}")
-        return cls(float(fields["sampling_rate"]), float(fields["noise_multiplier"]), int(fields["steps"]))
+
+@dataclass(frozen=True, kw_only=True)
+class Gaussian(Event):
+    """The Gaussian mechanism on all records; ``noise_multiplier`` is in units of what one record can change."""
+
+    kind: ClassVar[str] = "gaussian"
+
+    noise_multiplier: float
+
+    @property
+    def sigma(self) -> float:
+        return self.noise_multiplier
+
+    def _check(self) -> None:
+        super()._check()
+        _check_noise(self.noise_multiplier)
+
+
+@dataclass(frozen=True, kw_only=True)
+class DiscreteGaussian(Event):
+    """Discrete Gaussian noise on a Poisson sample of vectors rounded to a grid (Canonne, Kamath, Steinke 2020).
+
+    The Renyi divergences of whole order of the discrete Gaussian are at most those of the continuous one (their Proposition 5), and only those of
+    whole order follow from them under sampling.
+
+    Attributes:
+        sampling_rate: as in :class:`PoissonGaussian`.
+        noise_multiplier: standard deviation of the noise that the charged view cannot subtract, in units of the clipping norm.
+        sensitivity: what one record can change, in the same unit; above 1 because clipping and the grid round.
+    """
+
+    kind: ClassVar[str] = "discrete_gaussian"
+    whole_orders: ClassVar[bool] = True
+
+    sampling_rate: float
+    noise_multiplier: float
+    sensitivity: float
+
+    @property
+    def rate(self) -> float:
+        return self.sampling_rate
+
+    @property
+    def sigma(self) -> float:
+        return self.noise_multiplier / self.sensitivity
+
+    def _check(self) -> None:
+        super()._check()
+        _check_rate(self.sampling_rate)
+        _check_noise(self.noise_multiplier)
+        if not 1.0 <= self.sensitivity < math.inf:
+            raise ValueError(f"sensitivity must be at least 1 and finite, got {self.sensitivity}")
+
+
+@dataclass(frozen=True, kw_only=True)
+class MetricRelease(Event):
+    """Held-out metrics with Gaussian noise; they concern the evaluation records.
+
+    Attributes:
+        metrics: the names of all metrics released together.
+        noise_multiplier: standard deviation of the noise in units of what one record can change of all of them together.
+    """
+
+    kind: ClassVar[str] = "metric_release"
+
+    metrics: tuple[str, ...]
+    noise_multiplier: float
+
+    @property
+    def sigma(self) -> float:
+        return self.noise_multiplier
+
+    def _check(self) -> None:
+        super()._check()
+        _check_noise(self.noise_multiplier)
+        # JSON knows lists only.
+        object.__setattr__(self, "metrics", tuple(self.metrics))
+
+
+@dataclass(frozen=True, kw_only=True)
+class NonPrivate(Event):
+    """Something that protects nothing; every epsilon that counts it is infinite. ``what`` says what it was."""
+
+    kind: ClassVar[str] = "non_private"
+
+    what: str
+
+    @property
+    def sigma(self) -> float:
+        return 0.0
+
+
+KINDS: dict[str, type[Event]] = {
+    cls.kind: cls for cls in (PoissonGaussian, Gaussian, DiscreteGaussian, MetricRelease, NonPrivate)
+}
+
+
+def event_from_dict(fields: Mapping[str, Any]) -> Event:
+    """The event that :meth:`Event.to_dict` wrote.
+
+    Raises:
+        ValueError: another kind or version, missing or unknown fields, values out of range.
+    """
+    kind, version = fields.get("kind"), fields.get("version")
+    cls = KINDS.get(str(kind))
+    if cls is None or version != cls.version:
+        raise ValueError(f"unknown event {kind!r} version {version!r}")
+    expected = {field.name for field in dataclasses.fields(cls)}
+    given = {name: value for name, value in fields.items() if name not in ("kind", "version")}
+    if set(given) != expected:
+        raise ValueError(f"an event of kind {kind} has the fields {sorted(expected)}, got {sorted(given)}")
+    for name, value in given.items():
+        if name in ("sampling_rate", "noise_multiplier", "sensitivity") and (
+            isinstance(value, bool) or not isinstance(value, int | float)
+        ):
+            raise ValueError(f"{name} must be a number, got {value!r}")
+    return cls(**given)

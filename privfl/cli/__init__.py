@@ -15,6 +15,8 @@ from privfl.errors import EXIT_USER, PrivflError
 
 _COMMANDS = {
     "train": "Train one model at all sites of an experiment.",
+    "plan": "Say what an experiment would cost in privacy, before anything runs.",
+    "budget": "Show, report, verify or export what sites have spent.",
     "init": "Write a commented starter experiment that runs as it stands.",
     "keys": "Make a site's identity, or show its public key.",
     "doctor": "Show versions, MPI, threads, and probe the encryption.",

@@ -7,7 +7,7 @@ import shlex
 import sys
 import time
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 import click
 
@@ -16,6 +16,7 @@ from privfl.errors import EXIT_OURS, InternalError, PrivflError, in_one_line
 
 if TYPE_CHECKING:
     from privfl.config import Experiment
+    from privfl.reporting.history import History
     from privfl.transport import Transport
 
 
@@ -89,13 +90,21 @@ def _serve(transport: Transport, path: Path, sites: Path | None, settings: tuple
     from privfl.site import agent
     from privfl.site.setup import SiteSetup, prepare_site
 
+    prepared: list[SiteSetup] = []
+
     def prepare() -> SiteSetup:
         experiment = load_experiment(path, settings)
         site = _site_of(transport.rank, experiment)
         check_functions(experiment, path.parent)
-        return prepare_site(site, experiment, path.parent, load_site(sites, site))
+        prepared.append(prepare_site(site, experiment, path.parent, load_site(sites, site)))
+        return prepared[0]
 
-    return agent.serve(transport, prepare)
+    code = agent.serve(transport, prepare)
+    if code == 0 and prepared[0].file.ledger is not None:
+        from privfl.cli.run_report import write_page
+
+        write_page(Path(prepared[0].file.ledger.file))
+    return code
 
 
 def _site_of(rank: int, experiment: Experiment) -> str:
@@ -151,6 +160,7 @@ class _Leader:
         self._sites: dict[str, Any] = {}
         self._last: dict[str, Any] = {}
         self._metrics: dict[str, float] = {}
+        self._evaluation: dict[str, float] = {}
         self._seconds: dict[str, float] = {}
 
     def run(self) -> int:
@@ -198,15 +208,19 @@ class _Leader:
                     {**facts, "seconds": self._seconds},
                     delta,
                     private=private,
-                    metrics=bool(self._experiment.evaluation.metrics),
-                    public=self._experiment.evaluate_every > 0,
+                    metrics=self._metrics_leave(),
                     trust=self._trust,
                     adding=self._adding,
                 )
             case "round":
                 self._round(facts)
             case "finished":
+                from privfl.reporting.compute import report
+                from privfl.reporting.html import to_html
+
                 summary = self._summary()
+                found = report(f"Run {self._run.hex()[:8]}", self._histories())
+                self._folder.write_report(found.model_dump_json(indent=2) + "\n", to_html(found))
                 self._folder.write_summary(summary)
                 self._terminal.finished(str(self._folder.path), summary, facts["sites"])
             case "failed":
@@ -214,6 +228,11 @@ class _Leader:
                 sys.stderr.flush()
             case _:
                 raise InternalError(f"unknown news: {what}")
+
+    def _metrics_leave(self) -> Literal["none", "exact", "noised"]:
+        if not self._experiment.evaluate_every:
+            return "none"
+        return "exact" if self._experiment.evaluation.records == "public" else "noised"
 
     def _facts_of_aggregation(self, facts: dict[str, Any]) -> tuple[str, dict[str, Any]]:
         from privfl.site.agreement import PINNED, SINGLE
@@ -241,15 +260,25 @@ class _Leader:
     def _round(self, facts: dict[str, Any]) -> None:
         self._last = facts
         self._metrics = facts["metrics"] or self._metrics
+        spent = {name: site["evaluation"]["epsilon"] for name, site in facts["sites"].items() if "evaluation" in site}
+        self._evaluation |= spent
+        from privfl.reporting.history import now
+
         self._folder.add_round(
             {
                 "run": self._run.hex(),
                 "private": self._experiment.private,
                 "delta": self._experiment.privacy.delta,
+                "time": now(),
                 **facts,
             }
         )
         self._terminal.round_done(self._experiment.rounds, facts)
+
+    def _histories(self) -> list[History]:
+        from privfl.cli.run_report import histories
+
+        return histories(self._run.hex(), self._folder.path, self._experiment, self._sites, self._trust)
 
     def _summary(self) -> dict[str, Any]:
         from privfl.accounting import ADJACENCY
@@ -264,7 +293,10 @@ class _Leader:
                 "sampling_rate": facts["sampling_rate"],
                 "records": facts["records"],
                 "weight": facts["weight"],
+                "accountant": facts["accountant"],
+                "book": facts["book"],
             }
+            | ({"evaluation_epsilon": self._evaluation[name]} if name in self._evaluation else {})
             for name, facts in self._sites.items()
         }
         return {
@@ -272,7 +304,6 @@ class _Leader:
             "private": experiment.private,
             "trust": self._trust,
             "secure_aggregation": self._adding,
-            "accountant": "rdp",
             "adjacency": ADJACENCY,
             "sampling": "poisson",
             "rounds": self._last["round"],

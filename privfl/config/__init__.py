@@ -3,9 +3,10 @@
 from privfl.config.experiment import Experiment, Optimizer
 from privfl.config.functions import check_functions, load_function
 from privfl.config.load import demo_path, load_experiment, load_site
-from privfl.config.site import SiteFile
+from privfl.config.site import Budget, SiteFile
 
 __all__ = [
+    "Budget",
     "Experiment",
     "Optimizer",
     "SiteFile",

@@ -44,11 +44,24 @@ class Optimizer(Section):
 
 
 class Evaluation(Section):
-    """Held-out metrics. They leave a site only inside an encrypted sum, and only if the held-out records are public."""
+    """Held-out metrics. They leave a site only inside an encrypted sum.
+
+    Those of ``private`` records get noise, of which every release costs: ``target_epsilon`` is for all of them together, and by default that of
+    ``privacy``. So ``every`` is by default each round for public records, and the last round only for private ones.
+    """
 
     records: Literal["private", "public"] = "private"
-    every: Count = 1
+    every: Count | None = None
+    target_epsilon: Positive | None = None
     metrics: dict[MetricName, FunctionName] = {}
+
+    @model_validator(mode="after")
+    def _public_records_cost_nothing(self) -> Evaluation:
+        if self.records == "public" and self.target_epsilon is not None:
+            raise ValueError(
+                "has a target_epsilon, but metrics of public records get no noise; remove it, or say records: private"
+            )
+        return self
 
 
 class Privacy(Section):
@@ -122,10 +135,33 @@ class Experiment(Section):
         """The public sampling rate q of a site."""
         return self.sampling_rate[site] if isinstance(self.sampling_rate, dict) else self.sampling_rate
 
+    @model_validator(mode="after")
+    def _private_metrics_need_a_target(self) -> Experiment:
+        evaluation = self.evaluation
+        if evaluation.metrics and evaluation.records == "private" and self.metrics_target is None:
+            raise ValueError(
+                "evaluation.target_epsilon is missing: metrics of private records get noise for an epsilon of their own, and privacy has no "
+                "target_epsilon to take it from; set it, remove evaluation.metrics, or say evaluation.records: public if the held-out records are"
+            )
+        return self
+
+    @property
+    def metrics_target(self) -> float | None:
+        """The epsilon for all releases of metrics of private records."""
+        return self.evaluation.target_epsilon or self.privacy.target_epsilon
+
     @property
     def evaluate_every(self) -> int:
-        """After how many rounds metrics leave the sites; 0: never, because none are asked for or the records are private."""
-        return self.evaluation.every if self.evaluation.records == "public" and self.evaluation.metrics else 0
+        """After how many rounds metrics leave the sites; 0: never, because none are asked for."""
+        if not self.evaluation.metrics:
+            return 0
+        return self.evaluation.every or (1 if self.evaluation.records == "public" else self.rounds)
+
+    @property
+    def metric_releases(self) -> int:
+        """How often metrics leave the sites in the whole run."""
+        every = self.evaluate_every
+        return -(-self.rounds // every) if every else 0
 
     @property
     def steps(self) -> int:

@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from importlib import resources
 from pathlib import Path
 from types import UnionType
-from typing import Any, TypeVar, Union, get_args, get_origin
+from typing import Annotated, Any, TypeVar, Union, get_args, get_origin
 
 import yaml
 from pydantic import BaseModel, ValidationError
@@ -56,11 +56,13 @@ def load_site(folder: Path | None, site: str) -> SiteFile:
         return SiteFile()
     path = folder / f"{site}.yaml"
     found = _validate(SiteFile, _read(path, f"the file of site {site}"), str(path))
-    near = {
+    near: dict[str, Any] = {
         name: str((folder / value).resolve())
         for name in ("output", "log", "identity")
         if (value := getattr(found, name)) is not None
     }
+    if found.ledger is not None:
+        near["ledger"] = found.ledger.model_copy(update={"file": str((folder / found.ledger.file).resolve())})
     return found.model_copy(update=near)
 
 
@@ -143,6 +145,7 @@ def _keys(schema: type[BaseModel], location: Sequence[Any]) -> list[str]:
         field = schema.model_fields.get(str(part))
         inner = None if field is None else field.annotation
         choices = get_args(inner) if get_origin(inner) in (Union, UnionType) else (inner,)
+        choices = tuple(get_args(c)[0] if get_origin(c) is Annotated else c for c in choices)
         schema = next((c for c in choices if isinstance(c, type) and issubclass(c, BaseModel)), BaseModel)
     return list(schema.model_fields)
 

@@ -29,7 +29,6 @@ _TRIED = 8
 _MANY = 20
 
 Loss = Callable[[torch.Tensor, torch.Tensor], torch.Tensor]
-Metric = Callable[[torch.Tensor, torch.Tensor], tuple[Any, Any]]
 
 _OPTIMIZERS: dict[str, Callable[..., torch.optim.Optimizer]] = {
     "sgd": torch.optim.SGD,
@@ -235,6 +234,21 @@ class LocalTraining:
             )
         return inputs, targets
 
+    def check_outputs(self, dataset: Any) -> None:
+        """Refuse a model that couples the records of a batch when it is only used: a metric of one record would then depend on the others.
+
+        Raises:
+            PrivflError: the outputs of a few records of ``dataset`` depend on which others are in the batch.
+        """
+        few = [dataset[int(i)] for i in np.unique(np.linspace(0, len(dataset) - 1, _TRIED).astype(np.int64))]
+        together = self.outputs(few)[0].double()
+        alone = torch.cat([self.outputs([record])[0] for record in few]).double()
+        if not torch.allclose(together, alone, rtol=1e-3, atol=1e-5, equal_nan=True):
+            raise PrivflError(
+                "the output of model() for a held-out record depends on the other records of its batch, so a metric of private records cannot be "
+                "bounded; look for statistics over the batch in model(), perhaps only when it is not training"
+            )
+
     def outputs(self, dataset: Any) -> tuple[torch.Tensor, torch.Tensor]:
         """(model outputs, targets) of all records of ``dataset``, without gradients, on the CPU."""
         self._wrapped.eval()
@@ -248,33 +262,6 @@ class LocalTraining:
         self._wrapped.train()
         check_constants(self.model, self._constants)
         return torch.cat(outputs), torch.cat(targets)
-
-
-def measure(
-    metrics: Mapping[str, Metric], output: torch.Tensor, target: torch.Tensor
-) -> dict[str, tuple[list[float], list[float]]]:
-    """(sums, counts) of every metric over all held-out records of a site.
-
-    Raises:
-        PrivflError: a metric returns something else than two numbers or two vectors of one length, or a count below 0.
-    """
-    measured = {}
-    for name, metric in metrics.items():
-        returned = metric(output, target)
-        try:
-            sums, counts = returned
-            pair = [torch.as_tensor(x, dtype=torch.float64).reshape(-1).tolist() for x in (sums, counts)]
-        except (TypeError, ValueError, RuntimeError) as error:
-            raise PrivflError(
-                f"evaluation.metrics.{name} must return a pair (sums, counts), as in (number correct, number); it returned "
-                f"{type(returned).__name__}"
-            ) from error
-        if len(pair[0]) != len(pair[1]) or not pair[0] or not np.isfinite(pair).all() or min(pair[1]) < 0:
-            raise PrivflError(
-                f"evaluation.metrics.{name} must return finite (sums, counts) of one length with counts not below 0"
-            )
-        measured[name] = (pair[0], pair[1])
-    return measured
 
 
 def _size(what: str, dataset: Any) -> int:

@@ -302,6 +302,10 @@ def _prepare(plan: Plan, state: State, rank: int, body: Prepared) -> Result:
             "noise_multiplier": p.noise_multiplier,
             "sampling_rate": p.sampling_rate,
             "planned_epsilon": p.planned_epsilon,
+            "evaluation_epsilon": p.evaluation_epsilon,
+            "metrics_noise": p.metrics_noise,
+            "accountant": p.accountant,
+            "book": p.book,
         }
         for site in plan.sites
         for p in [state.prepared[_rank_of(state, site)]]
@@ -330,9 +334,11 @@ def _open_sum(plan: Plan, state: State, vector: Vector) -> Result:
         answers={},
         parts_in=dict.fromkeys(_ranks(plan), 0),
     )
-    spans = {state.site(rank): body.span for rank, body in state.trained.items()} if vector == "update" else {}
+    trained = state.trained if vector == "update" else {}
+    spans = {state.site(rank): body.span for rank, body in trained.items()}
+    heads = {state.site(rank): body.head for rank, body in trained.items()}
     # Told first and opened then: where the transport adds, opening may wait until the members take part.
-    told = _to_all(plan, state, Sum(vector=vector, members=plan.sites, spans=spans))
+    told = _to_all(plan, state, Sum(vector=vector, members=plan.sites, spans=spans, heads=heads))
     return state, (*told, OpenSum(vector, vector_length(_begun(state), vector)))
 
 
@@ -399,24 +405,28 @@ def _applied(plan: Plan, state: State) -> Result:
     due = plan.evaluate_every > 0 and (last or state.round % plan.evaluate_every == 0)
     if due and _begun(state).layout:
         return _open_sum(plan, state, "metrics")
-    return _close_round(plan, state, {})
+    return _close_round(plan, state, {}, {})
 
 
 def _measured(plan: Plan, state: State) -> Result:
-    values = [b.metrics for b in state.answers.values() if isinstance(b, Measured)]
+    answers = {state.site(rank): b for rank, b in state.answers.items() if isinstance(b, Measured)}
+    values = [b.metrics for b in answers.values()]
     if any(v != values[0] for v in values):
         raise ProtocolError(f"the sites decrypted different metrics in round {state.round}")
-    return _close_round(plan, state, values[0])
+    return _close_round(plan, state, values[0], answers)
 
 
-def _close_round(plan: Plan, state: State, metrics: Mapping[str, float]) -> Result:
+def _close_round(plan: Plan, state: State, metrics: Mapping[str, float], measured: Mapping[str, Measured]) -> Result:
     by_site = {state.site(rank): body for rank, body in state.trained.items()}
+    heads = {site: (measured.get(site) or by_site[site]).head for site in plan.sites}
     sites = {
         site: {
             "event": by_site[site].event,
             "steps": by_site[site].steps,
             "epsilon": by_site[site].epsilon,
+            "head": heads[site].model_dump(),
         }
+        | _evaluation(measured.get(site))
         for site in plan.sites
     }
     told = Tell("round", {"round": state.round, "members": list(plan.sites), "metrics": dict(metrics), "sites": sites})
@@ -424,7 +434,13 @@ def _close_round(plan: Plan, state: State, metrics: Mapping[str, float]) -> Resu
         state, outputs = _open_round(plan, state)
         return state, (told, *outputs)
     state = replace(state, phase=Phase.FINISHING, answers={})
-    return state, (told, *_to_all(plan, state, Finish()))
+    return state, (told, *_to_all(plan, state, Finish(heads=heads)))
+
+
+def _evaluation(measured: Measured | None) -> dict[str, Any]:
+    if measured is None or measured.event is None:
+        return {}
+    return {"evaluation": {"event": measured.event, "epsilon": measured.epsilon}}
 
 
 def _finished(plan: Plan, state: State) -> Result:

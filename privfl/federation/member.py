@@ -25,6 +25,7 @@ from privfl.federation.messages import (
     Prepared,
     Round,
     Signed,
+    SignedHead,
     Sum,
     Trained,
     Vector,
@@ -99,10 +100,11 @@ class Train(NamedTuple):
 
 
 class Contribute(NamedTuple):
-    """Encrypt this vector for the sum of the members and send it; ``spans``: what they need to agree on its range."""
+    """Encrypt this vector for the sum of the members and send it; ``spans``: what they need to agree on its range; ``heads`` of their ledgers."""
 
     vector: Vector
     spans: dict[str, str]
+    heads: dict[str, SignedHead]
 
 
 class Collect(NamedTuple):
@@ -119,7 +121,9 @@ class Combine(NamedTuple):
 
 
 class Write(NamedTuple):
-    """Write the model."""
+    """Write the model, and down the last ``heads`` of all ledgers."""
+
+    heads: dict[str, SignedHead]
 
 
 Action = Prepare | Verify | Unseal | Start | Train | Contribute | Collect | Combine | Write
@@ -169,7 +173,7 @@ def step(state: State, message: Message, blocks_of: dict[Vector, int]) -> tuple[
             raise ProtocolError(
                 f"the coordinator finished the run after round {message.round}, this site is in round {state.round} of {state.rounds}"
             )
-        return replace(state, phase=Phase.FINISHING), (Write(),)
+        return replace(state, phase=Phase.FINISHING), (Write(body.heads),)
     raise ProtocolError(f"the coordinator sent a {message.kind.name} message, which it may not send")
 
 
@@ -256,7 +260,7 @@ def _open_sum(state: State, message: Message, body: Sum) -> tuple[State, tuple[A
         raise ProtocolError("the coordinator relays ranges of other sites than this run's members")
     measured = state.round if body.vector == "metrics" else state.measured
     state = replace(state, phase=Phase.CONTRIBUTING, attempt=message.attempt, vector=body.vector, measured=measured, parts_in=0)
-    return state, (Contribute(body.vector, body.spans),)
+    return state, (Contribute(body.vector, body.spans, body.heads),)
 
 
 def _take_total(state: State, message: Message, blocks_of: dict[Vector, int]) -> tuple[State, tuple[Action, ...]]:

@@ -79,7 +79,9 @@ class Prepared(Body):
     """Site to coordinator: the trainer is up and the model made; public facts only.
 
     ``tag`` is the keyed digest of the replica; ``layout`` the number of ratios in each metric (empty: no held-out records); ``pinned`` whether
-    this site has pinned the identities of all others; ``words_add`` whether its self-proof allows to add ciphertexts as words.
+    this site has pinned the identities of all others; ``words_add`` whether its self-proof allows to add ciphertexts as words; ``accountant``
+    how its epsilons are meant; ``book`` whether it keeps one across runs, and whether that begins now; ``evaluation_epsilon`` what all
+    releases of metrics will have cost the held-out records, whose noise is ``metrics_noise`` times what one record can change.
     """
 
     records: int = Field(ge=1)
@@ -88,6 +90,10 @@ class Prepared(Body):
     noise_multiplier: float
     sampling_rate: float
     planned_epsilon: float
+    evaluation_epsilon: float
+    metrics_noise: float
+    accountant: Literal["rdp", "filter"]
+    book: Literal["none", "new", "kept"]
     tag: str
     pinned: bool
     words_add: bool
@@ -119,24 +125,36 @@ class Round(Body):
     """Coordinator to sites: train."""
 
 
+class SignedHead(Body):
+    """The head of a site's ledger (number of rows, hash in hexadecimal) with the site's signature, for one round."""
+
+    ledger: str
+    rows: int = Field(ge=1)
+    hash: str
+    signature: str
+
+
 class Trained(Body):
     """Site to coordinator: local steps are done and charged; ready for the sum.
 
-    ``span`` is what the sites need to agree on the range of their updates, sealed between them; empty if the range is fixed.
+    ``head`` is that of the ledger after the charge; ``span`` is what the sites need to agree on the range of their updates, sealed between
+    them; empty if the range is fixed.
     """
 
     event: dict[str, Any]
     steps: int
     epsilon: float
+    head: SignedHead
     span: str = ""
 
 
 class Sum(Body):
-    """Coordinator to sites: contribute ``vector`` to the sum of exactly these members, whose ``spans`` are relayed."""
+    """Coordinator to sites: contribute ``vector`` to the sum of exactly these members, whose ``spans`` and ``heads`` are relayed."""
 
     vector: Vector
     members: tuple[str, ...]
     spans: dict[str, str]
+    heads: dict[str, SignedHead]
 
 
 class Applied(Body):
@@ -146,13 +164,21 @@ class Applied(Body):
 
 
 class Measured(Body):
-    """Site to coordinator: the summed held-out metrics, which the experiment declares public."""
+    """Site to coordinator: the summed held-out metrics, exact or with noise, and what this site's part of them cost its held-out records.
+
+    ``head`` is that of the ledger after that charge.
+    """
 
     metrics: dict[str, float]
+    event: dict[str, Any] | None
+    epsilon: float
+    head: SignedHead
 
 
 class Finish(Body):
-    """Coordinator to sites: the last round is over; write the model."""
+    """Coordinator to sites: the last round is over; write the model. ``heads`` are the last ones of all ledgers."""
+
+    heads: dict[str, SignedHead]
 
 
 class Finished(Body):

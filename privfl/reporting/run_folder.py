@@ -13,7 +13,7 @@ from privfl.errors import PrivflError
 
 
 class RunFolder:
-    """Writes ``experiment.yaml``, ``rounds.jsonl`` and ``summary.json``; every file is whole or not there."""
+    """Writes ``experiment.yaml``, ``rounds.jsonl``, the report and ``summary.json``; every file is whole or not there."""
 
     def __init__(self, path: Path) -> None:
         self.path = path
@@ -43,6 +43,15 @@ class RunFolder:
             file.write(json.dumps(record) + "\n")
             file.flush()
             os.fsync(file.fileno())
+
+    def write_report(self, as_json: str, as_html: str) -> None:
+        """Write ``report.json`` and ``report.html``.
+
+        Raises:
+            PrivflError: they cannot be written.
+        """
+        self._write("report.json", as_json)
+        self._write("report.html", as_html)
 
     def write_summary(self, summary: dict[str, Any]) -> None:
         """Write ``summary.json``: its presence says that the run succeeded.

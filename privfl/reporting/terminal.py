@@ -6,7 +6,7 @@ One string and one write per line, because launchers mix the output of ranks.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any, TextIO
+from typing import Any, Literal, TextIO
 
 
 class Terminal:
@@ -27,8 +27,7 @@ class Terminal:
         delta: float,
         *,
         private: bool,
-        metrics: bool,
-        public: bool,
+        metrics: Literal["none", "exact", "noised"],
         trust: str,
         adding: Mapping[str, Any],
     ) -> None:
@@ -68,11 +67,12 @@ class Terminal:
             )
         else:
             self.line(f"trust: {trust}: whoever owns the account that runs this can read the records of all sites")
-        self.line("no book is kept across runs: earlier runs on these records are not in these epsilons; add them yourself")
-        if public:
+        self._books(sites)
+        if metrics == "exact":
             self.line("metrics are exact and leave the sites: right only for public held-out records (evaluation.records)")
-        elif metrics:
-            self.line("metrics: none leaves a site (evaluation.records: private)")
+        elif metrics == "noised":
+            cost = "  ".join(f"{name} {site['evaluation_epsilon']:.3f}" for name, site in sites.items())
+            self.line(f"metrics have noise, which costs the held-out records an epsilon of their own: {cost}")
         for name, site in sites.items():
             if delta * site["records"] >= 1.0:
                 self.line(
@@ -81,6 +81,20 @@ class Terminal:
         if not private:
             self.line("NOT PRIVATE: insecure_test_seed is set, so the noise can be recomputed by anybody who knows it")
         self.line()
+
+    def _books(self, sites: Mapping[str, Any]) -> None:
+        keepers = {name: site["book"] for name, site in sites.items() if site["book"] != "none"}
+        if keepers:
+            self.line(
+                "a book is kept across runs by "
+                + ", ".join(f"{name} (begins with this run)" if book == "new" else name for name, book in keepers.items())
+            )
+        if len(keepers) < len(sites):
+            who = " at " + ", ".join(name for name in sites if name not in keepers) if keepers else ""
+            self.line(
+                f"no book is kept across runs{who}: earlier runs on these records are not in these epsilons; a ledger and a budget in the site file "
+                "would count them"
+            )
 
     def round_done(self, rounds: int, record: Mapping[str, Any]) -> None:
         """One line: round, members, metrics, epsilons, seconds."""

@@ -65,7 +65,7 @@ class Pairs:
 
     Args:
         own: this member's key of the run.
-        members: the public exchange keys of all members, this one included.
+        members: the public exchange keys of all members, this one included; afterwards, how many they are.
 
     Raises:
         ProtocolError: this member is not among them, a key is there twice, or one is no key.
@@ -76,6 +76,7 @@ class Pairs:
             raise ProtocolError("the members' exchange keys do not contain this site's own key, or one of them twice")
         self._own = own
         self._others = [key for key in members if key != own.public]
+        self.members = len(members)
         self._last = (0, 0)
 
     def masks(self, round_: int, attempt: int, transcript: bytes) -> Masks:

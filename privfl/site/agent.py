@@ -18,7 +18,6 @@ from typing import Any, Literal, TextIO, TypeVar
 import numpy as np
 from numpy.typing import NDArray
 
-from privfl.accounting import PoissonGaussian, RdpAccountant
 from privfl.errors import EXIT_OURS, EXIT_USER, InternalError, PrivflError, ProtocolError, in_one_line
 from privfl.federation import member, messages, metrics
 from privfl.federation.messages import Body, Kind, Message
@@ -27,11 +26,13 @@ from privfl.secagg import Exact, ExchangeKey, Grid
 from privfl.secagg.probe import prove
 from privfl.secagg.quantise import Quantiser
 from privfl.site import sums
-from privfl.site.agreement import Agreement, Party
+from privfl.site.agreement import Agreement
+from privfl.site.book import Book
 from privfl.site.child import Trainer, threads_for
+from privfl.site.evaluation import noised, randomness_of
 from privfl.site.keys import RunKeys, open_keys, seal_keys
 from privfl.site.outbox import Outbox
-from privfl.site.outputs import open_log, share_model
+from privfl.site.outputs import places, share_model
 from privfl.site.setup import SiteSetup, account, versions
 from privfl.transport import Transport, forbid_reading
 
@@ -66,8 +67,7 @@ class _Agent:
         self._trainer: Trainer | None = None
         self._facts: dict[str, Any] | None = None
         self._log: TextIO | None = None
-        self._accountant = RdpAccountant()
-        self._charged_steps = 0
+        self._book: Book | None = None
         self._exit_code: int | None = None
         self._failed_at: float | None = None
 
@@ -79,8 +79,7 @@ class _Agent:
                     self._turn()
                 except Exception as error:  # whatever it is, the coordinator must hear of it
                     self._fail(error)
-            if self._trainer is not None:
-                self._trainer.stop()
+            self._leave()
             self._send(Message.of(messages.Bye()))
             if not self._transport.flush(_FLUSH_SECONDS):
                 self._transport.abort(EXIT_OURS)
@@ -93,6 +92,18 @@ class _Agent:
             if self._log is not None:
                 self._log.close()
         return self._exit_code
+
+    def _leave(self) -> None:
+        """End the trainer, and only then take back what never left because others ended the run."""
+        if self._trainer is not None:
+            self._trainer.stop()
+        if self._book is not None:
+            try:
+                if self._failed_at is None and self._exit_code != 0:
+                    self._book.refund_unsent()
+            except PrivflError as error:  # then it stays charged
+                self._note(f"no refund: {error}")
+            self._book.close()
 
     # -- talking -------------------------------------------------------------------------------------------------
 
@@ -199,55 +210,34 @@ class _Agent:
             case member.Combine():
                 self._combine(action.vector)
             case member.Write():
+                self._our_book().keep_heads(self._state.round, action.heads)
                 self._write_model()
 
     def _prepare(self, action: member.Prepare) -> None:
         setup, self._welcome = self._setup, action.welcome
-        self._output = Path(setup.file.output or Path(self._welcome.folder) / "sites" / setup.site)
-        self._log_path = Path(setup.file.log or self._output / "site.log")
-        try:
-            self._output.mkdir(parents=True, exist_ok=True)
-            self._log_path.parent.mkdir(parents=True, exist_ok=True)
-            self._log = open_log(self._log_path)
-        except OSError as error:
-            raise PrivflError(f"cannot write {error.filename}: {error.strerror}; set output and log in the site file") from error
+        file, folder = setup.file, self._welcome.folder
+        self._output, self._log_path, self._log = places(file.output, file.log, folder, setup.site)
         self._note(f"run {self._welcome.run}, site {setup.site}")
         self._sign()
+        self._book = Book(setup, self._our_agreement(), self._welcome.run, self._output)
         threads = threads_for(self._transport.sites_here, dict(os.environ))
-        self._trainer = Trainer(
-            setup.site,
-            threads,
-            self._log,
-            {
-                "experiment": setup.experiment.model_dump_json(),
-                "folder": str(setup.folder),
-                "data_options": setup.experiment.data_options | setup.file.data_options,
-                "device": setup.file.device,
-                "threads": threads,
-                "log": str(self._log_path),
-                "noise_multiplier": setup.noise_multiplier,
-                "run": self._welcome.run,
-            },
-        )
+        settings = setup.for_trainer(self._welcome.run, threads, str(self._log_path))
+        self._trainer = Trainer(setup.site, threads, self._log, settings)
         self._words_add = prove()
 
     def _sign(self) -> None:
         """Sign what the members must agree on, after a look at whether the relay tells the truth about this site and its pinned peers."""
         setup, welcome = self._setup, self._welcome
-        members = [Party(m.site, _public_key(m.exchange_key), m.identity) for m in welcome.members]
-        agreement = Agreement.of(welcome.run, setup.experiment.digest(), setup.parameters, members)
+        agreement = Agreement.relayed(welcome, setup.experiment.digest(), setup.parameters)
         agreement.check(setup.site, self._exchange, setup.identity, setup.file.peers)
         self._agreement = agreement
-        self._note(f"keys: {', '.join(f'{m.site} {m.identity}' for m in members)}; {'pinned' if setup.pinned else 'not pinned'}")
+        keys = ", ".join(f"{party.site} {party.identity}" for party in agreement.members)
+        self._note(f"keys: {keys}; {'pinned' if setup.pinned else 'not pinned'}")
         self._report(messages.Signed(signature=setup.identity.sign(agreement.digest).hex()))
 
     def _verify(self, action: member.Verify) -> None:
         """Check all signatures; only then a key is used. The first site makes the keys of this run and seals them to each other one."""
-        try:
-            signatures = {site: bytes.fromhex(text) for site, text in action.signatures.items()}
-        except ValueError as error:
-            raise ProtocolError("a signature is not in hexadecimal") from error
-        self._our_agreement().check_signatures(signatures)
+        self._our_agreement().check_signatures(action.signatures)
         if not action.make_key:
             return
         keys = RunKeys.make(self._setup.parameters)
@@ -272,7 +262,7 @@ class _Agent:
         elif "draws" in answer:
             self._trained(answer)
         elif "measured" in answer:
-            self._contribute_metrics(metrics.pack(answer["measured"], self._begin().layout))
+            self._contribute_metrics(answer["measured"])
         else:
             self._written(answer)
 
@@ -281,19 +271,7 @@ class _Agent:
         if self._facts is None or self._keys is None:
             return
         self._replica_tag = self._tag()
-        self._report(
-            messages.Prepared(
-                records=self._facts["records"],
-                parameters=self._facts["parameters"],
-                layout=self._facts["layout"] if self._state.evaluate_every else {},
-                noise_multiplier=self._setup.noise_multiplier,
-                sampling_rate=self._setup.experiment.rate(self._setup.site),
-                planned_epsilon=self._setup.planned_epsilon,
-                tag=self._replica_tag,
-                pinned=self._setup.pinned,
-                words_add=self._words_add,
-            )
-        )
+        self._report(self._setup.prepared(self._facts, self._replica_tag, self._words_add))
 
     def _check_agreement(self, begin: messages.Begin) -> None:
         """What the coordinator says the sites agreed on must fit this site's own facts, experiment and metrics."""
@@ -306,31 +284,30 @@ class _Agent:
             raise ProtocolError("the coordinator began a run that does not fit this site's experiment")
 
     def _train(self) -> None:
-        experiment = self._setup.experiment
-        # Charged before the trainer starts: a round that dies half way was spent.
-        self._event = PoissonGaussian(experiment.rate(self._setup.site), self._setup.noise_multiplier, experiment.local_steps)
-        self._accountant.compose(self._event)
-        self._charged_steps += self._event.steps
+        self._our_book().charge_round(self._state.round)
         self._our_trainer().replica.write(self._replica)
         self._our_trainer().ask({"do": "train"})
 
     def _trained(self, answer: dict[str, Any]) -> None:
-        if answer["draws"] != self._charged_steps:
+        book = self._our_book()
+        if answer["draws"] != book.steps("training"):
             raise InternalError(
-                f"noise was drawn {answer['draws']} times for {self._charged_steps} charged steps; nothing of this round is sent"
+                f"noise was drawn {answer['draws']} times for {book.steps('training')} charged steps; nothing of this round is sent"
             )
         self._update = self._our_trainer().update.read(len(self._replica), np.float32).astype(np.float64)
         if not np.isfinite(self._update).all():
             raise InternalError("the trainer's update contains NaN or infinite values; nothing of this round is sent")
         self._update *= messages.weights_of(self._setup.experiment.weights, self._begin())[self._setup.site]
         agreed = self._setup.experiment.secure_aggregation.range == "agreed"
-        epsilon = self._accountant.epsilon(self._setup.experiment.privacy.delta)
+        epsilon = book.epsilon("training")
         self._note(f"round {self._state.round}: trained, epsilon {epsilon:.4g}")
+        book.leaves("training")
         self._report(
             messages.Trained(
-                event=self._event.to_dict(),
-                steps=self._charged_steps,
+                event=book.event("training", self._setup.experiment.local_steps).to_dict(),
+                steps=book.steps("training"),
                 epsilon=epsilon,
+                head=book.head(self._state.round),
                 span=sums.seal_exponent(self._our_keys(), self._update, self._span_context(self._setup.site)) if agreed else "",
             )
         )
@@ -339,25 +316,48 @@ class _Agent:
         return f"privfl range 1 {self._state.run.hex()} {self._state.round} {site}".encode()
 
     def _contribute(self, action: member.Contribute) -> None:
-        chosen = self._setup.experiment.secure_aggregation
+        chosen, book = self._setup.experiment.secure_aggregation, self._our_book()
         blocks = self._blocks()[action.vector]
         head = Message(Kind.CONTRIBUTION, self._state.run, self._state.round, self._state.attempt, parts=blocks)
         self._outbox = Outbox(self._transport, [m.rank for m in self._welcome.members], chosen.path, head)
         if action.vector == "metrics":
+            if self._measures_privately():
+                book.charge_metrics(self._state.round)
             self._our_trainer().replica.write(self._replica)
             self._our_trainer().ask({"do": "measure"})
             return
+        book.keep_heads(self._state.round, action.heads)
+        book.check_release("training", self._state.round, self._state.sites, self._protections())
         span = chosen.range
         if span == "agreed":
             span = sums.agreed_span(self._our_keys(), action.spans, self._state.sites, self._span_context)
         self._open_sum(len(self._update), Grid(self._setup.parameters, span, chosen.rounding), span)
         self._send_blocks(self._our_sum().contribution(self._update))
 
-    def _contribute_metrics(self, numbers: NDArray[np.float64]) -> None:
+    def _measures_privately(self) -> bool:
+        """Whether this site has held-out records whose metrics need noise."""
+        return self._setup.allowance.metrics is not None and bool(_there(self._facts, "the model")["layout"])
+
+    def _contribute_metrics(self, measured: metrics.Measured) -> None:
+        book, release = self._our_book(), self._setup.allowance.metrics
+        if release is not None and self._measures_privately():
+            book.check_release("evaluation", self._state.round, self._state.sites, self._protections())
+            measured = noised(measured, release.noise_multiplier, randomness_of(self._setup.experiment, self._setup.site))
+            book.leaves("evaluation")
+        numbers = metrics.pack(measured, self._begin().layout)
         integers = sums.metrics_to_integers(numbers, self._setup.parameters)
         length = sums.layout_of("metrics", len(numbers), self._setup.parameters).values
         self._open_sum(length, Exact(self._setup.parameters), None)
         self._send_blocks(self._our_sum().wide_contribution(integers))
+
+    def _protections(self) -> dict[str, bool]:
+        """What is in place at this moment, from the objects that do it."""
+        found = self._sums
+        return {
+            "encryption": found is not None and self._keys is not None and found.key is self._keys.sums,
+            "masks": found is not None and found.masked_members == len(self._state.sites),
+            "pinned_keys": self._setup.pinned,
+        }
 
     def _open_sum(self, length: int, quantiser: Quantiser, span: float | None) -> None:
         state = self._state
@@ -376,7 +376,10 @@ class _Agent:
             numbers = sums.metrics_from_totals(total, self._setup.parameters)
             values = metrics.unpack(numbers, self._begin().layout)
             self._note(f"round {self._state.round}: {values}")
-            self._report(messages.Measured(metrics=values))
+            book = self._our_book()
+            event = book.event("evaluation", 1).to_dict() if self._measures_privately() else None
+            head = book.head(self._state.round)
+            self._report(messages.Measured(metrics=values, event=event, epsilon=book.epsilon("evaluation"), head=head))
             return
         self._replica = fedavg(self._replica, total)
         if not np.isfinite(self._replica).all():
@@ -410,6 +413,9 @@ class _Agent:
     def _our_trainer(self) -> Trainer:
         return _there(self._trainer, "the trainer")
 
+    def _our_book(self) -> Book:
+        return _there(self._book, "the book")
+
     def _our_keys(self) -> RunKeys:
         return _there(self._keys, "the run's keys")
 
@@ -431,13 +437,6 @@ class _Agent:
     def _write_traceback(self) -> None:
         with contextlib.suppress(OSError, ValueError):
             traceback.print_exc(file=self._log if self._log is not None else sys.stderr)
-
-
-def _public_key(text: str) -> bytes:
-    try:
-        return bytes.fromhex(text)
-    except ValueError as error:
-        raise ProtocolError("a public key is not in hexadecimal") from error
 
 
 def _there(thing: _Thing | None, what: str) -> _Thing:

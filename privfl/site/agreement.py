@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Final
 
 from privfl.errors import PrivflError, ProtocolError
+from privfl.federation.messages import Welcome
 from privfl.secagg import ExchangeKey, Identity, Parameters
 from privfl.secagg.identity import verify
 
@@ -38,6 +39,19 @@ class Agreement:
 
     members: tuple[Party, ...]
     digest: bytes
+
+    @classmethod
+    def relayed(cls, welcome: Welcome, experiment_digest: str, parameters: Parameters) -> Agreement:
+        """What the coordinator says it is.
+
+        Raises:
+            ProtocolError: a public key is none.
+        """
+        try:
+            members = [Party(m.site, bytes.fromhex(m.exchange_key), m.identity) for m in welcome.members]
+        except ValueError as error:
+            raise ProtocolError("a public key is not in hexadecimal") from error
+        return cls.of(welcome.run, experiment_digest, parameters, members)
 
     @classmethod
     def of(cls, run: str, experiment_digest: str, parameters: Parameters, members: Sequence[Party]) -> Agreement:
@@ -74,8 +88,8 @@ class Agreement:
                     f"site {site}); ask that site which one is right before you change anything"
                 )
 
-    def check_signatures(self, signatures: Mapping[str, bytes]) -> None:
-        """Every member, and nobody else, signed this digest.
+    def check_signatures(self, signatures: Mapping[str, str]) -> None:
+        """Every member, and nobody else, signed this digest; signatures are in hexadecimal.
 
         Raises:
             ProtocolError: naming the first member whose signature is missing or does not fit.
@@ -84,8 +98,8 @@ class Agreement:
             raise ProtocolError("the coordinator relays signatures of other sites than this run's members")
         for party in self.members:
             try:
-                verify(party.identity, signatures[party.site], self.digest)
-            except ProtocolError as error:
+                verify(party.identity, bytes.fromhex(signatures[party.site]), self.digest)
+            except (ProtocolError, ValueError) as error:
                 raise ProtocolError(
                     f"the signature of site {party.site} under this run's keys does not fit: a key was swapped or a member invented on the way"
                 ) from error

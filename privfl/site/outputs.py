@@ -7,6 +7,27 @@ import os
 from pathlib import Path
 from typing import TextIO
 
+from privfl.errors import PrivflError
+
+
+def places(output: str | None, log: str | None, folder: str, site: str) -> tuple[Path, Path, TextIO]:
+    """(the site's folder for results, the path of its log, the log opened), made where they are not there yet.
+
+    Args:
+        output, log: from the site file; by default both lie in the run's ``folder``.
+
+    Raises:
+        PrivflError: they cannot be written.
+    """
+    results = Path(output or Path(folder) / "sites" / site)
+    path = Path(log or results / "site.log")
+    try:
+        results.mkdir(parents=True, exist_ok=True)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        return results, path, open_log(path)
+    except OSError as error:
+        raise PrivflError(f"cannot write {error.filename}: {error.strerror}; set output and log in the site file") from error
+
 
 def open_log(path: Path) -> TextIO:
     """A log to append to, line by line, readable for its owner only: it quotes what user code says of records.

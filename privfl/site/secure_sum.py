@@ -20,7 +20,7 @@ from privfl.secagg import Exact, ExchangeKey, Grid, Identity, Layout, MismatchEr
 from privfl.secagg.adding import reduce_words
 from privfl.secagg.probe import prove
 from privfl.secagg.quantise import Quantiser, Rounding
-from privfl.site.agreement import Agreement, Party
+from privfl.site.agreement import Agreement
 from privfl.site.keys import RunKeys, open_keys, seal_keys
 from privfl.site.outbox import Outbox, finish
 from privfl.site.setup import versions
@@ -221,8 +221,7 @@ class SecureSum:
         except PrivflError as error:
             hello = messages.Hello(site=self._site, error=str(error), exit_code=2)
         welcome = self._greet(hello)
-        members = [Party(m.site, bytes.fromhex(m.exchange_key), m.identity) for m in welcome.members]
-        agreement = Agreement.of(welcome.run, hello.digest, self.parameters, members)
+        agreement = Agreement.relayed(welcome, hello.digest, self.parameters)
         agreement.check(self._site, exchange, identity, {})
         agreement.check_signatures(self._exchange_signatures(identity.sign(agreement.digest)))
         if self._transport.rank:
@@ -272,18 +271,18 @@ class SecureSum:
         self._settle({rank: messages.Failed(error=p, exit_code=2) if p else None for rank, p in problems.items()}, welcome)
         return welcome
 
-    def _exchange_signatures(self, own: bytes) -> dict[str, bytes]:
+    def _exchange_signatures(self, own: bytes) -> dict[str, str]:
         if self._transport.rank:
             self._send(0, messages.Signed(signature=own.hex()))
             body = self._expect(Kind.AGREED).body
             assert isinstance(body, messages.Agreed)
-            return {site: bytes.fromhex(text) for site, text in body.signatures.items()}
+            return body.signatures
         signatures = {"rank0": own.hex()}
         for rank, message in self._from_all(Kind.SIGNED).items():
             assert isinstance(message.body, messages.Signed)
             signatures[f"rank{rank}"] = message.body.signature
         self._to_all(messages.Agreed(signatures=signatures))
-        return {site: bytes.fromhex(text) for site, text in signatures.items()}
+        return signatures
 
     # -- messages --------------------------------------------------------------------------------------------------
 

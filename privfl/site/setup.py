@@ -2,18 +2,19 @@
 
 from __future__ import annotations
 
-import math
 import os
 from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
+from typing import Any
 
 from privfl import __version__
-from privfl.accounting import PoissonGaussian, epsilon_of, least_noise_multiplier
 from privfl.config import Experiment, SiteFile
-from privfl.errors import InternalError, PrivflError
+from privfl.errors import PrivflError
+from privfl.federation import messages
 from privfl.secagg import Grid, Identity, Parameters
 from privfl.site.agreement import load_identity
+from privfl.site.allowance import Allowance, allow
 from privfl.site.sums import parameters_for
 
 
@@ -35,10 +36,46 @@ class SiteSetup:
     experiment: Experiment
     folder: Path
     file: SiteFile
-    noise_multiplier: float
-    planned_epsilon: float
+    allowance: Allowance
     parameters: Parameters
     identity: Identity
+
+    @property
+    def noise_multiplier(self) -> float:
+        """Of the training steps."""
+        return self.allowance.training.noise_multiplier
+
+    def for_trainer(self, run: str, threads: int, log: str) -> dict[str, Any]:
+        """What the trainer is told first; nothing of it is secret."""
+        return {
+            "experiment": self.experiment.model_dump_json(),
+            "folder": str(self.folder),
+            "data_options": self.experiment.data_options | self.file.data_options,
+            "device": self.file.device,
+            "threads": threads,
+            "log": log,
+            "noise_multiplier": self.noise_multiplier,
+            "run": run,
+        }
+
+    def prepared(self, facts: dict[str, Any], tag: str, words_add: bool) -> messages.Prepared:
+        """What the others are told once the trainer has reported its ``facts``."""
+        allowance, release = self.allowance, self.allowance.metrics
+        return messages.Prepared(
+            records=facts["records"],
+            parameters=facts["parameters"],
+            layout=facts["layout"] if self.experiment.evaluate_every else {},
+            noise_multiplier=self.noise_multiplier,
+            sampling_rate=self.experiment.rate(self.site),
+            planned_epsilon=allowance.planned_epsilon,
+            evaluation_epsilon=0.0 if release is None else allowance.epsilon("evaluation", [release]),
+            metrics_noise=0.0 if release is None else release.noise_multiplier,
+            accountant=allowance.accountant,
+            book="none" if not allowance.kept else "new" if allowance.new else "kept",
+            tag=tag,
+            pinned=self.pinned,
+            words_add=words_add,
+        )
 
     @property
     def pinned(self) -> bool:
@@ -78,20 +115,10 @@ def _identity_of(site: str, experiment: Experiment, file: SiteFile) -> Identity:
 
 
 def prepare_site(site: str, experiment: Experiment, folder: Path, file: SiteFile) -> SiteSetup:
-    """Everything a site can decide by itself before the run, above all how much noise its records need.
+    """Everything a site can decide by itself before the run, above all how much noise its records need and whether its policy lets it happen.
 
     Raises:
-        PrivflError: the target epsilon cannot be reached, the noise bounds nothing, or keys that are asked for are not there.
+        PrivflError: the policy or the budget refuses, the target epsilon cannot be reached, or keys that are asked for are not there.
     """
-    privacy, rate = experiment.privacy, experiment.rate(site)
-    noise = privacy.noise_multiplier
-    if noise is None:
-        if privacy.target_epsilon is None:
-            raise InternalError("an experiment without a target and without a noise multiplier passed validation")
-        noise = least_noise_multiplier(privacy.target_epsilon, privacy.delta, rate, experiment.steps)
-    planned = epsilon_of([PoissonGaussian(rate, noise, experiment.steps)], privacy.delta)
-    if not math.isfinite(planned):
-        raise PrivflError(f"privacy.noise_multiplier {noise:g} is too little for any finite epsilon; raise it")
-    return SiteSetup(
-        site, experiment, folder, file, noise, planned, parameters_of(experiment), _identity_of(site, experiment, file)
-    )
+    allowance = allow(site, experiment, file)
+    return SiteSetup(site, experiment, folder, file, allowance, parameters_of(experiment), _identity_of(site, experiment, file))

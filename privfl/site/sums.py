@@ -92,6 +92,11 @@ class Sums:
         self.given_up = False
 
     @property
+    def masked_members(self) -> int:
+        """Between how many members the masks are."""
+        return self._pairs.members
+
+    @property
     def parameters(self) -> Parameters:
         return self.key.parameters
 

@@ -95,6 +95,7 @@ class _Trainer:
         folder = Path(setup["folder"])
         self._replica, self._update = replica, update
         sys.path.insert(0, str(folder))
+        self._private = experiment.evaluation.records == "private"
         self._metrics = {
             name: load_function(f"evaluation.metrics.{name}", reference, folder)
             for name, reference in experiment.evaluation.metrics.items()
@@ -127,6 +128,9 @@ class _Trainer:
         randomness = SystemRandomness() if seed is None else SeededRandomness(seed, site)
         with _user_code("preparing the model"):
             self._training = LocalTraining(model, functions["loss"], train, recipe, randomness, device)
+        if self._private and self._metrics and self._held_out is not None and len(self._held_out) > 0:
+            with _user_code("evaluating model and metrics on the held-out records"):
+                self._training.check_outputs(self._held_out)
         # The number of ratios of each metric is fixed before training; it must be the same at all sites.
         self._layout = {name: len(sums) for name, (sums, _) in self._measure().items()}
         self._replica.write(self._training.flat())
@@ -163,12 +167,13 @@ class _Trainer:
         return {"draws": self._training.optimizer.noise_draws}
 
     def _measure(self) -> dict[str, tuple[list[float], list[float]]]:
-        from privfl.dp.training import measure
+        from privfl.dp.evaluation import measure, measure_each
 
         if not self._metrics or self._held_out is None or len(self._held_out) == 0:
             return {}
         with _user_code("evaluating model and metrics on the held-out records"):
-            return measure(self._metrics, *self._training.outputs(self._held_out))
+            take = measure_each if self._private else measure
+            return take(self._metrics, *self._training.outputs(self._held_out))
 
     def _write(self, path: Path) -> dict[str, Any]:
         from safetensors.torch import save_file

@@ -12,7 +12,7 @@ from torch import nn
 from torch.utils.data import Dataset, TensorDataset
 
 from privfl.dp.checks import check_model
-from privfl.dp.training import measure
+from privfl.dp.evaluation import measure
 from privfl.errors import PrivflError
 from tests.dp.helpers import local, records, train_once, zero_linear
 

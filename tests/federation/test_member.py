@@ -62,7 +62,7 @@ def test_a_member_contributes_only_to_sums_of_all_members():
     state, message = member_at(Kind.SUM)
     for members in (("a", "b"), ("b",), ("a", "b", "c", "d"), ("c", "b", "a"), ("b", "b", "b")):
         with pytest.raises(ProtocolError, match="other members"):
-            member.step(state, replace(message, body=messages.Sum(vector="update", members=members, spans={})), TWO)
+            member.step(state, replace(message, body=messages.Sum(vector="update", members=members, spans={}, heads={})), TWO)
 
 
 def test_a_member_takes_no_ranges_of_strangers():
@@ -77,7 +77,7 @@ def test_a_member_without_public_records_sums_no_metrics():
     assert state.begin is not None
     state = replace(state, phase=member.Phase.IDLE, begin=state.begin.model_copy(update={"layout": {}}))
     with pytest.raises(ProtocolError, match="none may leave"):
-        member.step(state, replace(message, body=messages.Sum(vector="metrics", members=SITES, spans={})), TWO)
+        member.step(state, replace(message, body=messages.Sum(vector="metrics", members=SITES, spans={}, heads={})), TWO)
 
 
 @pytest.mark.parametrize("kind", [Kind.TOTAL, Kind.ROUND, Kind.SUM, Kind.FINISH])

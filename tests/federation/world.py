@@ -46,6 +46,10 @@ def prepared(**changes: Any) -> messages.Prepared:
         "noise_multiplier": 1.0,
         "sampling_rate": 0.1,
         "planned_epsilon": 1.0,
+        "evaluation_epsilon": 0.0,
+        "metrics_noise": 0.0,
+        "accountant": "rdp",
+        "book": "none",
         "tag": "t",
         "pinned": False,
         "words_add": True,
@@ -53,7 +57,8 @@ def prepared(**changes: Any) -> messages.Prepared:
     return messages.Prepared(**fields | changes)
 
 
-TRAINED = messages.Trained(event={"kind": "x"}, steps=3, epsilon=0.5, span="s")
+HEAD = messages.SignedHead(ledger="l", rows=1, hash="h", signature="s")
+TRAINED = messages.Trained(event={"kind": "x"}, steps=3, epsilon=0.5, head=HEAD, span="s")
 
 
 class World:
@@ -124,7 +129,7 @@ class World:
             case member.Combine(vector="update"):
                 self.answer(rank, messages.Applied(tag=f"t{state.round}"))
             case member.Combine(vector="metrics"):
-                self.answer(rank, messages.Measured(metrics={"accuracy": 0.5}))
+                self.answer(rank, messages.Measured(metrics={"accuracy": 0.5}, event=None, epsilon=0.0, head=HEAD))
             case member.Write():
                 self.answer(rank, messages.Finished(model="m", log="l"))
 

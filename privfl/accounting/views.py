@@ -1,0 +1,51 @@
+"""Who could learn what: each possible adversary of a run, as data, with the epsilon about one record that holds against it."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import Literal
+
+Noise = Literal["site", "distributed"]
+
+
+@dataclass(frozen=True)
+class View:
+    """An adversary who wants to learn about a record of one site.
+
+    Attributes:
+        sites: how many of the other sites pool what they see; 0 for whoever sees only what is published.
+        noise: how much noise this adversary cannot subtract, as a multiple of the noise multiplier that is charged.
+        sees: in plain words.
+    """
+
+    who: str
+    sites: int
+    noise: float
+    sees: str
+
+
+def views(noise: Noise, members: int, collusion: int = 0) -> tuple[View, ...]:
+    """The adversaries of a run with so many sites, weakest first.
+
+    With ``site`` noise every site adds all of its noise itself, so that all adversaries face the same. With ``distributed`` noise each of n
+    sites adds a share of variance sigma^2 C^2 / (n - t), with t the ``collusion``; k sites subtract theirs and face sigma sqrt((n - k) / (n - t))
+    (docs/accounting.md). The charged view is that of k = max(1, t).
+
+    Raises:
+        ValueError: fewer than two sites, or as many colluders as sites.
+    """
+    if members < 2 or not 0 <= collusion < members:
+        raise ValueError(f"there is no view of {members} sites of which {collusion} collude")
+
+    def factor(k: int) -> float:
+        return 1.0 if noise == "site" else math.sqrt((members - k) / (members - collusion))
+
+    public = View("the public", 0, factor(0), "the finished model, and every report")
+    found = [public]
+    for k in range(1, members):
+        who = "one other site" if k == 1 else f"{k} other sites together"
+        rest = members - k
+        sums = "this site's own updates" if rest == 1 else f"sums over {rest} sites, this one among them"
+        found.append(View(f"{who}, also with the coordinator", k, factor(k), f"the model after every round, and {sums}"))
+    return tuple(found)

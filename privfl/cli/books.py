@@ -1,0 +1,176 @@
+"""Reading ledgers, and what was shown of their heads, into what a report is made from."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from privfl.errors import PrivflError, ProtocolError
+
+if TYPE_CHECKING:
+    from privfl.ledger import Head, Ledger, Row
+    from privfl.reporting.budget import AccountName, Check
+    from privfl.reporting.history import History, RunFacts
+
+
+@dataclass(frozen=True)
+class Shown:
+    """A head that a site showed once: in which round of which run, signed how, and the file that says so."""
+
+    head: Head
+    run: str
+    round: int
+    signature: str
+    file: Path
+
+
+def find(paths: Sequence[Path]) -> list[Path]:
+    """The ledgers among files and folders, each once; folders are searched.
+
+    Raises:
+        PrivflError: a path is not there, or a folder holds no ledger.
+    """
+    found: dict[Path, Path] = {}
+    for path in paths:
+        if path.is_dir():
+            inside = sorted(path.rglob("*.ledger"))
+            if not inside:
+                raise PrivflError(f"there is no ledger (*.ledger) in {path} or below")
+            found |= {ledger.resolve(): ledger for ledger in inside}
+        elif path.exists():
+            found[path.resolve()] = path
+        else:
+            raise PrivflError(f"there is no ledger {path}")
+    return list(found.values())
+
+
+def heads_in(paths: Iterable[Path]) -> list[Shown]:
+    """All heads in round logs (``rounds.jsonl``) and sites' own notes (``heads.jsonl``): in these files, or anywhere below these folders.
+
+    Raises:
+        PrivflError: a file cannot be read.
+    """
+    found = []
+    for path in paths:
+        files = [f for name in ("rounds.jsonl", "heads.jsonl") for f in sorted(path.rglob(name))] if path.is_dir() else [path]
+        for file in files:
+            found += _heads_of(file)
+    return found
+
+
+def _heads_of(file: Path) -> list[Shown]:
+    from privfl.ledger import Head
+
+    found = []
+    try:
+        for line in file.read_text(encoding="utf-8").splitlines():
+            record = json.loads(line)
+            shown = record.get("heads") or {site: facts["head"] for site, facts in record["sites"].items()}
+            for fields in shown.values():
+                head = Head(str(fields["ledger"]), int(fields["rows"]), str(fields["hash"]))
+                found.append(Shown(head, str(record["run"]), int(record["round"]), str(fields["signature"]), file))
+    except OSError as error:
+        raise PrivflError(f"cannot read {file}: {error.strerror}") from error
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise PrivflError(
+            f"{file} is no log of rounds or heads of privfl; name a run folder, its rounds.jsonl, or a site's heads.jsonl"
+        ) from error
+    return found
+
+
+def checks(ledger: Ledger, heads: Sequence[Shown]) -> list[Check]:
+    """What can be said without computing divergences again: the chain held when the ledger was opened; now the heads."""
+    from privfl.reporting.budget import Check
+
+    found = [Check(what="chain", ok=True, detail=f"the hashes of all {len(ledger.rows)} rows fit")]
+    ours = [shown for shown in heads if shown.head.ledger == ledger.name]
+    if not ours:
+        detail = "no head of this ledger was given to compare with, so a tail that was cut off would not show"
+        return [*found, Check(what="heads", ok=None, detail=detail)]
+    identities = {row.run: str(row.facts().get("identity", "")) for row in ledger.rows if row.kind == "run"}
+    wrong = [f"{problem} ({shown.file})" for shown in ours if (problem := _problem(ledger, shown, identities))]
+    detail = (
+        wrong[0]
+        if wrong
+        else f"{len(ours)} signed heads that were shown to others fit, the last at row {max(s.head.rows for s in ours)}"
+    )
+    return [*found, Check(what="heads", ok=not wrong, detail=detail)]
+
+
+def _problem(ledger: Ledger, shown: Shown, identities: dict[str, str]) -> str | None:
+    from privfl.ledger import head_bytes
+    from privfl.secagg.identity import verify
+
+    missing = ledger.compare(shown.head)
+    if missing is not None:
+        return missing
+    try:
+        verify(identities.get(shown.run, ""), bytes.fromhex(shown.signature), head_bytes(shown.head, shown.run, shown.round))
+    except (ProtocolError, ValueError):
+        return f"the head of round {shown.round} of run {shown.run[:8]} is not signed by the site that wrote this ledger"
+    return None
+
+
+def history(ledger: Ledger, found: list[Check]) -> History:
+    """The history in a ledger."""
+    from privfl.accounting import ORDERS
+    from privfl.reporting.history import Charged, History
+
+    numbers = list(ledger.events)
+    place = {number: i for i, number in enumerate(numbers)}
+    charged = [
+        Charged(
+            row.time, row.run, row.round, _account(row), place[row.mechanism], -row.steps if row.kind == "refund" else row.steps
+        )
+        for row in ledger.charges()
+    ]
+    runs = [facts_of(row.run, row.time, row.facts()) for row in ledger.rows if row.kind == "run"]
+    kept = any(row.facts()["kept"] for row in ledger.rows if row.kind == "run")
+    limits: dict[AccountName, Any] = dict(ledger.filters) if kept else {}
+    return History(
+        site=ledger.site,
+        source=str(ledger.path),
+        ledger=ledger.name,
+        rows=len(ledger.rows),
+        head=ledger.head.hash,
+        kept=kept,
+        limits=limits,
+        orders=next(iter(ledger.filters.values())).orders if ledger.filters else ORDERS,
+        mechanisms=[ledger.events[number] for number in numbers],
+        vectors=[ledger.vector(number) for number in numbers],
+        charges=charged,
+        runs=runs,
+        checks=found,
+    )
+
+
+def _account(row: Row) -> AccountName:
+    return "evaluation" if row.account == "evaluation" else "training"
+
+
+def facts_of(run: str, begun: str, facts: dict[str, Any]) -> RunFacts:
+    """What a ledger's row says of a run."""
+    from privfl.accounting import event_from_dict
+    from privfl.reporting.history import RunFacts
+
+    plans: dict[AccountName, Any] = {account: event_from_dict(fields) for account, fields in facts["plans"].items()}
+    return RunFacts(
+        run=run,
+        begun=begun,
+        model=facts["model"],
+        data=facts["data"],
+        members=tuple(facts["members"]),
+        noise=facts["noise"],
+        rounds=facts["rounds"],
+        delta=facts["delta"],
+        private=facts["private"],
+        trust="this site has pinned the keys of all others"
+        if facts["pinned"]
+        else "keys of the other sites not pinned: single trust domain",
+        exact_metrics=tuple(facts["exact_metrics"]),
+        records_per_person=facts["records_per_person"],
+        plans=plans,
+    )

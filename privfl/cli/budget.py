@@ -1,0 +1,191 @@
+"""`privfl budget`: what sites have spent, for their owners and for those who must check it."""
+
+from __future__ import annotations
+
+import csv
+import io
+import json
+import sys
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Literal
+
+import click
+
+from privfl.errors import PrivflError
+
+if TYPE_CHECKING:
+    from privfl.reporting.history import History
+
+_PATHS = click.argument("ledgers", nargs=-1, required=True, type=click.Path(path_type=Path))
+_HEADS = click.option(
+    "--heads",
+    multiple=True,
+    type=click.Path(path_type=Path, exists=True),
+    help="Run folder, rounds.jsonl or heads.jsonl with heads that were shown to others; may be repeated.",
+)
+
+
+@click.group(name="budget")
+def command() -> None:
+    """What sites have spent. LEDGERS are files, or folders in which all *.ledger files count."""
+
+
+def _histories(ledgers: Sequence[Path], heads: Sequence[Path]) -> list[History]:
+    from privfl.cli import books
+    from privfl.ledger import Ledger
+
+    # In a run folder the heads that were shown lie beside the ledgers.
+    shown = books.heads_in([*heads, *(path for path in ledgers if path.is_dir())])
+    found = []
+    for path in books.find(ledgers):
+        with Ledger.read(path) as ledger:
+            found.append(books.history(ledger, books.checks(ledger, shown)))
+    return sorted(found, key=lambda history: history.site)
+
+
+@command.command()
+@_PATHS
+@_HEADS
+def show(ledgers: tuple[Path, ...], heads: tuple[Path, ...]) -> None:
+    """Show on the terminal what is spent and what remains."""
+    from rich.console import Console
+    from rich.table import Table
+
+    from privfl.accounting import ADJACENCY
+
+    histories = _histories(ledgers, heads)
+    table = Table("site", "records", "epsilon spent", "of", "delta", "runs", "rounds", "steps", "book")
+    for history in histories:
+        for line in _lines(history):
+            table.add_row(*line)
+    Console(width=None if sys.stdout.isatty() else 160).print(table)
+    click.echo(f"epsilon protects one record ({ADJACENCY}); training and evaluation records are accounts of their own")
+    if not all(history.kept for history in histories):
+        click.echo("no book is kept across runs where the last column says so: those epsilons are of one run")
+    bad = [f"{history.site}: {check.detail}" for history in histories for check in history.checks if check.ok is False]
+    if bad:
+        raise PrivflError(f"NOT VERIFIED: {bad[0]}")
+
+
+def _lines(history: History) -> Iterator[tuple[str, ...]]:
+    from privfl.reporting.compute import ACCOUNTS, spent
+
+    state = "one run" if not history.kept else "NOT VERIFIED" if any(check.ok is False for check in history.checks) else "kept"
+    for account in ACCOUNTS:
+        charges = [charge for charge in history.charges if charge.account == account]
+        if not charges and account not in history.limits:
+            continue
+        epsilon, delta, steps = spent(history, account)
+        limit = history.limits.get(account)
+        yield (
+            history.site,
+            account,
+            f"{epsilon:.4f}",
+            "" if limit is None else f"{limit.epsilon:g}",
+            f"{delta:g}",
+            str(len(history.runs)),
+            str(len({(charge.run, charge.round) for charge in charges})),
+            str(steps),
+            state,
+        )
+
+
+@command.command()
+@_PATHS
+@_HEADS
+@click.option(
+    "--output", type=click.Path(path_type=Path), default=Path("budget-report.html"), show_default=True, help="The file to write."
+)
+def report(ledgers: tuple[Path, ...], heads: tuple[Path, ...], output: Path) -> None:
+    """Write a report that a data protection officer can read: one HTML file, for screen and paper."""
+    from privfl.reporting.compute import report as compute
+    from privfl.reporting.html import to_html
+
+    found = compute("Privacy budget", _histories(ledgers, heads))
+    _write(output, to_html(found))
+    click.echo(f"wrote {output}")
+
+
+@command.command()
+@click.argument("ledger", type=click.Path(path_type=Path))
+@click.argument("heads", nargs=-1, type=click.Path(path_type=Path, exists=True))
+def verify(ledger: Path, heads: tuple[Path, ...]) -> None:
+    """Check LEDGER, a file or a folder of them: the chain of its rows, the costs in it, its limits, and the HEADS that were shown to others.
+
+    HEADS are run folders, their rounds.jsonl, or a site's heads.jsonl. Without any, a tail that was cut off does not show.
+    """
+    from privfl.cli import books
+    from privfl.ledger import Ledger
+
+    shown = books.heads_in([*heads, *([ledger] if ledger.is_dir() else [])])
+    problems = []
+    for path in books.find([ledger]):
+        with Ledger.read(path) as book:
+            found = books.checks(book, shown)
+            wrong_costs = book.problems()
+            for check in found:
+                click.echo(
+                    f"{path}: {check.what}: {'ok' if check.ok else 'WRONG' if check.ok is False else 'not checked'}: {check.detail}"
+                )
+            if not wrong_costs:
+                click.echo(f"{path}: costs: ok: recomputed from the events, and within the budget at every charge")
+            problems += [f"{path}: {problem}" for problem in [*(c.detail for c in found if c.ok is False), *wrong_costs]]
+    if problems:
+        raise PrivflError(f"NOT VERIFIED: {problems[0]}" + (f" (and {len(problems) - 1} more)" if problems[1:] else ""))
+
+
+@command.command()
+@click.argument("ledgers", nargs=-1, type=click.Path(path_type=Path))
+@_HEADS
+@click.option(
+    "--format",
+    "form",
+    type=click.Choice(["json", "csv"]),
+    default="json",
+    show_default=True,
+    help="JSON: the report; CSV: every charge.",
+)
+@click.option("--output", type=click.Path(path_type=Path), help="The file to write; standard output if none is given.")
+@click.option("--schema", is_flag=True, help="Print the JSON schema of the report instead.")
+def export(
+    ledgers: tuple[Path, ...], heads: tuple[Path, ...], form: Literal["json", "csv"], output: Path | None, schema: bool
+) -> None:
+    """Write the report as JSON, or every single charge as CSV, for other programs."""
+    from privfl.reporting.budget import Report
+    from privfl.reporting.compute import report as compute
+
+    if schema:
+        text = json.dumps(Report.model_json_schema(mode="serialization"), indent=2) + "\n"
+    elif not ledgers:
+        raise PrivflError("name the ledgers to export, or a folder of them")
+    elif form == "json":
+        text = compute("Privacy budget", _histories(ledgers, heads)).model_dump_json(indent=2) + "\n"
+    else:
+        text = "".join(_csv(_histories(ledgers, heads)))
+    if output is None:
+        click.echo(text, nl=False)
+    else:
+        _write(output, text)
+        click.echo(f"wrote {output}")
+
+
+def _csv(histories: Sequence[History]) -> Iterator[str]:
+    buffer = io.StringIO()
+    table = csv.writer(buffer, lineterminator="\n")
+    table.writerow(
+        ["site", "ledger", "time", "run", "round", "records", "mechanism", "sampling_rate", "noise_multiplier", "steps"]
+    )
+    for history in histories:
+        for charge in history.charges:
+            event = history.mechanisms[charge.mechanism]
+            where = [history.site, history.ledger or "", charge.time, charge.run, charge.round, charge.account]
+            table.writerow([*where, event.kind, event.rate, event.sigma, charge.steps])
+    yield buffer.getvalue()
+
+
+def _write(path: Path, text: str) -> None:
+    try:
+        path.write_text(text, encoding="utf-8")
+    except OSError as error:
+        raise PrivflError(f"cannot write {path}: {error.strerror}") from error

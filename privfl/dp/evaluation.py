@@ -1,0 +1,84 @@
+"""Held-out metrics of one site: exact for public records; for private ones as sums to which each record adds a bounded part."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import numpy as np
+import torch
+
+from privfl.errors import PrivflError
+
+Metric = Callable[[torch.Tensor, torch.Tensor], tuple[Any, Any]]
+Sums = dict[str, tuple[list[float], list[float]]]
+
+# Records on which it is tried whether a metric adds up over records.
+_TRIED = 8
+
+
+def measure(metrics: Mapping[str, Metric], output: torch.Tensor, target: torch.Tensor) -> Sums:
+    """(sums, counts) of every metric over all held-out records of a site.
+
+    Raises:
+        PrivflError: a metric returns something else than two numbers or two vectors of one length, or a count below 0.
+    """
+    measured = {}
+    for name, metric in metrics.items():
+        pair = _pair(name, metric(output, target))
+        if not np.isfinite(pair).all() or min(pair[1]) < 0:
+            raise PrivflError(
+                f"evaluation.metrics.{name} must return finite (sums, counts) of one length with counts not below 0"
+            )
+        measured[name] = (pair[0], pair[1])
+    return measured
+
+
+def measure_each(metrics: Mapping[str, Metric], output: torch.Tensor, target: torch.Tensor) -> Sums:
+    """The same, record by record: each record's sums, and its counts, are cut to length 1 before they are added.
+
+    So a record changes the sums of one metric, and its counts, by at most 1 each. What is not finite counts as zero.
+
+    Raises:
+        PrivflError: as :func:`measure`; and if a metric of a few records is not the sum over them (as AUC, which is about pairs of records).
+    """
+    measured = {}
+    for name, metric in metrics.items():
+        _check_adds_up(name, metric, output[:_TRIED], target[:_TRIED])
+        rows = [_pair(name, metric(output[i : i + 1], target[i : i + 1])) for i in range(len(output))]
+        if len({len(sums) for sums, _ in rows}) != 1:
+            raise PrivflError(
+                f"evaluation.metrics.{name} returns another number of ratios for some records; return the same for all"
+            )
+        sums, counts = (_cut(np.array([row[part] for row in rows])).sum(axis=0).tolist() for part in (0, 1))
+        measured[name] = (sums, counts)
+    return measured
+
+
+def _pair(name: str, returned: Any) -> tuple[list[float], list[float]]:
+    try:
+        sums, counts = (torch.as_tensor(x, dtype=torch.float64).reshape(-1).tolist() for x in returned)
+    except (TypeError, ValueError, RuntimeError) as error:
+        raise PrivflError(
+            f"evaluation.metrics.{name} must return a pair (sums, counts), as in (number correct, number); it returned "
+            f"{type(returned).__name__}"
+        ) from error
+    if len(sums) != len(counts) or not sums:
+        raise PrivflError(f"evaluation.metrics.{name} must return finite (sums, counts) of one length with counts not below 0")
+    return sums, counts
+
+
+def _cut(rows: np.ndarray[Any, np.dtype[np.float64]]) -> np.ndarray[Any, np.dtype[np.float64]]:
+    rows = np.where(np.isfinite(rows).all(axis=1, keepdims=True), rows, 0.0)
+    return np.asarray(rows / np.maximum(1.0, np.linalg.norm(rows, axis=1, keepdims=True)))
+
+
+def _check_adds_up(name: str, metric: Metric, output: torch.Tensor, target: torch.Tensor) -> None:
+    together = np.array(_pair(name, metric(output, target)))
+    each = np.array([_pair(name, metric(output[i : i + 1], target[i : i + 1])) for i in range(len(output))])
+    alone = each.sum(axis=0) if each.shape[1:] == together.shape else None
+    if alone is None or (np.isfinite(together).all() and not np.allclose(alone, together, rtol=1e-4, atol=1e-6)):
+        raise PrivflError(
+            f"evaluation.metrics.{name} of several records is not the sum over them, so one record's part cannot be bounded; metrics of private "
+            "held-out records must add up record by record, as accuracy does"
+        )

@@ -1,0 +1,23 @@
+"""The head of a book: how many rows it had, and the hash that stands for all of them.
+
+Whoever was shown a head can tell later whether rows are missing: a chain alone looks whole when its tail was cut or a backup was restored.
+"""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True)
+class Head:
+    """``ledger``: the book's own name, random; ``rows``: how many; ``hash``: of the last row, in hexadecimal."""
+
+    ledger: str
+    rows: int
+    hash: str
+
+
+def head_bytes(head: Head, run: str, round_: int) -> bytes:
+    """What a site signs when it shows its head in a round of a run (hexadecimal)."""
+    return json.dumps(["privfl ledger head 1", head.ledger, head.rows, head.hash, run, round_]).encode()

@@ -1,0 +1,259 @@
+"""The SQLite file under a book: rows go in whole or not at all, and survive whatever ends the process or the machine."""
+
+from __future__ import annotations
+
+import contextlib
+import fcntl
+import os
+import re
+import socket
+import sqlite3
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Final
+
+from privfl.errors import PrivflError
+from privfl.ledger.rows import CREATE, INSERT, SELECT, DamagedError, Row, checked
+
+APPLICATION: Final = 0x70766C67  # "pvlg"
+VERSION: Final = 1
+# From a version to the next one: what has to be done to the file; no row's columns may change.
+MIGRATIONS: dict[int, Callable[[sqlite3.Connection], None]] = {}
+
+# A reader in the middle of a transaction is waited for so long.
+_BUSY_SECONDS = 10.0
+# File systems that are shared between machines: their locks and flushes may not be what SQLite needs.
+_NETWORK = {
+    "nfs",
+    "nfs4",
+    "cifs",
+    "smb3",
+    "smbfs",
+    "afs",
+    "ceph",
+    "lustre",
+    "gpfs",
+    "beegfs",
+    "9p",
+    "pvfs2",
+    "orangefs",
+    "glusterfs",
+    "panfs",
+    "sshfs",
+}
+
+
+class Storage:
+    """One file, for reading or for the one writer. Open it with :meth:`create`, :meth:`write` or :meth:`read`."""
+
+    def __init__(self, path: Path, connection: sqlite3.Connection, lock: int | None) -> None:
+        self.path = path
+        self._connection = connection
+        self._lock = lock
+
+    # -- opening -------------------------------------------------------------------------------------------------
+
+    @classmethod
+    def write(cls, path: Path, *, network: bool = False) -> Storage:
+        """Open ``path`` as its only writer; a file that does not exist is made, with no row in it.
+
+        Args:
+            network: allow a file system that is shared between machines.
+
+        Raises:
+            PrivflError: it cannot be opened, another run has it open, or it lies on a network file system.
+            DamagedError: it is no book.
+        """
+        kind = file_system(path)
+        if kind in _NETWORK and not network:
+            raise PrivflError(
+                f"the ledger {path} lies on a network file system ({kind}), where two machines may write at once and a flush may not reach the disk; "
+                "move it to a local disk, or write ledger: {file: PATH, network_file_system: true} in the site file"
+            )
+        lock = _lock(path)
+        try:
+            with _plainly(path):
+                # For its owner only, from the first moment.
+                os.close(os.open(path, os.O_RDWR | os.O_CREAT, 0o600))
+                connection = _connect(path, "rw")
+                try:
+                    _prepare(path, connection)
+                except BaseException:
+                    connection.close()
+                    raise
+        except BaseException:
+            os.close(lock)
+            raise
+        return cls(path, connection, lock)
+
+    @classmethod
+    def read(cls, path: Path) -> Storage:
+        """Open ``path`` for a look; a running writer is not disturbed.
+
+        Raises:
+            PrivflError: it cannot be opened.
+            DamagedError: it is no book.
+        """
+        if not path.is_file():
+            raise PrivflError(f"there is no ledger {path}")
+        with _plainly(path):
+            try:
+                # What a crash left half done is taken back by the next reader, which needs the right to write.
+                connection = _connect(path, "rw")
+            except sqlite3.OperationalError:
+                connection = _connect(path, "ro")
+            version = connection.execute("PRAGMA user_version").fetchone()[0]
+            if version > VERSION:
+                raise PrivflError(f"the ledger {path} was written by a newer privfl (format {version}); install that one")
+        return cls(path, connection, None)
+
+    # -- rows ----------------------------------------------------------------------------------------------------
+
+    def rows(self) -> list[Row]:
+        """All rows, with their chain checked.
+
+        Raises:
+            DamagedError: the file or the chain is broken.
+        """
+        with _plainly(self.path):
+            if not self._connection.execute("SELECT 1 FROM sqlite_master WHERE name = 'rows'").fetchone():
+                return []
+            try:
+                return checked(self._connection.execute(SELECT))
+            except DamagedError as error:
+                raise DamagedError(
+                    f"the ledger {self.path} is damaged: {error}; restore a copy and check that against your run folders with `privfl budget verify`"
+                ) from None
+
+    def add(self, rows: list[Row]) -> None:
+        """Add rows, all or none; when this returns they are on the disk.
+
+        Raises:
+            PrivflError: the disk is full or the like; none was added.
+        """
+        with _plainly(self.path), transaction(self._connection):
+            for row in rows:
+                self._connection.execute(INSERT, row)
+
+    def sound(self) -> str:
+        """What SQLite says of the file itself: 'ok', or what is wrong."""
+        with _plainly(self.path):
+            return str(self._connection.execute("PRAGMA integrity_check(1)").fetchone()[0])
+
+    def close(self) -> None:
+        """Close the file and let others write."""
+        self._connection.close()
+        if self._lock is not None:
+            os.close(self._lock)
+            self._lock = None
+
+
+def _connect(path: Path, mode: str) -> sqlite3.Connection:
+    connection = sqlite3.connect(
+        f"{path.resolve().as_uri()}?mode={mode}", uri=True, timeout=_BUSY_SECONDS, isolation_level=None, check_same_thread=False
+    )
+    connection.execute("SELECT count(*) FROM sqlite_master").fetchone()
+    return connection
+
+
+def _prepare(path: Path, connection: sqlite3.Connection) -> None:
+    """Make the table in an empty file, or bring an older one up to date; another program's file is left as it is."""
+    version = connection.execute("PRAGMA user_version").fetchone()[0]
+    tables = [name for (name,) in connection.execute("SELECT name FROM sqlite_master WHERE type = 'table'")]
+    new = not tables and version == 0
+    if not new and (connection.execute("PRAGMA application_id").fetchone()[0] != APPLICATION or "rows" not in tables):
+        raise DamagedError(f"{path} is not a ledger of privfl; name another file")
+    if version > VERSION:
+        raise PrivflError(f"the ledger {path} was written by a newer privfl (format {version}); install that one")
+    connection.execute("PRAGMA journal_mode=DELETE")
+    connection.execute("PRAGMA synchronous=EXTRA")
+    if new:
+        with transaction(connection):
+            connection.execute(CREATE)
+            connection.execute(f"PRAGMA application_id = {APPLICATION}")
+            connection.execute(f"PRAGMA user_version = {VERSION}")
+        _flush_folder(path)
+        return
+    while version < VERSION:
+        with transaction(connection):
+            MIGRATIONS[version](connection)
+            version += 1
+            connection.execute(f"PRAGMA user_version = {version}")
+
+
+@contextlib.contextmanager
+def transaction(connection: sqlite3.Connection) -> Iterator[None]:
+    """Everything inside happens, or nothing of it."""
+    connection.execute("BEGIN EXCLUSIVE")
+    try:
+        yield
+        connection.execute("COMMIT")
+    except BaseException:
+        with contextlib.suppress(sqlite3.Error):
+            connection.execute("ROLLBACK")
+        raise
+
+
+def _flush_folder(path: Path) -> None:
+    folder = os.open(path.resolve().parent, os.O_RDONLY)
+    try:
+        os.fsync(folder)
+    finally:
+        os.close(folder)
+
+
+def _lock(path: Path) -> int:
+    """The right to write, for as long as the descriptor is open; it ends with the process however that ends.
+
+    On a file of its own: closing any descriptor of the book itself would take SQLite's own locks from it.
+    """
+    place = path.resolve()  # a book has one lock, by whatever name it is opened
+    with _plainly(path):
+        lock = os.open(place.with_name(place.name + ".lock"), os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
+    try:
+        with _plainly(path):
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            os.ftruncate(lock, 0)
+            os.pwrite(lock, f"process {os.getpid()} on {socket.gethostname()}".encode(), 0)
+    except PrivflError as error:
+        holder = os.pread(lock, 200, 0).decode(errors="replace")
+        os.close(lock)
+        if isinstance(error.__cause__, BlockingIOError):
+            raise PrivflError(f"the ledger {path} is in use by another run ({holder}); wait for it to end") from None
+        raise
+    return lock
+
+
+def file_system(path: Path, mounts: str = "/proc/self/mountinfo") -> str:
+    """The kind of file system that ``path`` lies, or would lie, on; empty where the system does not say."""
+    try:
+        lines = Path(mounts).read_bytes().splitlines()
+    except OSError:
+        return ""
+    place = str(path.resolve().parent) + "/"
+    best, kind = "", ""
+    for line in lines:
+        before, _, after = line.partition(b" - ")
+        # Spaces and the like are written as octal escapes of bytes.
+        mounted = os.fsdecode(re.sub(rb"\\([0-7]{3})", lambda found: bytes([int(found[1], 8)]), before.split()[4]))
+        if place.startswith(mounted.rstrip("/") + "/") and len(mounted) >= len(best):
+            best, kind = mounted, os.fsdecode(after.split()[0])
+    return kind.removeprefix("fuse.")
+
+
+@contextlib.contextmanager
+def _plainly(path: Path) -> Iterator[None]:
+    """Turn what SQLite and the system say into one sentence."""
+    try:
+        yield
+    except (sqlite3.DatabaseError, UnicodeDecodeError, OverflowError, MemoryError) as error:
+        text = str(error)
+        if isinstance(error, sqlite3.OperationalError) and (
+            "locked" in text or "unable to open" in text or "readonly" in text or "disk" in text
+        ):
+            raise PrivflError(f"cannot use the ledger {path}: {text}; look at its disk and its permissions") from error
+        raise DamagedError(
+            f"the ledger {path} is damaged: {text}; restore a copy and check that against your run folders with `privfl budget verify`"
+        ) from error
+    except OSError as error:
+        raise PrivflError(f"cannot use the ledger {path}: {error.strerror}; look at its disk and its permissions") from error

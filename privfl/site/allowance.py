@@ -1,0 +1,345 @@
+"""What one site lets one run spend, and whether its policy lets the run happen at all: decided before a record is read."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal, TypeVar
+
+import numpy as np
+from numpy.typing import NDArray
+
+from privfl.accounting import (
+    LARGEST_NOISE_MULTIPLIER,
+    Event,
+    Gaussian,
+    MetricRelease,
+    PoissonGaussian,
+    RenyiFilter,
+    epsilon_of,
+    least_noise_multiplier,
+)
+from privfl.config import Budget, Experiment, SiteFile
+from privfl.errors import InternalError, PrivflError
+from privfl.ledger import Account, BudgetError, Head, Ledger
+
+_Plan = TypeVar("_Plan", PoissonGaussian, MetricRelease)
+
+# A budget for one run alone is its plan and a hair, for sums of floating-point numbers.
+_HAIR = 1e-9
+
+
+@dataclass(frozen=True)
+class Allowance:
+    """The plan of one run at one site, and the limits it is charged against.
+
+    Attributes:
+        training: all steps of the run.
+        metrics: all releases of held-out metrics with noise, if there are any.
+        filters: the limits of the book: the site's own budget, or the plan itself where no book is kept across runs.
+        spent: what earlier runs have charged, by account; empty without a book.
+        head: of the ledger when it was looked at; None without one, or if it begins with this run.
+        kept: whether a book is kept across runs.
+        delta: at which the run's epsilons are given.
+    """
+
+    training: PoissonGaussian
+    metrics: MetricRelease | None
+    filters: dict[Account, RenyiFilter]
+    spent: dict[Account, NDArray[np.float64]]
+    head: Head | None
+    kept: bool
+    delta: float
+
+    @property
+    def new(self) -> bool:
+        """Whether a book that is kept begins with this run."""
+        return self.kept and self.head is None
+
+    @property
+    def accountant(self) -> Literal["rdp", "filter"]:
+        """The accountant that admits the run."""
+        return "filter" if self.kept else "rdp"
+
+    def plans(self) -> dict[Account, Event]:
+        """What is to be charged in the whole run, by account."""
+        found: dict[Account, Event] = {"training": self.training}
+        return found if self.metrics is None else {**found, "evaluation": self.metrics}
+
+    def epsilon(self, account: Account, events: Sequence[Event]) -> float:
+        """Epsilon of a part of this run, at its own delta, in the accountant that admits it."""
+        if not self.kept:
+            return epsilon_of(events, self.delta).upper
+        limit = self.filters[account]
+        return limit.epsilon_of(sum((limit.cost(event) for event in events), limit.nothing()), self.delta)
+
+    @property
+    def planned_epsilon(self) -> float:
+        """Epsilon of the training records at the end of the run."""
+        return self.epsilon("training", [self.training])
+
+
+def check_policy(site: str, experiment: Experiment, file: SiteFile) -> None:
+    """Hold the proposal against everything of the site's policy that needs no accountant.
+
+    Raises:
+        PrivflError: the first rule that the proposal breaks, with what would pass.
+    """
+
+    def refuse(key: str, what: str) -> PrivflError:
+        return PrivflError(f"the policy of site {site} refuses this experiment ({key} in its site file): {what}")
+
+    members = len(experiment.sites)
+    if members < file.least_sites:
+        raise refuse("least_sites", f"it has {members} sites, at least {file.least_sites} would pass")
+    if file.least_collusion and members < file.least_collusion + 2:
+        raise refuse(
+            "least_collusion",
+            f"with {members} sites, {file.least_collusion} that pool what they see would see this site's updates alone; "
+            f"at least {file.least_collusion + 2} sites would pass",
+        )
+    if experiment.evaluate_every:
+        exact = experiment.evaluation.records == "public"
+        allowed = file.metrics if file.metrics is not None else () if exact and file.budget is not None else None
+        others = [name for name in experiment.evaluation.metrics if allowed is not None and name not in allowed]
+        if others:
+            how = "without noise (evaluation.records: public)" if exact else "with noise"
+            raise refuse(
+                "metrics", f"{', '.join(others)} would leave {how}; allow it there, or take it out of evaluation.metrics"
+            )
+    if file.budget is not None and experiment.privacy.delta > file.budget.delta:
+        raise refuse(
+            "budget", f"privacy.delta is {experiment.privacy.delta:g}, at most the budget's {file.budget.delta:g} would pass"
+        )
+    if not experiment.private and file.ledger is not None:
+        raise refuse("ledger", "insecure_test_seed is set, with which nothing is private; remove it")
+
+
+def allow(site: str, experiment: Experiment, file: SiteFile) -> Allowance:
+    """The noise this site needs, and the limits it is held to, if its policy and its budget let the run happen.
+
+    Raises:
+        PrivflError: a target that cannot be reached, noise that bounds nothing, or a policy or budget that the experiment breaks, with
+            what would pass.
+    """
+    check_policy(site, experiment, file)
+    found = propose(site, experiment, file)
+    check_noise(site, experiment, file, found)
+    check_room(site, experiment, file, found)
+    return found
+
+
+def propose(site: str, experiment: Experiment, file: SiteFile) -> Allowance:
+    """What the run would need and cost, whether or not it is let happen.
+
+    Raises:
+        PrivflError: a target that cannot be reached, noise that bounds nothing, or a ledger that cannot be used.
+    """
+    privacy, delta, book = experiment.privacy, experiment.privacy.delta, _Book.of(site, file)
+
+    training, metrics = _training(site, experiment), _metrics(experiment)
+    plan = _calibrated("privacy", training, privacy.target_epsilon, privacy.noise_multiplier, delta, None)
+    filters = book.filters(plan)
+    if filters:
+        limit = filters["training"]
+        plan = _calibrated("privacy", training, privacy.target_epsilon, privacy.noise_multiplier, delta, limit)
+    release = None
+    if experiment.metric_releases and experiment.evaluation.records == "private":
+        release = _calibrated("evaluation", metrics, experiment.metrics_target, None, delta, filters.get("evaluation"))
+    kept = bool(filters)
+    if not kept and experiment.private:
+        plans: dict[Account, Event | None] = {"training": plan, "evaluation": release}
+        filters = {account: _alone(event, delta) for account, event in plans.items() if event is not None}
+    return Allowance(plan, release, filters, book.spent, book.head, kept, delta)
+
+
+def _training(site: str, experiment: Experiment) -> Callable[[float], PoissonGaussian]:
+    """From a noise multiplier to all steps of the run."""
+
+    def plan(noise: float) -> PoissonGaussian:
+        return PoissonGaussian(sampling_rate=experiment.rate(site), noise_multiplier=noise, steps=experiment.steps)
+
+    return plan
+
+
+def _metrics(experiment: Experiment) -> Callable[[float], MetricRelease]:
+    """From a noise multiplier to all releases of held-out metrics."""
+
+    def plan(noise: float) -> MetricRelease:
+        names = tuple(sorted(experiment.evaluation.metrics))
+        return MetricRelease(metrics=names, noise_multiplier=noise, steps=experiment.metric_releases)
+
+    return plan
+
+
+class _Book:
+    """What a site's ledger says before a run: the limits it fixed, and what was spent; nothing if there is no budget."""
+
+    def __init__(self, budget: Budget | None) -> None:
+        self.spent: dict[Account, NDArray[np.float64]] = {}
+        self.head: Head | None = None
+        self._budget = budget
+        self._filters: dict[Account, RenyiFilter] = {}
+
+    @classmethod
+    def of(cls, site: str, file: SiteFile) -> _Book:
+        book = cls(file.budget)
+        found = None if file.budget is None or file.ledger is None else Ledger.look(Path(file.ledger.file))
+        if found is None or file.budget is None:
+            return book
+        with found as ledger:
+            if ledger.site != site:
+                raise PrivflError(f"the ledger {ledger.path} is the book of site {ledger.site}, not of {site}; name another file")
+            book.head = ledger.head
+            for account, limit in ledger.filters.items():
+                if (limit.epsilon, limit.delta) != (file.budget.epsilon, file.budget.delta):
+                    raise PrivflError(
+                        f"the ledger {ledger.path} was begun with the budget epsilon {limit.epsilon:g} at delta {limit.delta:g}, the file of site "
+                        f"{site} says epsilon {file.budget.epsilon:g} at delta {file.budget.delta:g}: a budget cannot be changed; go back to the old "
+                        "one, or begin a new ledger and add both budgets up"
+                    )
+                book._filters[account], book.spent[account] = limit, ledger.spent(account)
+        return book
+
+    def filters(self, plan: Event) -> dict[Account, RenyiFilter]:
+        """Those of the book, or of the one that begins with ``plan``."""
+        if self._filters or self._budget is None:
+            return dict(self._filters)
+        epsilon, delta = self._budget.epsilon, self._budget.delta
+        return {
+            "training": RenyiFilter.planned(epsilon, delta, plan),
+            # Releases of metrics are not sampled, so that one order is the best for any noise.
+            "evaluation": RenyiFilter.planned(epsilon, delta, Gaussian(noise_multiplier=1.0)),
+        }
+
+
+def _calibrated(
+    section: str,
+    plan: Callable[[float], _Plan],
+    target: float | None,
+    noise: float | None,
+    delta: float,
+    limit: RenyiFilter | None,
+) -> _Plan:
+    """The plan with the given noise multiplier, or with the least one that meets the target, by the filter if there is one, else by RDP."""
+
+    def epsilon(noise: float) -> float:
+        event = plan(noise)
+        return epsilon_of([event], delta).upper if limit is None else limit.epsilon_of(limit.cost(event), delta)
+
+    if noise is None:
+        if target is None:
+            raise InternalError("an experiment without a target and without a noise multiplier passed validation")
+        noise = least_noise_multiplier(epsilon, target)
+    if noise is None:
+        raise PrivflError(
+            f"{section}.target_epsilon {target:g} cannot be reached at delta {delta:g} with {plan(1.0).steps} steps: noise of "
+            f"{LARGEST_NOISE_MULTIPLIER:g} times the clipping norm, which leaves nothing to learn, still costs "
+            f"{epsilon(LARGEST_NOISE_MULTIPLIER):.3g}{'' if limit is None else ' in a ledger with so large a budget'}; raise target_epsilon, or "
+            "lower rounds, local_steps or sampling_rate"
+        )
+    if not math.isfinite(epsilon(noise)):
+        raise PrivflError(f"{section}.noise_multiplier {noise:g} is too little for any finite epsilon; raise it")
+    return plan(noise)
+
+
+def _alone(plan: Event, delta: float) -> RenyiFilter:
+    """The limit of a book for one run: its plan, fixed in advance, and nothing more."""
+    epsilon = epsilon_of([plan], delta).upper
+    return RenyiFilter.single(max(epsilon * (1.0 + _HAIR), _HAIR), delta, plan)
+
+
+def check_noise(site: str, experiment: Experiment, file: SiteFile, found: Allowance) -> None:
+    """Whether the policy is content with the noise.
+
+    Raises:
+        PrivflError: it is too little; with how much would pass.
+    """
+    least = file.least_noise_multiplier
+    if least is not None and found.training.noise_multiplier < least:
+        enough = _down(found.epsilon("training", [_training(site, experiment)(least)]))
+        raise PrivflError(
+            f"the policy of site {site} refuses this experiment (least_noise_multiplier in its site file): its noise multiplier is "
+            f"{found.training.noise_multiplier:g}; at least {least:g} would pass, as with a target_epsilon of at most {enough}"
+        )
+
+
+@dataclass(frozen=True)
+class Room:
+    """How a plan fits into what is left of a budget.
+
+    Attributes:
+        times: rounds, or releases of metrics, in the plan.
+        fit: how many of them fit.
+        spent, after: epsilon before the run and at its end.
+        least_noise: the noise multiplier with which all of them fit; None if none is enough.
+        largest_target: the epsilon of the run with that noise.
+    """
+
+    times: int
+    fit: int
+    spent: float
+    after: float
+    least_noise: float | None
+    largest_target: float | None
+
+    @property
+    def enough(self) -> bool:
+        return self.fit >= self.times
+
+
+def room(site: str, experiment: Experiment, found: Allowance, account: Account) -> Room:
+    """How the run fits into what is left for this account."""
+    plan: Callable[[float], Event] = _training(site, experiment) if account == "training" else _metrics(experiment)
+    times = experiment.rounds if account == "training" else experiment.metric_releases
+    limit, event = found.filters[account], found.plans()[account]
+    spent = found.spent.get(account, limit.nothing())
+
+    def after(noise: float) -> float:
+        total = spent + limit.cost(plan(noise))
+        # The rule of admission has the last word, to the last bit.
+        return (
+            limit.epsilon_of(total) if limit.admits_plan(total) else max(limit.epsilon_of(total), limit.epsilon * (1.0 + _HAIR))
+        )
+
+    enough = limit.admits_plan(spent + limit.cost(event))
+    fit = times if enough else min(times - 1, limit.times(spent, limit.cost(event.times(event.steps // times))))
+    noise = least_noise_multiplier(after, limit.epsilon)
+    target = None if noise is None else found.epsilon(account, [plan(noise)])
+    return Room(times, fit, limit.epsilon_of(spent), limit.epsilon_of(spent + limit.cost(event)), noise, target)
+
+
+def check_room(site: str, experiment: Experiment, file: SiteFile, found: Allowance) -> None:
+    """Whether the whole run fits into what is left of the budget.
+
+    Raises:
+        BudgetError: it does not; with how much of it would.
+    """
+    if not found.kept:
+        return
+    for account, event in found.plans().items():
+        left, limit = room(site, experiment, found, account), found.filters[account]
+        if left.enough:
+            continue
+        what, section = ("rounds", "privacy") if account == "training" else ("releases of metrics", "evaluation")
+        others = ""
+        if left.least_noise is not None and left.largest_target is not None:
+            others = f", all of them with {section}.target_epsilon {_down(left.largest_target)}"
+            others += f" or privacy.noise_multiplier {_plain(left.least_noise)}" if account == "training" else ""
+        room_for = f"{left.fit} of the {left.times} {what} of this experiment would fit at noise multiplier {_plain(event.sigma)}{others}"
+        raise BudgetError(
+            f"the budget of site {site} allows epsilon {limit.epsilon:g} at delta {limit.delta:g} for its {account} records, of which "
+            f"{left.spent:.4g} is spent: {room_for} (ledger {file.ledger.file if file.ledger else ''})"
+        )
+
+
+def _plain(noise: float) -> str:
+    """All four decimals of a noise multiplier, so that the value on screen is the value that passes."""
+    return f"{noise:.4f}".rstrip("0").rstrip(".")
+
+
+def _down(epsilon: float) -> str:
+    """Four decimals, never more than the true value."""
+    return f"{math.floor(epsilon * 1e4) / 1e4:g}"

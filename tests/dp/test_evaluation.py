@@ -1,0 +1,103 @@
+"""Held-out metrics of private records: what one record can change is bounded, whatever the metric returns."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from torch import nn
+
+from privfl.dp.evaluation import measure, measure_each
+from privfl.dp.randomness import SystemRandomness
+from privfl.dp.training import LocalTraining
+from privfl.errors import PrivflError
+from tests.dp.helpers import CPU, recipe, records, zero_linear
+
+OUTPUT, TARGET = torch.randn(40, 3, generator=torch.Generator().manual_seed(1)), torch.arange(40) % 3
+
+
+def accuracy(output: torch.Tensor, target: torch.Tensor) -> tuple[Any, Any]:
+    return (output.argmax(dim=1) == target).sum(), len(target)
+
+
+def by_class(output: torch.Tensor, target: torch.Tensor) -> tuple[Any, Any]:
+    right = output.argmax(dim=1) == target
+    return [(right & (target == c)).sum() for c in range(3)], [(target == c).sum() for c in range(3)]
+
+
+def auc(output: torch.Tensor, target: torch.Tensor) -> tuple[Any, Any]:
+    one, other = output[target == 1, 0], output[target != 1, 0]
+    return (one[:, None] > other[None]).sum(), len(one) * len(other)
+
+
+def huge(output: torch.Tensor, target: torch.Tensor) -> tuple[Any, Any]:
+    return (1e6 * output[:, 0]).sum(), 50 * len(target)
+
+
+def test_bounded_metrics_are_what_they_were():
+    """Counts of single records have length 1 already, so cutting changes nothing."""
+    metrics = {"accuracy": accuracy, "by_class": by_class}
+    for name, pair in measure(metrics, OUTPUT, TARGET).items():
+        assert measure_each(metrics, OUTPUT, TARGET)[name] == (pytest.approx(pair[0]), pytest.approx(pair[1]))
+
+
+def _change(metric: Any, output: torch.Tensor, target: torch.Tensor, record: int) -> list[float]:
+    """How far sums and counts move when one record is taken out."""
+    kept = [i for i in range(len(output)) if i != record]
+    whole, less = measure_each({"m": metric}, output, target)["m"], measure_each({"m": metric}, output[kept], target[kept])["m"]
+    return [float(np.linalg.norm(np.subtract(a, b))) for a, b in zip(whole, less, strict=True)]
+
+
+@pytest.mark.parametrize("metric", [accuracy, by_class, huge])
+@pytest.mark.parametrize("record", [0, 7, 39])
+def test_one_record_changes_sums_and_counts_by_one_at_most(metric: Any, record: int):
+    assert max(_change(metric, OUTPUT, TARGET, record)) <= 1.0 + 1e-12
+
+
+def test_that_check_sees_a_metric_that_is_not_cut(monkeypatch: pytest.MonkeyPatch):
+    from privfl.dp import evaluation
+
+    monkeypatch.setattr(evaluation, "_cut", lambda rows: rows)
+    assert max(_change(huge, OUTPUT, TARGET, 7)) > 1e4
+
+
+@pytest.mark.parametrize("bad", [math.nan, math.inf, -math.inf])
+def test_a_record_that_breaks_the_metric_counts_as_zero(bad: float):
+    output = OUTPUT.clone()
+    output[3] = bad
+    sums, counts = measure_each({"m": lambda o, t: (o.sum(), len(t))}, output, TARGET)["m"]
+    assert math.isfinite(sums[0])
+    assert counts == [40.0]
+
+
+def test_pairs_of_records_are_refused():
+    with pytest.raises(PrivflError, match=r"evaluation.metrics.auc of several records is not the sum over them"):
+        measure_each({"auc": auc}, OUTPUT, TARGET)
+
+
+def test_a_metric_that_returns_no_pair_is_refused():
+    with pytest.raises(PrivflError, match=r"evaluation.metrics.m must return a pair"):
+        measure_each({"m": lambda o, t: 1.0}, OUTPUT, TARGET)
+
+
+class CoupledWhenUsed(nn.Module):
+    """Looks at its batch only when it does not train, where the probe of gradients cannot see it."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layer = nn.Linear(5, 2)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.layer(x if self.training else x - x.mean(dim=0))
+
+
+def test_a_model_that_couples_records_only_when_it_is_used_is_refused():
+    def trainer(model: nn.Module) -> LocalTraining:
+        return LocalTraining(model, nn.functional.cross_entropy, records(), recipe(), SystemRandomness(), CPU)
+
+    trainer(zero_linear()).check_outputs(records(30))
+    with pytest.raises(PrivflError, match="depends on the other records of its batch"):
+        trainer(CoupledWhenUsed()).check_outputs(records(30))

@@ -1,0 +1,447 @@
+"""The book: what was charged is there after reopening, to the last bit, and nothing is charged that the budget does not admit."""
+
+from __future__ import annotations
+
+import functools
+import math
+import sqlite3
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from privfl.accounting import Event, Gaussian, NonPrivate, epsilon_of
+from privfl.errors import InternalError, PrivflError
+from privfl.ledger import ACCOUNTS, BudgetError, DamagedError, Head, Ledger, head_bytes
+from tests.ledger.books import METRICS, OTHER, RUN, STEP, a_dozen_rows, limit, open_book, rewrite
+
+
+@pytest.fixture
+def path(tmp_path: Path) -> Path:
+    return tmp_path / "north.ledger"
+
+
+# -- writing and reading ------------------------------------------------------------------------------------------------
+
+
+def test_a_reopened_book_says_the_same(path: Path):
+    with a_dozen_rows(path) as book:
+        rows, head = list(book.rows), book.head
+        spent = {account: book.spent(account) for account in ACCOUNTS}
+        steps = {account: book.steps(account) for account in ACCOUNTS}
+        assert book.problems() == []
+    for again in (Ledger.read(path), open_book(path)):
+        with again:
+            assert (again.rows, again.head, again.site) == (rows, head, "north")
+            assert again.filters == {"training": limit(), "evaluation": limit(plan=METRICS)}
+            assert again.problems() == []
+            for account in ACCOUNTS:
+                np.testing.assert_array_equal(again.spent(account), spent[account])
+                assert again.steps(account) == steps[account]
+    assert (head.rows, head.hash) == (12, rows[-1].hash)
+
+
+def test_what_is_spent_is_what_was_charged(path: Path):
+    with a_dozen_rows(path) as book:
+        for account, events in (("training", [STEP.times(17), OTHER.times(2)]), ("evaluation", [METRICS.times(3)])):
+            expected = sum(book.filters[account].cost(event) for event in events)
+            np.testing.assert_allclose(book.spent(account), expected, rtol=1e-12)
+            charged = [book.events[number].times(count) for number, count in book.steps(account).items() if count]
+            assert sorted(charged, key=repr) == sorted(events, key=repr)
+            assert book.filters[account].epsilon_of(book.spent(account)) >= epsilon_of(events, 1e-5).upper
+
+
+def test_each_mechanism_is_described_once(path: Path):
+    with a_dozen_rows(path) as book:
+        assert [row.number for row in book.rows if row.kind == "mechanism"] == [3, 5, 9]
+        assert [(row.kind, row.number) for row in book.charges()] == [
+            (book.rows[n - 1].kind, n) for n in (4, 6, 7, 8, 10, 11, 12)
+        ]
+        np.testing.assert_array_equal(book.vector(3), limit().cost(STEP))
+    with open_book(path) as book:
+        book.charge("training", STEP, RUN, 4)
+        assert book.rows[-1].mechanism == 3
+        assert len(book.rows) == 13
+
+
+def test_steps_charged_to_a_round(path: Path):
+    with a_dozen_rows(path) as book:
+        book.begin_run("cd" * 16, {})
+        book.charge("training", STEP.times(5), "cd" * 16, 1)
+        book.charge("training", STEP.times(6), "cd" * 16, 1)
+        book.charge("training", STEP.times(9), "cd" * 16, 2)
+        assert book.charged("training", "cd" * 16, 1) == 11
+        assert book.charged("training", "cd" * 16, 2) == 9
+        assert book.charged("training", "cd" * 16, 3) == 0
+        assert book.charged("evaluation", "cd" * 16, 1) == 0
+        book.refund(book.rows[-1], "signal")
+        assert book.charged("training", "cd" * 16, 2) == 0
+
+
+def test_steps_charged_to_a_round_before_a_new_mechanism_came_up(path: Path):
+    with open_book(path) as book:
+        book.begin_run(RUN, {})
+        book.charge("training", STEP.times(10), RUN, 1)
+        book.charge("evaluation", METRICS, RUN, 1)
+        assert book.charged("training", RUN, 1) == 10
+
+
+def test_a_book_may_have_no_limit(path: Path):
+    with Ledger.write(path, "north", {}) as book:
+        book.charge("training", STEP.times(10**6), RUN, 1)
+        book.charge("evaluation", NonPrivate(what="all labels"), RUN, 1)
+        assert np.isinf(book.spent("evaluation")).all()
+    with Ledger.read(path) as book:
+        assert np.isinf(book.spent("evaluation")).all()
+        np.testing.assert_array_equal(book.spent("training"), 10**6 * limit().cost(STEP))
+        assert book.problems() == []
+
+
+def test_another_sites_book_is_refused(path: Path):
+    a_dozen_rows(path).close()
+    before = path.read_bytes()
+    with pytest.raises(PrivflError, match=r"is the book of site north, not of south; name another file"):
+        Ledger.write(path, "south", {})
+    assert path.read_bytes() == before
+    open_book(path).close()
+
+
+def test_the_first_row_decides_on_the_budget(path: Path):
+    open_book(path, 3.0).close()
+    with open_book(path, 9.0) as book:
+        assert book.filters["training"].epsilon == 3.0
+
+
+# -- the budget ---------------------------------------------------------------------------------------------------------
+
+
+def test_a_budget_admits_exactly_so_many_charges(path: Path):
+    with open_book(path) as book:
+        budget = book.filters["training"]
+        many = budget.times(budget.nothing(), 20 * budget.cost(STEP))
+        assert many == pytest.approx(budget.times(budget.nothing(), budget.cost(STEP)) / 20, abs=1)
+        for number in range(many):
+            book.charge("training", STEP.times(20), RUN, number)
+        with pytest.raises(BudgetError, match="does not admit 20 more steps"):
+            book.charge("training", STEP.times(20), RUN, many)
+        left = budget.times(book.spent("training"), budget.cost(STEP))
+        assert 0 <= left < 20
+        if left:
+            book.charge("training", STEP.times(left), RUN, many)
+        with pytest.raises(BudgetError, match="0 would fit"):
+            book.charge("training", STEP, RUN, many + 1)
+        assert budget.epsilon_of(book.spent("training")) <= 3.0
+        assert book.problems() == []
+
+
+@pytest.mark.parametrize(
+    "event", [STEP.times(100_000), OTHER.times(100_000), NonPrivate(what="x"), Gaussian(noise_multiplier=0.0)]
+)
+def test_a_refused_charge_leaves_nothing(path: Path, event: Event):
+    with open_book(path) as book:
+        before, file = list(book.rows), path.read_bytes()
+        with pytest.raises(
+            BudgetError, match=r"budget of site north for its training records \(epsilon 3 at delta 1e-05, ledger "
+        ):
+            book.charge("training", event, RUN, 1)
+        assert book.rows == before
+        assert path.read_bytes() == file
+        book.charge("training", STEP, RUN, 1)
+    with Ledger.read(path) as book:
+        assert [row.kind for row in book.rows] == ["opened", "mechanism", "charge"]
+
+
+def test_the_accounts_are_independent(path: Path):
+    with open_book(path) as book:
+        fits = limit().times(limit().nothing(), limit().cost(STEP))
+        book.charge("training", STEP.times(fits), RUN, 1)
+        np.testing.assert_array_equal(book.spent("evaluation"), 0.0)
+        book.charge("evaluation", METRICS, RUN, 1)
+        with pytest.raises(BudgetError, match="training records"):
+            book.charge("training", STEP.times(fits), RUN, 2)
+        np.testing.assert_array_equal(book.spent("training"), fits * limit().cost(STEP))
+        np.testing.assert_array_equal(book.spent("evaluation"), limit().cost(METRICS))
+
+
+def test_a_charge_of_no_steps_costs_nothing(path: Path):
+    with open_book(path) as book, np.errstate(all="raise"):
+        book.charge("training", OTHER.times(0), RUN, 1)
+        np.testing.assert_array_equal(book.spent("training"), 0.0)
+
+
+# -- refunds ------------------------------------------------------------------------------------------------------------
+
+
+def test_a_refund_restores_what_was_spent_to_the_last_bit(path: Path):
+    with a_dozen_rows(path) as book:
+        before = book.spent("training")
+        charge = book.charge("training", OTHER.times(3), RUN, 4)
+        assert (book.spent("training") > before).any()
+        book.refund(charge, "deadline")
+        np.testing.assert_array_equal(book.spent("training"), before)
+        assert book.rows[-1].facts() == {"charge": charge.number, "cause": "deadline"}
+    with Ledger.read(path) as book:
+        np.testing.assert_array_equal(book.spent("training"), before)
+        assert book.problems() == []
+
+
+def test_a_refund_makes_room(path: Path):
+    with open_book(path) as book:
+        fits = limit().times(limit().nothing(), limit().cost(STEP))
+        for round_ in range(3):
+            charge = book.charge("training", STEP.times(fits), RUN, round_)
+            with pytest.raises(BudgetError):
+                book.charge("training", STEP.times(fits), RUN, round_)
+            book.refund(charge, "peer")
+        assert book.problems() == []
+
+
+def test_a_charge_is_refunded_once(path: Path):
+    with open_book(path) as book:
+        charge = book.charge("training", STEP, RUN, 1)
+        book.refund(charge, "peer")
+        with pytest.raises(InternalError, match=f"charge {charge.number} .* may not be refunded"):
+            book.refund(charge, "peer")
+        assert [row.kind for row in book.rows].count("refund") == 1
+
+
+def test_what_left_is_not_refunded(path: Path):
+    with open_book(path) as book:
+        charge, other = book.charge("training", STEP, RUN, 1), book.charge("training", STEP, RUN, 2)
+        book.leaves(charge)
+        with pytest.raises(InternalError, match="may not be refunded"):
+            book.refund(charge, "peer")
+        book.refund(other, "peer")
+        np.testing.assert_array_equal(book.spent("training"), limit().cost(STEP))
+
+
+def test_a_charge_from_before_is_not_refunded(path: Path):
+    with open_book(path) as book:
+        charge = book.charge("training", STEP, RUN, 1)
+    with open_book(path) as book:
+        with pytest.raises(InternalError, match="may not be refunded"):
+            book.refund(charge, "peer")
+        with pytest.raises(InternalError, match="may not be refunded"):
+            book.refund(book.rows[0], "peer")
+        assert len(book.rows) == 3
+
+
+# -- heads --------------------------------------------------------------------------------------------------------------
+
+
+def heads_of(path: Path) -> list[Head]:
+    """The heads that an honest book has had."""
+    with Ledger.read(path) as book:
+        return [Head(book.name, row.number, row.hash) for row in book.rows]
+
+
+def test_every_earlier_head_fits(path: Path):
+    with a_dozen_rows(path) as book:
+        assert book.head in heads_of(path)
+        assert [book.compare(head) for head in heads_of(path)] == [None] * 12
+
+
+def test_the_head_of_another_book_says_nothing(path: Path):
+    with a_dozen_rows(path) as book, a_dozen_rows(path.with_name("other")) as other:
+        assert book.name != other.name
+        assert book.compare(other.head) is None
+        assert book.compare(Head(other.name, 1000, "0" * 64)) is None
+
+
+def test_a_cut_tail_is_named(path: Path):
+    a_dozen_rows(path).close()
+    heads = heads_of(path)
+    rewrite(path, lambda rows: rows.__delitem__(slice(9, None)))
+    with Ledger.read(path) as book:
+        assert book.problems() == []
+        assert [book.compare(head) for head in heads[:9]] == [None] * 9
+        assert book.compare(heads[11]) == "rows 10 to 12 are missing at the end, although its head was shown"
+        assert "row 10 is missing" in str(book.compare(heads[9]))
+
+
+def test_a_restored_backup_is_named(path: Path):
+    a_dozen_rows(path).close()
+    backup = path.read_bytes()
+    with open_book(path) as book:
+        book.charge("training", STEP.times(3), RUN, 5)
+        shown = book.head
+    path.write_bytes(backup)
+    with open_book(path) as book:
+        assert "row 13 is missing" in str(book.compare(shown))
+        book.charge("training", STEP.times(2), RUN, 5)
+        assert "row 13 is not the one whose head was shown" in str(book.compare(shown))
+        book.charge("training", STEP.times(2), RUN, 6)
+        assert "row 13 is not the one whose head was shown" in str(book.compare(shown))
+
+
+def test_a_rewritten_tail_is_named(path: Path):
+    a_dozen_rows(path).close()
+    heads = heads_of(path)
+
+    def fewer_steps(rows: list[list[object]]) -> None:
+        rows[9][7] = 1
+
+    rewrite(path, fewer_steps)
+    with Ledger.read(path) as book:
+        assert [book.compare(head) is None for head in heads] == [True] * 9 + [False] * 3
+        assert "row 12 is not the one" in str(book.compare(heads[11]))
+        assert book.compare(Head(book.name, 0, "0" * 64)) is not None
+
+
+def test_a_signed_head_is_of_one_round_of_one_run():
+    one = head_bytes(Head("a", 1, "b"), "c", 2)
+    others = [
+        (Head("a1", 1, "b"), "c", 2),
+        (Head("a", 12, "b"), "c", 2),
+        (Head("a", 1, "b1"), "c", 2),
+        (Head("a", 1, "b"), "c2", 2),
+        (Head("a", 1, "b"), "c", 22),
+        (Head('a", 1', 1, "b"), "c", 2),
+    ]
+    assert len({one, *(head_bytes(*other) for other in others)}) == 7
+
+
+# -- a rewritten book whose chain fits ----------------------------------------------------------------------------------
+
+
+def found_by_a_look(path: Path) -> list[str]:
+    """What opening and `problems` find together."""
+    try:
+        with Ledger.read(path) as book:
+            return book.problems()
+    except DamagedError as error:
+        return [str(error)]
+
+
+def test_cached_divergences_that_are_not_those_of_the_event_are_found(path: Path):
+    a_dozen_rows(path).close()
+
+    def cheaper(rows: list[list[object]]) -> None:
+        with Ledger.read(path) as book:
+            value = book.rows[2].facts()["divergences"][30]
+        rows[2][8] = str(rows[2][8]).replace(repr(value), repr(value * 0.999), 1)
+
+    rewrite(path, cheaper)
+    assert found_by_a_look(path) == ["the cached divergences of row 3 are not those of its event"]
+
+
+def test_a_charge_beyond_the_budget_is_found(path: Path):
+    a_dozen_rows(path).close()
+
+    def more(rows: list[list[object]]) -> None:
+        rows[9][7] = 10**6
+
+    rewrite(path, more)
+    assert found_by_a_look(path) == [f"the charge in row {number} is beyond the budget" for number in (10, 12)]
+
+
+def test_a_budget_that_was_filled_exactly_is_no_problem(path: Path):
+    with open_book(path) as book:
+        while room := limit().times(book.spent("training"), limit().cost(STEP)):
+            book.charge("training", STEP.times(min(room, 37)), RUN, 1)
+    assert found_by_a_look(path) == []
+
+
+def nobody_charged(rows: list[list[object]]) -> None:
+    rows[9][6] = 4  # the row of a charge
+
+
+def no_such_mechanism(rows: list[list[object]]) -> None:
+    rows[9][6] = 77
+
+
+def negative(rows: list[list[object]]) -> None:
+    rows[11][7] = -7
+
+
+def refunded_twice(rows: list[list[object]]) -> None:
+    rows.append(list(rows[7]))
+
+
+def larger_refund(rows: list[list[object]]) -> None:
+    rows[7][7] = 25
+
+
+def refund_of_nothing(rows: list[list[object]]) -> None:
+    rows[7][8] = '{"cause": "peer", "charge": 5}'
+
+
+def no_such_kind(rows: list[list[object]]) -> None:
+    rows[11][2] = "gift"
+
+
+def no_such_account(rows: list[list[object]]) -> None:
+    rows[11][5] = "holiday"
+
+
+def second_beginning(rows: list[list[object]]) -> None:
+    rows.append(list(rows[0]))
+
+
+def no_beginning(rows: list[list[object]]) -> None:
+    del rows[0]
+    for row in rows:
+        row[6] = max(0, int(str(row[6])) - 1)
+
+
+def cut_vector(rows: list[list[object]]) -> None:
+    body = str(rows[8][8])
+    rows[8][8] = body.replace(", " + body.split("[")[1].split("]")[0].split(", ")[-1] + "]", "]")
+
+
+REWRITTEN = [
+    nobody_charged,
+    no_such_mechanism,
+    negative,
+    refunded_twice,
+    larger_refund,
+    refund_of_nothing,
+    no_such_kind,
+    no_such_account,
+    second_beginning,
+    no_beginning,
+    cut_vector,
+]
+
+
+@pytest.mark.parametrize("change", REWRITTEN, ids=lambda change: change.__name__)
+def test_what_this_program_never_writes_is_found(path: Path, change: object):
+    a_dozen_rows(path).close()
+    rewrite(path, change)
+    assert found_by_a_look(path) != []
+
+
+def test_numbers_survive_to_the_last_bit(path: Path):
+    odd = Gaussian(noise_multiplier=math.nextafter(20.0, 21.0))
+    with open_book(path) as book:
+        book.charge("training", odd, RUN, 1)
+        spent = book.spent("training")
+    with Ledger.read(path) as book:
+        np.testing.assert_array_equal(book.spent("training"), spent)
+        assert list(book.events.values()) == [odd]
+
+
+def test_a_signal_just_after_the_row_is_on_the_disk(path: Path, monkeypatch: pytest.MonkeyPatch):
+    """Python runs signal handlers between any two instructions: also between the commit and the object's own notes of it."""
+
+    class Interrupted(sqlite3.Connection):
+        armed = False
+
+        def execute(self, statement: str, *values: object) -> sqlite3.Cursor:
+            done = super().execute(statement, *values)
+            if self.armed and statement == "COMMIT":
+                raise KeyboardInterrupt
+            return done
+
+    with monkeypatch.context() as patch:
+        patch.setattr(sqlite3, "connect", functools.partial(sqlite3.connect, factory=Interrupted))
+        book = open_book(path)
+    with book:
+        monkeypatch.setattr(Interrupted, "armed", True)
+        with pytest.raises(KeyboardInterrupt):
+            book.charge("training", STEP, RUN, 1)
+        monkeypatch.setattr(Interrupted, "armed", False)
+        book.charge("training", STEP, RUN, 2)
+    with Ledger.read(path) as book:
+        np.testing.assert_array_equal(book.spent("training"), 2 * limit().cost(STEP))
+        assert book.problems() == []

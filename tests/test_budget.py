@@ -1,0 +1,470 @@
+"""The book over whole runs: charged before anything leaves, refused beforehand, and read by those who must check it."""
+
+from __future__ import annotations
+
+import json
+import re
+import shutil
+import sqlite3
+import subprocess
+import sys
+import threading
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from benchmarks import budget
+from privfl.accounting import PoissonGaussian, RenyiFilter
+from privfl.federation.messages import Kind, decode
+from privfl.ledger import Ledger
+from privfl.reporting.budget import Report
+from tests.conftest import ROOT, Twin, edit, run_cli, run_twin, train
+
+PRIVATE = "evaluation={metrics: {accuracy: 'task.py:accuracy'}, target_epsilon: 20, every: 1}"
+
+
+@pytest.fixture
+def sites(tmp_path: Path) -> Path:
+    """Site files with a budget of epsilon 40 for both sites of the small experiment."""
+    folder = tmp_path / "sites"
+    folder.mkdir()
+    for site in ("aa", "bbb"):
+        (folder / f"{site}.yaml").write_text(
+            f"ledger: ../{site}.ledger\nbudget: {{epsilon: 40, delta: 1.0e-5}}\nmetrics: [accuracy]\n"
+        )
+    return folder
+
+
+def read(path: Path) -> Ledger:
+    with Ledger.read(path) as book:
+        return book
+
+
+def run_books(twin: Twin) -> dict[str, Path]:
+    return {path.parent.name: path for path in twin.folder.rglob("*.ledger")}
+
+
+# -- whole runs -----------------------------------------------------------------------------------------------------------
+
+
+def test_the_heart_example_is_refused_when_the_budget_is_spent(heart_disease: Path, tmp_path: Path):
+    """The issue's own case: two runs on one ledger; the second is refused with the rounds that still fit, and runs with those."""
+    folder = tmp_path / "sites"
+    folder.mkdir()
+    for site in ("cleveland", "hungarian", "switzerland", "va"):
+        (folder / f"{site}.yaml").write_text(
+            f"ledger: ../{site}.ledger\nbudget: {{epsilon: 1.2, delta: 1.0e-4}}\nmetrics: [accuracy, balanced_accuracy, auc]\n"
+        )
+    example = ROOT / "examples" / "heart_disease" / "fedavg.yaml"
+    env = {"HEART_DISEASE_DIR": str(heart_disease)}
+
+    def run(*settings: str) -> Any:
+        extra = [part for setting in settings for part in ("--set", setting)]
+        return train(5, example, "--sites", folder, "--output", tmp_path / "runs", *extra, env=env)
+
+    first = run()
+    assert first.code == 0, first.err
+    assert "a book is kept across runs by cleveland (begins with this run)" in first.out
+    assert "no book is kept" not in first.out
+    second = run()
+    assert second.code == 2
+    (fit,) = {int(n) for n in re.findall(r"(\d+) of the 15 rounds of this experiment would fit", second.err)}
+    noise = re.search(r"would fit at noise multiplier ([\d.]+)", second.err)[1]
+    assert second.err.count("privfl:") == 1, "once per job"
+    assert not any("run folder" in line for line in second.out.splitlines())
+    before = read(tmp_path / "va.ledger").head
+    same_noise = f"privacy={{noise_multiplier: {noise}, delta: 1.0e-4, max_grad_norm: 0.1}}"
+    assert run(same_noise, f"rounds={fit + 1}").code == 2
+    assert read(tmp_path / "va.ledger").head == before, "a refused run charges nothing"
+    last = run(same_noise, f"rounds={fit}")
+    assert last.code == 0, last.err
+    book = read(tmp_path / "va.ledger")
+    assert 1.15 < book.filters["training"].epsilon_of(book.spent("training")) <= 1.2
+    assert not any("evaluation" in row.account for row in book.charges()), "public records are not charged"
+
+
+def test_a_run_leaves_its_report(small: Path, tmp_path: Path, sites: Path):
+    twin = run_twin(small, output=tmp_path / "runs", ranks=3, sites=sites)
+    assert twin.codes == [0, 0, 0], twin.err
+    found = Report.model_validate_json((twin.folder / "report.json").read_text())
+    assert [book.site for book in found.books] == ["aa", "bbb"]
+    assert all(book.kept for book in found.books)
+    summary = json.loads((twin.folder / "summary.json").read_text())
+    for book in found.books:
+        (run,) = book.runs
+        assert (run.rounds_charged, run.training.steps) == (2, 6)
+        assert run.exact_metrics == ["accuracy"]
+        assert run.training.pld <= run.training.rdp <= summary["sites"][book.site]["epsilon"]
+        assert read(tmp_path / f"{book.site}.ledger").head.hash == book.head
+    page = (twin.folder / "report.html").read_text().lower()
+    assert "aa" in page
+    assert "no book is kept" not in page
+    # The site's own page lies beside its ledger.
+    assert (tmp_path / "aa.report.html").exists()
+
+
+def test_without_site_files_the_book_covers_the_run_alone(small: Path, tmp_path: Path):
+    twin = run_twin(small, output=tmp_path / "runs", ranks=3)
+    assert twin.codes == [0, 0, 0], twin.err
+    assert "no book is kept across runs" in twin.out
+    assert "no book is kept across runs" in (twin.folder / "report.html").read_text().lower()
+    for site, path in run_books(twin).items():
+        book = read(path)
+        assert book.site == site
+        assert [row.steps for row in book.charges()] == [3, 3]
+        # Its limit is the plan: not one more round would be admitted.
+        limit = book.filters["training"]
+        event = PoissonGaussian(sampling_rate=0.1, noise_multiplier=1.5, steps=1)
+        assert not limit.admits(book.spent("training") + limit.cost(event))
+
+
+def test_a_seeded_run_is_not_private_in_the_book_either(small: Path, tmp_path: Path):
+    twin = run_twin(small, "insecure_test_seed=3", output=tmp_path / "runs", ranks=3)
+    for path in run_books(twin).values():
+        kinds = [event.kind for event in read(path).events.values()]
+        assert "non_private" in kinds
+    found = Report.model_validate_json((twin.folder / "report.json").read_text())
+    assert all(account.spent == "infinite" for book in found.books for account in book.accounts)
+
+
+def test_every_round_is_charged_before_the_trainer_hears_of_it(small: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    from privfl.site.child import Trainer
+
+    ask, seen = Trainer.ask, []
+
+    def watch(self: Trainer, request: dict[str, Any]) -> None:
+        if request.get("do") == "train":
+            (path,) = (tmp_path / "runs").rglob("aa/*.ledger")
+            seen.append(sum(row.steps for row in read(path).charges()))
+        ask(self, request)
+
+    monkeypatch.setattr(Trainer, "ask", watch)
+    twin = run_twin(small, output=tmp_path / "runs", ranks=3)
+    assert twin.codes == [0, 0, 0], twin.err
+    # Two sites, so each count is seen twice, perhaps before the other site has written.
+    assert sorted(seen)[-1] == 6
+    assert all(count >= 3 for count in seen)
+
+
+@pytest.mark.parametrize("forgotten", ["charge_round", "charge_metrics"])
+def test_a_charge_that_is_forgotten_stops_the_run(small: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, forgotten: str):
+    """The releases are checked against the ledger itself, also if the count of noise draws is fooled."""
+    from privfl.site.book import Book
+
+    def forget(self: Book, round_: int) -> None:
+        self._steps["training" if forgotten == "charge_round" else "evaluation"] += 3
+
+    monkeypatch.setattr(Book, forgotten, forget)
+    twin = run_twin(small, PRIVATE, output=tmp_path / "runs", ranks=3)
+    assert twin.codes == [1, 1, 1]
+    assert "was not charged to the" in twin.err
+    assert not list((tmp_path / "runs").rglob("summary.json"))
+
+
+def test_protections_are_looked_at_before_every_release(small: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    from privfl.site.sums import Sums
+
+    monkeypatch.setattr(Sums, "masked_members", property(lambda self: 1))
+    twin = run_twin(small, output=tmp_path / "runs", ranks=3)
+    assert twin.codes == [1, 1, 1]
+    assert "masks is not active at site" in twin.err
+
+
+def test_what_never_left_is_refunded_when_another_site_fails(small: Path, tmp_path: Path, sites: Path):
+    """Site bbb fails at once in its second round while aa still trains; aa gets that round back, bbb does not."""
+    edit(small.parent / "task.py", "    return nn.functional", "    wait_or_fail(target)\n    return nn.functional")
+    (small.parent / "task.py").write_text(
+        (small.parent / "task.py").read_text()
+        + """
+
+import sys, time
+CALLS = []
+
+
+def wait_or_fail(target):
+    CALLS.append(1)
+    if "bbb" in sys.argv and len(CALLS) > 60:
+        raise ValueError("on purpose")
+    if "aa" in sys.argv and len(CALLS) > 60:
+        time.sleep(20)
+"""
+    )
+    twin = run_twin(
+        small, "rounds=60", "sampling_rate=1", "privacy.noise_multiplier=20", output=tmp_path / "runs", ranks=3, sites=sites
+    )
+    assert twin.codes == [2, 2, 2], twin.err
+    aa, bbb = (read(tmp_path / f"{site}.ledger") for site in ("aa", "bbb"))
+    assert [row.kind for row in aa.charges()].count("refund") == 1
+    assert aa.rows[-1].facts()["cause"] == "peer"
+    assert "refund" not in [row.kind for row in bbb.charges()], "its own error may depend on its records"
+    assert sum(aa.steps("training").values()) < sum(bbb.steps("training").values())
+
+
+# -- metrics with noise ---------------------------------------------------------------------------------------------------
+
+
+def _watch_metrics(monkeypatch: pytest.MonkeyPatch) -> dict[str, list[Any]]:
+    """What the trainers measured, and what their agents hand to the sum."""
+    from privfl.federation import metrics
+    from privfl.site import agent
+
+    seen: dict[str, list[Any]] = {"measured": [], "packed": []}
+    lock, contribute, pack = threading.Lock(), agent._Agent._contribute_metrics, metrics.pack
+
+    def watch(self: Any, measured: Any) -> None:
+        with lock:
+            seen["measured"].append(pack(measured, self._begin().layout))
+        contribute(self, measured)
+
+    def packed(measured: Any, layout: Any) -> Any:
+        numbers = pack(measured, layout)
+        with lock:
+            seen["packed"].append(numbers)
+        return numbers
+
+    monkeypatch.setattr(agent._Agent, "_contribute_metrics", watch)
+    monkeypatch.setattr(agent.metrics, "pack", packed)
+    return seen
+
+
+def _noise(seen: dict[str, list[Any]]) -> np.ndarray:
+    """The difference in sums and counts, over all sites and rounds."""
+    sent = np.concatenate([vector[:2] for vector in seen["packed"]])
+    true = np.concatenate([vector[:2] for vector in seen["measured"]])
+    return np.sort(sent) - np.sort(true) if len(sent) == len(true) else np.zeros(0)
+
+
+def test_metrics_of_private_records_leave_with_noise_and_are_charged(
+    small: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    seen = _watch_metrics(monkeypatch)
+    twin = run_twin(small, PRIVATE, "rounds=4", output=tmp_path / "runs", ranks=3)
+    assert twin.codes == [0, 0, 0], twin.err
+    assert len(seen["packed"]) == 8
+    assert np.abs(_noise(seen)).min() > 1e-6, "every number has noise"
+    rounds = [json.loads(line) for line in (twin.folder / "rounds.jsonl").read_text().splitlines()]
+    for site, path in run_books(twin).items():
+        book = read(path)
+        charged = [row for row in book.charges() if row.account == "evaluation"]
+        assert [row.round for row in charged] == [1, 2, 3, 4]
+        epsilon = book.filters["evaluation"].epsilon_of(book.spent("evaluation"))
+        assert 19.9 < epsilon <= 20.0
+        assert rounds[-1]["sites"][site]["evaluation"]["epsilon"] == pytest.approx(epsilon, rel=1e-6)
+    # What everybody sees in the end is made from the noised numbers alone.
+    total = np.sum(seen["packed"][-2:], axis=0)
+    assert rounds[-1]["metrics"]["accuracy"] == pytest.approx(total[0] / total[1], abs=1e-6)
+
+
+def test_that_check_sees_when_the_noise_is_missing(small: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    from privfl.site import agent
+
+    monkeypatch.setattr(agent, "noised", lambda measured, noise, randomness: measured)
+    seen = _watch_metrics(monkeypatch)
+    assert run_twin(small, PRIVATE, output=tmp_path / "runs", ranks=3).codes == [0, 0, 0]
+    assert np.abs(_noise(seen)).max() == 0.0
+
+
+def test_the_noise_of_metrics_has_its_size():
+    from privfl.dp.randomness import SystemRandomness
+    from privfl.site.evaluation import noised
+
+    measured = {"a": ([0.0] * 5000, [0.0] * 5000), "b": ([0.0] * 5000, [0.0] * 5000)}
+    values = np.concatenate([np.array(pair).ravel() for pair in noised(measured, 3.0, SystemRandomness()).values()])
+    expected = 3.0 * np.sqrt(2 * 2)
+    assert abs(values.var() / expected**2 - 1.0) < 5 * np.sqrt(2 / len(values)) + 2**-9
+
+
+# -- heads ----------------------------------------------------------------------------------------------------------------
+
+
+def test_heads_are_shown_and_found_again(small: Path, tmp_path: Path, sites: Path):
+    twin = run_twin(small, output=tmp_path / "runs", ranks=3, sites=sites)
+    assert twin.codes == [0, 0, 0], twin.err
+    ledger = tmp_path / "aa.ledger"
+    good = run_cli("budget", "verify", ledger, twin.folder)
+    assert (good.code, good.err) == (0, ""), good.err
+    # Both sites wrote down the heads of each other.
+    for site in ("aa", "bbb"):
+        notes = (twin.folder / "sites" / site / "heads.jsonl").read_text().splitlines()
+        assert [sorted(json.loads(note)["heads"]) for note in notes] == [["aa", "bbb"]] * 3
+    backup = tmp_path / "backup.ledger"
+    shutil.copy(ledger, backup)
+    with sqlite3.connect(ledger) as file:
+        file.execute("DELETE FROM rows WHERE number = (SELECT max(number) FROM rows)")
+    file.close()
+    assert run_cli("budget", "verify", ledger).code == 0, "a chain alone does not show a tail that was cut"
+    for witness in (twin.folder, twin.folder / "rounds.jsonl", twin.folder / "sites" / "bbb" / "heads.jsonl"):
+        cut = run_cli("budget", "verify", ledger, witness)
+        assert cut.code == 2
+        assert "NOT VERIFIED" in cut.err
+        assert "is missing at the end" in cut.err
+        assert cut.err.count("\n") == 1
+    shown = run_cli("budget", "show", ledger, "--heads", twin.folder)
+    assert shown.code == 2
+    assert "NOT VERIFIED" in shown.out
+    # A backup from before the second run.
+    shutil.copy(backup, ledger)
+    assert run_twin(small, output=tmp_path / "more", ranks=3, sites=sites).codes == [0, 0, 0]
+    assert run_cli("budget", "verify", ledger, tmp_path / "more", twin.folder).code == 0
+    shutil.copy(backup, ledger)
+    restored = run_cli("budget", "verify", ledger, tmp_path / "more")
+    assert restored.code == 2
+    assert "missing at the end" in restored.err
+
+
+@pytest.mark.parametrize("trick", ["forged", "swapped", "old"])
+def test_a_relay_cannot_invent_heads(small: Path, tmp_path: Path, trick: str):
+    from privfl.transport import Transport
+
+    class Relay:
+        """Rank 0's transport with one lie in the first message that relays heads, or the first round's heads again in the second."""
+
+        def __init__(self, inner: Transport) -> None:
+            self._inner, self._first = inner, None
+
+        def __getattr__(self, name: str) -> Any:
+            return getattr(self._inner, name)
+
+        def send(self, rank: int, head: bytes, bulk: Any) -> None:
+            message = decode(head, bulk)
+            if self._inner.rank == 0 and message.kind is Kind.SUM and message.body.heads:
+                body = json.loads(bytes(bulk))
+                if trick == "forged":
+                    body["heads"]["bbb"]["rows"] += 1
+                elif trick == "swapped":
+                    body["heads"]["aa"] = body["heads"]["bbb"]
+                elif self._first is None:
+                    self._first = body["heads"]
+                elif message.round == 2:
+                    body["heads"] = self._first
+                bulk = json.dumps(body).encode()
+            self._inner.send(rank, head, bulk)
+
+    twin = run_twin(small, output=tmp_path / "runs", ranks=3, wrap=Relay)
+    assert twin.codes == [1, 1, 1]
+    assert "is not signed by it" in twin.err
+
+
+# -- commands -------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.long
+def test_large_books_are_read_in_seconds(tmp_path: Path):
+    """The bars of benchmarks.budget, loose by a factor of two, because the machine may be busy."""
+    budget.make_books(tmp_path)
+    assert budget.process_seconds("budget", "show", tmp_path, repeats=3) < 2 * budget.BARS["show_seconds"]
+    page = ("--output", tmp_path / "page.html")
+    assert budget.process_seconds("budget", "report", tmp_path, *page, repeats=3) < 2 * budget.BARS["report_seconds"]
+
+
+def test_export_and_its_schema(small: Path, tmp_path: Path):
+    twin = run_twin(small, output=tmp_path / "runs", ranks=3)
+    schema = json.loads(run_cli("budget", "export", "--schema").out)
+    assert schema["properties"]["books"]["items"]["$ref"].endswith("/Book")
+    exported = run_cli("budget", "export", twin.folder)
+    found = Report.model_validate_json(exported.out)
+    assert [book.site for book in found.books] == ["aa", "bbb"]
+    assert found.sound
+    table = run_cli("budget", "export", twin.folder, "--format", "csv").out.splitlines()
+    assert len(table) == 1 + 2 * 2
+    assert table[0].startswith("site,ledger,time,run,round,records,mechanism")
+    assert [line.split(",")[-1] for line in table[1:]] == ["3"] * 4
+    page = run_cli("budget", "report", twin.folder, "--output", tmp_path / "page.html")
+    assert page.code == 0
+    assert (tmp_path / "page.html").read_text().startswith("<!DOCTYPE html>")
+
+
+@pytest.mark.parametrize(
+    ("arguments", "sentence"),
+    [
+        (("show", "nothing"), "there is no ledger nothing"),
+        (("show", "."), "there is no ledger (*.ledger) in ."),
+        (("verify", "text.ledger"), "text.ledger is damaged: file is not a database"),
+        (("report", "text.ledger"), "text.ledger is damaged: file is not a database"),
+        (("verify", "good.ledger", "text.ledger"), "text.ledger is no log of rounds or heads of privfl"),
+        (("export",), "name the ledgers to export"),
+        (("show",), "Missing argument 'LEDGERS...'"),
+    ],
+)
+def test_wrong_calls(tmp_path: Path, arguments: tuple[str, ...], sentence: str):
+    if arguments != ("show", "."):
+        (tmp_path / "text.ledger").write_text("not a ledger, but a text that is long enough to look like something" * 20)
+        event = PoissonGaussian(sampling_rate=0.1, noise_multiplier=2.0)
+        with Ledger.write(tmp_path / "good.ledger", "aa", {"training": RenyiFilter.planned(1.0, 1e-5, event)}):
+            pass
+    job = run_cli("budget", *arguments, cwd=tmp_path)
+    assert job.code == 2
+    assert sentence in job.err
+    assert job.err.count("\n") == 1
+
+
+# -- plan -----------------------------------------------------------------------------------------------------------------
+
+
+def test_the_plan_says_what_the_run_will_cost(small: Path, tmp_path: Path, sites: Path):
+    job = run_cli("plan", small, "--sites", sites, "--json", "--set", "rounds=3")
+    assert job.code == 0, job.err
+    plan = json.loads(job.out)["sites"]["aa"]
+    assert (plan["steps"], plan["noise_multiplier"], plan["sampling_rate"]) == (9, 1.5, 0.1)
+    assert plan["epsilon"]["pld"] <= plan["epsilon"]["rdp"] <= plan["epsilon"]["filter"]
+    assert plan["budget"]["training"]["fits"] == 3
+    twin = run_twin(small, "rounds=3", output=tmp_path / "runs", ranks=3, sites=sites)
+    assert twin.codes == [0, 0, 0], twin.err
+    assert json.loads((twin.folder / "summary.json").read_text())["sites"]["aa"]["epsilon"] == pytest.approx(
+        plan["epsilon"]["filter"]
+    )
+    assert plan["curve"][-1] == pytest.approx(plan["epsilon"]["filter"])
+    again = json.loads(run_cli("plan", small, "--sites", sites, "--json", "--set", "rounds=3").out)["sites"]["aa"]["budget"][
+        "training"
+    ]
+    assert again["spent"] == pytest.approx(plan["budget"]["training"]["after"])
+    assert again["more_such_runs"] == plan["budget"]["training"]["more_such_runs"] - 1
+    refused = run_cli("plan", small, "--sites", sites, "--set", "rounds=100000")
+    assert refused.code == 2
+    assert "of the 100000 rounds of this experiment would fit" in refused.err
+    assert "of 100000" in refused.out, "the table is there all the same"
+
+
+def test_the_plan_needs_no_torch_and_no_experiment():
+    code = """
+import sys
+from privfl.cli import main
+try:
+    main(["plan", "--json"])
+except SystemExit:
+    sys.exit("torch" in sys.modules or "mpi4py" in sys.modules)
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    assert done.returncode == 0
+    plan = json.loads(done.stdout)
+    assert set(plan["sites"]) == {"north", "east", "south", "west"}
+    assert 1.99 < plan["sites"]["north"]["epsilon"]["rdp"] <= 2.0
+
+
+@pytest.mark.parametrize("trick", ["deleted", "emptied", "charged"])
+def test_a_ledger_that_changes_while_the_run_starts(
+    small: Path, tmp_path: Path, sites: Path, monkeypatch: pytest.MonkeyPatch, trick: str
+):
+    """Between the look at what is left and the first charge nobody may put another book there."""
+    from privfl.site import agent
+
+    assert run_twin(small, output=tmp_path / "first", ranks=3, sites=sites).codes == [0, 0, 0]
+    make = agent.Book
+    ledger = tmp_path / "aa.ledger"
+
+    def swapped(setup: Any, *rest: Any) -> Any:
+        if setup.site == "aa" and trick == "charged":
+            with Ledger.write(ledger, "aa", {}) as book:
+                book.begin_run("cd" * 16, {})
+        elif setup.site == "aa":
+            ledger.unlink()
+            if trick == "emptied":
+                ledger.touch()
+        return make(setup, *rest)
+
+    monkeypatch.setattr(agent, "Book", swapped)
+    twin = run_twin(small, output=tmp_path / "second", ranks=3, sites=sites)
+    assert twin.codes == [2, 2, 2]
+    assert "aa.ledger was changed or replaced while this run started" in twin.err
