@@ -314,7 +314,15 @@ def test_heads_are_shown_and_found_again(small: Path, tmp_path: Path, sites: Pat
     assert "missing at the end" in restored.err
 
 
-@pytest.mark.parametrize("trick", ["forged", "swapped", "old"])
+TRICKS = {
+    "forged": "is not signed by it",
+    "swapped": "is not signed by it",
+    "old": "is not signed by it",
+    "stale": "does not relay this site's own head",
+}
+
+
+@pytest.mark.parametrize("trick", TRICKS)
 def test_a_relay_cannot_invent_heads(small: Path, tmp_path: Path, trick: str):
     from privfl.transport import Transport
 
@@ -329,22 +337,37 @@ def test_a_relay_cannot_invent_heads(small: Path, tmp_path: Path, trick: str):
 
         def send(self, rank: int, head: bytes, bulk: Any) -> None:
             message = decode(head, bulk)
-            if self._inner.rank == 0 and message.kind is Kind.SUM and message.body.heads:
+            if self._inner.rank == 0 and message.kind in (Kind.SUM, Kind.FINISH) and message.body.heads:
                 body = json.loads(bytes(bulk))
                 if trick == "forged":
                     body["heads"]["bbb"]["rows"] += 1
                 elif trick == "swapped":
                     body["heads"]["aa"] = body["heads"]["bbb"]
-                elif self._first is None:
+                elif message.kind is Kind.SUM and message.round == (1 if trick == "old" else 2):
                     self._first = body["heads"]
-                elif message.round == 2:
-                    body["heads"] = self._first
+                elif trick == "old" or message.kind is Kind.FINISH:
+                    body["heads"] = self._first or body["heads"]
                 bulk = json.dumps(body).encode()
             self._inner.send(rank, head, bulk)
 
-    twin = run_twin(small, output=tmp_path / "runs", ranks=3, wrap=Relay)
+    twin = run_twin(small, PRIVATE, output=tmp_path / "runs", ranks=3, wrap=Relay)
     assert twin.codes == [1, 1, 1]
-    assert "is not signed by it" in twin.err
+    assert TRICKS[trick] in twin.err
+
+
+def test_a_ledger_that_went_back_is_noticed_by_the_other_sites(small: Path, tmp_path: Path, sites: Path):
+    """A site that put back an old copy between two runs: the others remember what it showed them."""
+    for site in ("aa", "bbb"):
+        with open(sites / f"{site}.yaml", "a") as file:
+            file.write(f"output: ../of_{site}\n")
+    assert run_twin(small, output=tmp_path / "first", ranks=3, sites=sites).codes == [0, 0, 0]
+    shutil.copy(tmp_path / "aa.ledger", tmp_path / "backup")
+    assert run_twin(small, output=tmp_path / "second", ranks=3, sites=sites).codes == [0, 0, 0]
+    shutil.copy(tmp_path / "backup", tmp_path / "aa.ledger")
+    (tmp_path / "of_aa" / "heads.jsonl").unlink()
+    twin = run_twin(small, output=tmp_path / "third", ranks=3, sites=sites)
+    assert twin.codes == [1, 1, 1]
+    assert "site bbb: the ledger of site aa went back" in twin.err
 
 
 # -- commands -------------------------------------------------------------------------------------------------------------

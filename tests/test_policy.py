@@ -166,6 +166,11 @@ def test_a_budget_cannot_be_changed(policy: Any, tmp_path: Path):
         policy(KEPT | {"budget": {"epsilon": 20.0, "delta": 1e-5}}, *TARGET)
 
 
+def test_the_folder_of_a_ledger_must_be_there(policy: Any, tmp_path: Path):
+    with pytest.raises(PrivflError, match=rf"the folder {tmp_path}/away for the ledger of site aa does not exist; make it"):
+        policy(KEPT | {"ledger": "away/aa.ledger"}, *TARGET)
+
+
 def test_another_sites_book_is_refused(policy: Any, tmp_path: Path):
     found = policy(KEPT, *TARGET)
     with Ledger.write(tmp_path / "aa.ledger", "bbb", found.filters):

@@ -60,18 +60,40 @@ class Event:
         self._check()
 
 
-def _check_noise(noise_multiplier: float) -> None:
-    if not (math.isfinite(noise_multiplier) and noise_multiplier >= 0.0):
-        raise ValueError(f"noise_multiplier must be finite and not negative, got {noise_multiplier}")
+@dataclass(frozen=True, kw_only=True)
+class _Noised(Event):
+    """Gaussian noise of standard deviation ``noise_multiplier``, in the unit that the kind says."""
 
+    noise_multiplier: float
 
-def _check_rate(sampling_rate: float) -> None:
-    if not 0.0 < sampling_rate <= 1.0:
-        raise ValueError(f"sampling_rate must be in (0, 1], got {sampling_rate}")
+    @property
+    def sigma(self) -> float:
+        return self.noise_multiplier
+
+    def _check(self) -> None:
+        super()._check()
+        if not (math.isfinite(self.noise_multiplier) and self.noise_multiplier >= 0.0):
+            raise ValueError(f"noise_multiplier must be finite and not negative, got {self.noise_multiplier}")
 
 
 @dataclass(frozen=True, kw_only=True)
-class PoissonGaussian(Event):
+class _Sampled(_Noised):
+    """The same on a Poisson sample: each record enters a step with probability ``sampling_rate``, independently of all others."""
+
+    sampling_rate: float
+
+    @property
+    def rate(self) -> float:
+        return self.sampling_rate
+
+    def _check(self) -> None:
+        super()._check()
+        if not 0.0 < self.sampling_rate <= 1.0:
+            raise ValueError(f"sampling_rate must be in (0, 1], got {self.sampling_rate}")
+
+
+@dataclass(frozen=True, kw_only=True)
+class PoissonGaussian(_Sampled):
     """The Gaussian mechanism on a Poisson sample: steps of DP-SGD (Abadi et al. 2016).
 
     Attributes:
@@ -81,42 +103,16 @@ class PoissonGaussian(Event):
 
     kind: ClassVar[str] = "poisson_gaussian"
 
-    sampling_rate: float
-    noise_multiplier: float
-
-    @property
-    def rate(self) -> float:
-        return self.sampling_rate
-
-    @property
-    def sigma(self) -> float:
-        return self.noise_multiplier
-
-    def _check(self) -> None:
-        super()._check()
-        _check_rate(self.sampling_rate)
-        _check_noise(self.noise_multiplier)
-
 
 @dataclass(frozen=True, kw_only=True)
-class Gaussian(Event):
+class Gaussian(_Noised):
     """The Gaussian mechanism on all records; ``noise_multiplier`` is in units of what one record can change."""
 
     kind: ClassVar[str] = "gaussian"
 
-    noise_multiplier: float
-
-    @property
-    def sigma(self) -> float:
-        return self.noise_multiplier
-
-    def _check(self) -> None:
-        super()._check()
-        _check_noise(self.noise_multiplier)
-
 
 @dataclass(frozen=True, kw_only=True)
-class DiscreteGaussian(Event):
+class DiscreteGaussian(_Sampled):
     """Discrete Gaussian noise on a Poisson sample of vectors rounded to a grid (Canonne, Kamath, Steinke 2020).
 
     The Renyi divergences of whole order of the discrete Gaussian are at most those of the continuous one (their Proposition 5), and only those of
@@ -131,13 +127,7 @@ class DiscreteGaussian(Event):
     kind: ClassVar[str] = "discrete_gaussian"
     whole_orders: ClassVar[bool] = True
 
-    sampling_rate: float
-    noise_multiplier: float
     sensitivity: float
-
-    @property
-    def rate(self) -> float:
-        return self.sampling_rate
 
     @property
     def sigma(self) -> float:
@@ -145,14 +135,12 @@ class DiscreteGaussian(Event):
 
     def _check(self) -> None:
         super()._check()
-        _check_rate(self.sampling_rate)
-        _check_noise(self.noise_multiplier)
         if not 1.0 <= self.sensitivity < math.inf:
             raise ValueError(f"sensitivity must be at least 1 and finite, got {self.sensitivity}")
 
 
 @dataclass(frozen=True, kw_only=True)
-class MetricRelease(Event):
+class MetricRelease(_Noised):
     """Held-out metrics with Gaussian noise; they concern the evaluation records.
 
     Attributes:
@@ -163,15 +151,9 @@ class MetricRelease(Event):
     kind: ClassVar[str] = "metric_release"
 
     metrics: tuple[str, ...]
-    noise_multiplier: float
-
-    @property
-    def sigma(self) -> float:
-        return self.noise_multiplier
 
     def _check(self) -> None:
         super()._check()
-        _check_noise(self.noise_multiplier)
         # JSON knows lists only.
         object.__setattr__(self, "metrics", tuple(self.metrics))
 

@@ -186,8 +186,15 @@ class _Book:
     @classmethod
     def of(cls, site: str, file: SiteFile) -> _Book:
         book = cls(file.budget)
-        found = None if file.budget is None or file.ledger is None else Ledger.look(Path(file.ledger.file))
-        if found is None or file.budget is None:
+        if file.budget is None or file.ledger is None:
+            return book
+        path = Path(file.ledger.file)
+        if not path.parent.is_dir():
+            raise PrivflError(
+                f"the folder {path.parent} for the ledger of site {site} does not exist; make it, or correct ledger in the site file"
+            )
+        found = Ledger.look(path)
+        if found is None:
             return book
         with found as ledger:
             if ledger.site != site:

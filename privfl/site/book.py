@@ -31,7 +31,7 @@ class Book:
         self._steps: dict[Account, int] = dict.fromkeys(self._plans, 0)
         self._open: dict[Account, Row] = {}
         self._contributions: dict[tuple[int, str], int] = {}
-        # The last head of every ledger that was ever shown here, by the ledger's name, and which ledger each site has in this run.
+        # The last head that each site ever showed here, by site and ledger, and which ledger each site has in this run.
         self._heads = _heads_before(output / "heads.jsonl")
         self._ledgers: dict[str, str] = {}
         file = setup.file.ledger
@@ -177,11 +177,13 @@ class Book:
                 verify(identities[site], bytes.fromhex(shown.signature), head_bytes(head, self._run, round_))
             except (ProtocolError, ValueError) as error:
                 raise ProtocolError(f"the head of the ledger of site {site} is not signed by it") from error
-            before = self._heads.get(head.ledger, head)
+            before = self._heads.get((site, head.ledger), head)
             back = head.rows < before.rows or (head.rows == before.rows and head.hash != before.hash)
             if back or self._ledgers.setdefault(site, head.ledger) != head.ledger:
                 raise ProtocolError(f"the ledger of site {site} went back: rows that it had shown to this site are gone")
-            self._heads[head.ledger] = head
+            if site == self._setup.site and head != self._ledger.head:
+                raise ProtocolError("the coordinator does not relay this site's own head, so the others would keep an older one")
+            self._heads[site, head.ledger] = head
         record = {"run": self._run, "round": round_, "heads": {site: shown.model_dump() for site, shown in heads.items()}}
         self._note(record)
 
@@ -197,14 +199,14 @@ class Book:
         self._ledger.close()
 
 
-def _heads_before(path: Path) -> dict[str, Head]:
+def _heads_before(path: Path) -> dict[tuple[str, str], Head]:
     """What earlier runs wrote down in ``path``, if anything; a line that a crash cut off is passed over."""
-    found: dict[str, Head] = {}
+    found: dict[tuple[str, str], Head] = {}
     lines = path.read_text(encoding="utf-8").splitlines() if path.exists() else []
     for line in lines:
         with contextlib.suppress(ValueError, KeyError, TypeError):
-            for shown in json.loads(line)["heads"].values():
+            for site, shown in json.loads(line)["heads"].items():
                 head = Head(str(shown["ledger"]), int(shown["rows"]), str(shown["hash"]))
-                if head.ledger not in found or head.rows >= found[head.ledger].rows:
-                    found[head.ledger] = head
+                if (site, head.ledger) not in found or head.rows >= found[site, head.ledger].rows:
+                    found[site, head.ledger] = head
     return found

@@ -7,6 +7,7 @@ import random
 import time
 import warnings
 
+import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -18,6 +19,7 @@ from privfl.accounting import (
     MetricRelease,
     NonPrivate,
     RdpAccountant,
+    divergences,
     epsilon_of,
     person_epsilon,
 )
@@ -120,8 +122,11 @@ def test_the_exact_gaussian():
 def test_rdp_is_monotone(q: float, sigma: float, steps: int, delta: float):
     epsilon = epsilon_of([steps_of(q, sigma, steps)], delta).upper
     assert epsilon_of([steps_of(q, sigma, steps + 1)], delta).upper >= epsilon
-    assert epsilon_of([steps_of(q * 0.9, sigma, steps)], delta).upper <= epsilon * (1 + 1e-9)
-    assert epsilon_of([steps_of(q, sigma * 1.1, steps)], delta).upper <= epsilon * (1 + 1e-9)
+    # Where dp-accounting knows no bound for some orders, an epsilon is one of fewer orders: still a bound, but no smooth one.
+    if np.isfinite(divergences(steps_of(q * 0.9, sigma))).all():
+        assert epsilon_of([steps_of(q * 0.9, sigma, steps)], delta).upper <= epsilon * (1 + 1e-9)
+    if np.isfinite(divergences(steps_of(q, sigma * 1.1))).all():
+        assert epsilon_of([steps_of(q, sigma * 1.1, steps)], delta).upper <= epsilon * (1 + 1e-9)
     assert epsilon_of([steps_of(q, sigma, steps)], delta * 2).upper <= epsilon
     assert epsilon >= 0.0
 

@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+import math
+
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
 from privfl.accounting import LARGEST_NOISE_MULTIPLIER, epsilon_of, least_noise_multiplier
 from tests.accounting.histories import steps_of
@@ -46,3 +50,16 @@ def test_an_unreachable_target_is_none():
 @pytest.mark.parametrize("answer", [0.0001, 0.0002, 0.5, 0.9999, 1.0, 1.0001, 2.0, 1000.1234, LARGEST_NOISE_MULTIPLIER])
 def test_every_answer_can_be_found(answer: float):
     assert least_noise_multiplier(lambda noise: 2.0 if noise < answer else 1.0, 1.0) == answer
+
+
+@given(st.floats(1e-3, 1e3), st.floats(0.2, 4.0), st.floats(1e-3, 1e3), st.floats(0.0, 2.0))
+def test_it_is_the_least_on_the_grid(scale: float, power: float, target: float, none_below: float):
+    """Of any curve that falls, also one that is infinite for a while and nothing from somewhere on."""
+
+    def epsilon(noise: float) -> float:
+        return math.inf if noise < none_below else scale * noise**-power if noise < 5000.0 else 0.0
+
+    found = least_noise_multiplier(epsilon, target)
+    assert found is not None
+    assert epsilon(found) <= target
+    assert found == 1e-4 or epsilon(round(found * 1e4 - 1) / 1e4) > target

@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import math
 import sqlite3
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -421,27 +422,52 @@ def test_numbers_survive_to_the_last_bit(path: Path):
         assert list(book.events.values()) == [odd]
 
 
-def test_a_signal_just_after_the_row_is_on_the_disk(path: Path, monkeypatch: pytest.MonkeyPatch):
-    """Python runs signal handlers between any two instructions: also between the commit and the object's own notes of it."""
+class Interrupted(sqlite3.Connection):
+    """A connection that is interrupted, when armed, just after a commit."""
 
-    class Interrupted(sqlite3.Connection):
-        armed = False
+    armed = False
 
-        def execute(self, statement: str, *values: object) -> sqlite3.Cursor:
-            done = super().execute(statement, *values)
-            if self.armed and statement == "COMMIT":
-                raise KeyboardInterrupt
-            return done
+    def execute(self, statement: str, *values: object) -> sqlite3.Cursor:
+        done = super().execute(statement, *values)
+        if self.armed and statement == "COMMIT":
+            raise KeyboardInterrupt
+        return done
 
-    with monkeypatch.context() as patch:
-        patch.setattr(sqlite3, "connect", functools.partial(sqlite3.connect, factory=Interrupted))
-        book = open_book(path)
-    with book:
-        monkeypatch.setattr(Interrupted, "armed", True)
-        with pytest.raises(KeyboardInterrupt):
-            book.charge("training", STEP, RUN, 1)
-        monkeypatch.setattr(Interrupted, "armed", False)
-        book.charge("training", STEP, RUN, 2)
+
+@pytest.fixture
+def interrupted(path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[[Event], Ledger]:
+    """Python runs signal handlers between any two instructions: also between the commit and the object's own notes of it. A book that this
+    befell when it charged an event for round 1.
+    """
+
+    def charged(event: Event) -> Ledger:
+        with monkeypatch.context() as patch:
+            patch.setattr(sqlite3, "connect", functools.partial(sqlite3.connect, factory=Interrupted))
+            book = open_book(path)
+        with monkeypatch.context() as patch:
+            patch.setattr(Interrupted, "armed", True)
+            with pytest.raises(KeyboardInterrupt):
+                book.charge("training", event, RUN, 1)
+        return book
+
+    return charged
+
+
+@pytest.mark.parametrize("event", [STEP, OTHER], ids=["the same", "another"])
+def test_a_charge_after_an_interrupted_one(path: Path, interrupted: Callable[[Event], Ledger], event: Event):
+    with interrupted(STEP.times(3)) as book:
+        book.charge("training", event.times(2), RUN, 2)
     with Ledger.read(path) as book:
-        np.testing.assert_array_equal(book.spent("training"), 2 * limit().cost(STEP))
+        assert [book.events[row.mechanism].times(row.steps) for row in book.charges()] == [STEP.times(3), event.times(2)]
+        expected = 3 * limit().cost(STEP) + 2 * limit().cost(event)
+        np.testing.assert_allclose(book.spent("training"), expected, rtol=1e-12)
+        assert book.problems() == []
+
+
+def test_an_interrupted_charge_counts_against_the_budget(path: Path, interrupted: Callable[[Event], Ledger]):
+    fits = limit().times(limit().nothing(), limit().cost(STEP))
+    with interrupted(STEP.times(fits)) as book, pytest.raises(BudgetError, match="0 would fit"):
+        book.charge("training", STEP.times(fits), RUN, 2)
+    with Ledger.read(path) as book:
+        assert book.filters["training"].admits(book.spent("training"))
         assert book.problems() == []
