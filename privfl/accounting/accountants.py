@@ -24,6 +24,8 @@ ADJACENCY = "zero-out of one record (numerically add/remove)"
 _INTERVAL = 1e-3
 # Beyond this a privacy loss distribution is large and slow, and its epsilon says as little as the Renyi bound.
 _LARGEST_FOR_PLD = 100.0
+# And with more steps than this it takes minutes.
+_MOST_STEPS_FOR_PLD = 10_000_000
 
 
 class Bounds(NamedTuple):
@@ -79,7 +81,8 @@ def epsilon_of(events: Iterable[Event], delta: float, accountant: Accountant = "
     for event, count in steps.items():
         renyi.compose(event.times(count))
     bound = renyi.epsilon(delta)
-    if accountant == "rdp" or not 0.0 < bound.upper <= _LARGEST_FOR_PLD:
+    small = 0.0 < bound.upper <= _LARGEST_FOR_PLD and sum(steps.values()) <= _MOST_STEPS_FOR_PLD
+    if accountant == "rdp" or not small:
         return bound
     lower, upper = (max(0.0, _by_pld(steps, delta, interval, pessimistic)) for pessimistic in (False, True))
     if any(event.whole_orders for event in steps):
@@ -128,7 +131,8 @@ def person_epsilon(events: Sequence[Event], delta: float, records: int) -> float
     if records == 1 or not steps:
         return bound
     # More records never cost less; so beyond the reach of loss distributions the answer is not known, or not of interest.
-    if bound > _LARGEST_FOR_PLD / records or any(event.whole_orders for event in steps):
+    large = bound > _LARGEST_FOR_PLD / records or sum(steps.values()) > _MOST_STEPS_FOR_PLD
+    if large or any(event.whole_orders for event in steps):
         return math.inf
     from dp_accounting.pld import privacy_loss_distribution as pld
 

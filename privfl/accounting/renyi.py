@@ -34,9 +34,10 @@ def _one_step(rate: float, sigma: float, orders: tuple[float, ...]) -> NDArray[n
     logging.getLogger("absl").setLevel(logging.ERROR)
     accountant = rdp.RdpAccountant(list(orders), neighboring_relation=dpa.NeighboringRelation.ADD_OR_REMOVE_ONE)
     accountant.compose(dpa.PoissonSampledDpEvent(rate, dpa.GaussianDpEvent(sigma)))
-    # Left-out orders are not in accountant.orders; here they are infinite.
     known = dict(zip(accountant.orders.tolist(), accountant.rdp.tolist(), strict=True))
-    vector = np.array([max(0.0, known.get(order, math.inf)) for order in orders])  # below 0 only by rounding
+    # Left-out orders have the bound of the mechanism without sampling, which by convexity is never below; and what is below 0 is rounding.
+    unsampled = {order: order / (2.0 * sigma**2) for order in orders}
+    vector = np.array([max(0.0, min(known.get(order, math.inf), unsampled[order])) for order in orders])
     vector.flags.writeable = False
     return vector
 
@@ -75,7 +76,7 @@ def epsilons(
     with np.errstate(divide="ignore", invalid="ignore"):
         epsilon = divergence + np.log1p(-1.0 / alpha) - np.log(share * alpha) / (alpha - 1.0)
     # A divergence of any order bounds that of order 1, and with it the total variation distance: sqrt(1 - exp(-KL)) <= delta.
-    epsilon = np.where(divergence <= -np.log1p(-(share**2)), 0.0, epsilon)
+    epsilon = np.where((share > 0.0) & (divergence <= -np.log1p(-(share**2))), 0.0, epsilon)
     return np.maximum(0.0, epsilon)
 
 

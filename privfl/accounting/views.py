@@ -15,7 +15,7 @@ class View:
 
     Attributes:
         sites: how many of the other sites pool what they see; 0 for whoever sees only what is published.
-        noise: how much noise this adversary cannot subtract, as a multiple of the noise multiplier that is charged.
+        noise: how much noise this adversary cannot subtract, as a multiple of sigma: the noise multiplier that stands against ``collusion`` sites.
         sees: in plain words.
     """
 

@@ -152,6 +152,7 @@ class Ledger:
     @property
     def head(self) -> Head:
         """What stands for all rows so far."""
+        self._settle()
         return Head(self.name, len(self.rows), self.rows[-1].hash if self.rows else START)
 
     def steps(self, account: Account) -> dict[int, int]:
@@ -160,6 +161,7 @@ class Ledger:
 
     def spent(self, account: Account) -> NDArray[np.float64]:
         """The divergences charged to ``account`` so far; shape (orders of its filter,)."""
+        self._settle()
         return self._sum(self._steps[account])
 
     def vector(self, mechanism: int) -> NDArray[np.float64]:
@@ -184,6 +186,7 @@ class Ledger:
 
     def begin_run(self, run: str, facts: Mapping[str, Any]) -> None:
         """Write down that a run begins, and what it is: for the reader of a report."""
+        self._settle()
         self._write(_Entry("run", run, body=facts))
 
     def charge(self, account: Account, event: Event, run: str, round_: int) -> Row:
@@ -193,6 +196,7 @@ class Ledger:
             BudgetError: the account's filter does not admit it.
             PrivflError: it cannot be written.
         """
+        self._settle()
         limit = self.filters.get(account)
         vector = divergences(event.once(), self._orders)
         if limit is not None and not limit.admits(self.spent(account) + limit.cost(event)):
@@ -219,6 +223,7 @@ class Ledger:
         Raises:
             InternalError: something left already, the charge is of another process, or it was refunded before.
         """
+        self._settle()
         if self._refundable.pop(charge.number, None) is None:
             raise InternalError(f"charge {charge.number} of the ledger {self.path} may not be refunded")
         body = {"charge": charge.number, "cause": cause}
@@ -277,12 +282,15 @@ class Ledger:
                 total = total + count * self._vectors[number]
         return total
 
-    def _write(self, *entries: _Entry) -> None:
-        """Add rows to the file, all or none, and then to what this object knows."""
+    def _settle(self) -> None:
+        """If a signal came between the disk and this object's own notes, what the disk has counts."""
         if self._unsure:
-            # A signal came between the disk and this object: what the disk has counts.
             for row in self._storage.rows()[len(self.rows) :]:
                 self._take(row)
+            self._unsure = False
+
+    def _write(self, *entries: _Entry) -> None:
+        """Add rows to the file, all or none, and then to what this object knows."""
         rows: list[Row] = []
         for number, entry in enumerate(entries, len(self.rows) + 1):
             before = rows[-1].hash if rows else self.head.hash

@@ -327,7 +327,7 @@ class _Agent:
             self._our_trainer().ask({"do": "measure"})
             return
         book.keep_heads(self._state.round, action.heads)
-        book.check_release("training", self._state.round, self._state.sites, self._protections())
+        book.check_release("training", self._state.round, self._state.sites, self._protections(), costs=True)
         span = chosen.range
         if span == "agreed":
             span = sums.agreed_span(self._our_keys(), action.spans, self._state.sites, self._span_context)
@@ -339,9 +339,9 @@ class _Agent:
         return self._setup.allowance.metrics is not None and bool(_there(self._facts, "the model")["layout"])
 
     def _contribute_metrics(self, measured: metrics.Measured) -> None:
-        book, release = self._our_book(), self._setup.allowance.metrics
-        if release is not None and self._measures_privately():
-            book.check_release("evaluation", self._state.round, self._state.sites, self._protections())
+        book, release, private = self._our_book(), self._setup.allowance.metrics, self._measures_privately()
+        book.check_release("evaluation", self._state.round, self._state.sites, self._protections(), costs=private)
+        if release is not None and private:
             measured = noised(measured, release.noise_multiplier, randomness_of(self._setup.experiment, self._setup.site))
             book.leaves("evaluation")
         numbers = metrics.pack(measured, self._begin().layout)

@@ -115,11 +115,14 @@ class Book:
 
     # -- releases ------------------------------------------------------------------------------------------------
 
-    def check_release(self, account: Account, round_: int, members: Sequence[str], active: Mapping[str, bool]) -> None:
+    def check_release(
+        self, account: Account, round_: int, members: Sequence[str], active: Mapping[str, bool], *, costs: bool
+    ) -> None:
         """The policy and the book once more, before a contribution to a sum is made.
 
         Args:
             active: the protections, and whether they are in place.
+            costs: whether it must have been charged; metrics of public records, or of none, are not.
 
         Raises:
             PrivflError: the policy does not allow this sum.
@@ -138,7 +141,7 @@ class Book:
             raise PrivflError(
                 f"the policy of site {self._setup.site} allows {policy.attempts} attempts at one sum (attempts in its site file)"
             )
-        if account in self._plans and self._ledger.charged(account, self._run, round_) != due:
+        if costs and self._ledger.charged(account, self._run, round_) != due:
             raise InternalError(f"round {round_} was not charged to the {account} records; nothing was sent")
 
     def leaves(self, account: Account) -> None:
