@@ -32,7 +32,7 @@ def sites(tmp_path: Path) -> Path:
     folder.mkdir()
     for site in ("aa", "bbb"):
         (folder / f"{site}.yaml").write_text(
-            f"ledger: ../{site}.ledger\nbudget: {{epsilon: 40, delta: 1.0e-5}}\nmetrics: [accuracy]\n"
+            f"ledger: ../{site}.ledger\nbudget: {{epsilon: 40, delta: 1.0e-5}}\nexact_metrics: [accuracy]\n"
         )
     return folder
 
@@ -55,7 +55,7 @@ def test_the_heart_example_is_refused_when_the_budget_is_spent(heart_disease: Pa
     folder.mkdir()
     for site in ("cleveland", "hungarian", "switzerland", "va"):
         (folder / f"{site}.yaml").write_text(
-            f"ledger: ../{site}.ledger\nbudget: {{epsilon: 1.2, delta: 1.0e-4}}\nmetrics: [accuracy, balanced_accuracy, auc]\n"
+            f"ledger: ../{site}.ledger\nbudget: {{epsilon: 1.2, delta: 1.0e-4}}\nexact_metrics: [accuracy, balanced_accuracy, auc]\n"
         )
     example = ROOT / "examples" / "heart_disease" / "fedavg.yaml"
     env = {"HEART_DISEASE_DIR": str(heart_disease)}
@@ -314,12 +314,7 @@ def test_heads_are_shown_and_found_again(small: Path, tmp_path: Path, sites: Pat
     assert "missing at the end" in restored.err
 
 
-TRICKS = {
-    "forged": "is not signed by it",
-    "swapped": "is not signed by it",
-    "old": "is not signed by it",
-    "stale": "does not relay this site's own head",
-}
+TRICKS = ["forged", "swapped", "old", "stale"]
 
 
 @pytest.mark.parametrize("trick", TRICKS)
@@ -352,7 +347,7 @@ def test_a_relay_cannot_invent_heads(small: Path, tmp_path: Path, trick: str):
 
     twin = run_twin(small, PRIVATE, output=tmp_path / "runs", ranks=3, wrap=Relay)
     assert twin.codes == [1, 1, 1]
-    assert TRICKS[trick] in twin.err
+    assert "is not signed by it" in twin.err
 
 
 def test_a_ledger_that_went_back_is_noticed_by_the_other_sites(small: Path, tmp_path: Path, sites: Path):
@@ -491,3 +486,35 @@ def test_a_ledger_that_changes_while_the_run_starts(
     twin = run_twin(small, output=tmp_path / "second", ranks=3, sites=sites)
     assert twin.codes == [2, 2, 2]
     assert "aa.ledger was changed or replaced while this run started" in twin.err
+
+
+def test_what_left_is_not_refunded_whatever_ends_the_run(small: Path, tmp_path: Path):
+    """Rank 0 lies to one site in the end; the other one is stopped with everything released."""
+    from privfl.transport import Transport
+
+    class Relay:
+        def __init__(self, inner: Transport) -> None:
+            self._inner = inner
+
+        def __getattr__(self, name: str) -> Any:
+            return getattr(self._inner, name)
+
+        def send(self, rank: int, head: bytes, bulk: Any) -> None:
+            if self._inner.rank == 0 and rank == 1 and decode(head, bulk).kind is Kind.FINISH:
+                body = json.loads(bytes(bulk))
+                body["heads"]["bbb"]["rows"] += 1
+                bulk = json.dumps(body).encode()
+            self._inner.send(rank, head, bulk)
+
+    twin = run_twin(small, PRIVATE, output=tmp_path / "runs", ranks=3, wrap=Relay)
+    assert twin.codes == [1, 1, 1]
+    (path,) = (tmp_path / "runs").rglob("bbb/*.ledger")
+    assert [row.kind for row in read(path).charges()] == ["charge"] * 4
+
+
+def test_a_book_without_limits_is_no_budget(small: Path, tmp_path: Path, sites: Path):
+    twin = run_twin(small, "insecure_test_seed=3", output=tmp_path / "runs", ranks=3)
+    shutil.copy(run_books(twin)["aa"], tmp_path / "aa.ledger")
+    refused = run_twin(small, output=tmp_path / "more", ranks=3, sites=sites)
+    assert refused.codes == [2, 2, 2]
+    assert "is the book of a single run and has no limits for the budget of site aa" in refused.err

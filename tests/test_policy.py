@@ -42,27 +42,32 @@ TARGET = ("privacy={target_epsilon: 1.0, delta: 1.0e-5, max_grad_norm: 1.0}",)
             r"least_collusion in its site file\): with 2 sites, 1 that pool .* at least 3 sites would pass",
         ),
         (
-            {"least_noise_multiplier": 2.0},
+            {"least_noise_multiplier": 2.0, "exact_metrics": ["accuracy"]},
             (),
             r"its noise multiplier is 1\.5; at least 2 would pass, as with a target_epsilon of at most 0\.\d+",
         ),
         (
             {"metrics": []},
             (),
-            r"metrics in its site file\): accuracy would leave without noise \(evaluation.records: public\); allow it",
+            r"\(metrics in its site file\): accuracy would leave; allow it there",
         ),
         (
             {"metrics": ["auc"]},
             ("evaluation={metrics: {accuracy: 'task.py:accuracy'}, target_epsilon: 1}",),
-            "would leave with noise",
+            r"\(metrics in its site file\): accuracy would leave",
         ),
-        (BOOK, (), r"accuracy would leave without noise .*; allow it there, or take it out of evaluation.metrics"),
+        (BOOK, (), r"accuracy would leave without noise .*; allow it there, or say evaluation.records: private"),
         (
-            BOOK | {"metrics": ["accuracy"]},
+            BOOK | {"exact_metrics": ["accuracy"]},
             ("insecure_test_seed=1",),
             "insecure_test_seed is set, with which nothing is private; remove it",
         ),
-        ({"require": ["pinned_keys"]}, (), ""),
+        ({"require": ["pinned_keys"], "exact_metrics": ["accuracy"]}, (), ""),
+        (
+            {"require": ["encryption"]},
+            ("insecure_test_seed=1", "evaluation={}"),
+            "insecure_test_seed is set, with which nothing is private",
+        ),
     ],
 )
 def test_refusals_say_what_would_pass(policy: Any, keys: dict[str, Any], settings: tuple[str, ...], sentence: str):
@@ -76,12 +81,20 @@ def test_refusals_say_what_would_pass(policy: Any, keys: dict[str, Any], setting
 
 def test_what_the_refusals_name_passes(policy: Any):
     with pytest.raises(PrivflError) as caught:
-        policy({"least_noise_multiplier": 2.0})
-    assert policy({"least_noise_multiplier": 2.0}, "privacy.noise_multiplier=2").training.noise_multiplier == 2.0
+        policy({"least_noise_multiplier": 2.0, "exact_metrics": ["accuracy"]})
+    assert (
+        policy(
+            {"least_noise_multiplier": 2.0, "exact_metrics": ["accuracy"]}, "privacy.noise_multiplier=2"
+        ).training.noise_multiplier
+        == 2.0
+    )
     target = str(caught.value).rsplit(" ", 1)[1]
-    accepted = policy({"least_noise_multiplier": 2.0}, f"privacy={{target_epsilon: {target}, delta: 1.0e-5, max_grad_norm: 1.0}}")
+    accepted = policy(
+        {"least_noise_multiplier": 2.0, "exact_metrics": ["accuracy"]},
+        f"privacy={{target_epsilon: {target}, delta: 1.0e-5, max_grad_norm: 1.0}}",
+    )
     assert 2.0 <= accepted.training.noise_multiplier < 2.001
-    assert policy(BOOK | {"metrics": ["accuracy"]}, *TARGET).kept
+    assert policy(BOOK | {"exact_metrics": ["accuracy"]}, *TARGET).kept
     assert policy(BOOK, *TARGET, "evaluation.records=private").metrics is not None
 
 
@@ -124,7 +137,7 @@ def spend(path: Path, found: Allowance, steps: int) -> None:
         book.charge("training", found.training.times(steps), RUN, 1)
 
 
-KEPT = BOOK | {"metrics": ["accuracy"]}
+KEPT = BOOK | {"exact_metrics": ["accuracy"]}
 
 
 def test_the_target_is_met_in_the_filter_where_a_book_is_kept(policy: Any):

@@ -25,6 +25,7 @@ _INTERVAL = 1e-3
 # Beyond this a privacy loss distribution is large and slow, and its epsilon says as little as the Renyi bound.
 _LARGEST_FOR_PLD = 100.0
 # And with more steps than this it takes minutes.
+_MOST_RECORDS = 1000
 _MOST_STEPS_FOR_PLD = 10_000_000
 
 
@@ -131,7 +132,7 @@ def person_epsilon(events: Sequence[Event], delta: float, records: int) -> float
     if records == 1 or not steps:
         return bound
     # More records never cost less; so beyond the reach of loss distributions the answer is not known, or not of interest.
-    large = bound > _LARGEST_FOR_PLD / records or sum(steps.values()) > _MOST_STEPS_FOR_PLD
+    large = records > _MOST_RECORDS or bound > _LARGEST_FOR_PLD / records or sum(steps.values()) > _MOST_STEPS_FOR_PLD
     if large or any(event.whole_orders for event in steps):
         return math.inf
     from dp_accounting.pld import privacy_loss_distribution as pld

@@ -21,8 +21,10 @@ class Shown:
     """A head that a site showed once: in which round of which run, signed how, and the file that says so."""
 
     head: Head
+    site: str
     run: str
     round: int
+    attempt: int
     signature: str
     file: Path
 
@@ -66,12 +68,20 @@ def _heads_of(file: Path) -> list[Shown]:
 
     found = []
     try:
-        for line in file.read_text(encoding="utf-8").splitlines():
-            record = json.loads(line)
+        lines = file.read_text(encoding="utf-8").splitlines()
+        for number, line in enumerate(lines, 1):
+            try:
+                record = json.loads(line)
+            except ValueError:
+                # A crash may have cut a line off, but not all of them.
+                if number == 1:
+                    raise
+                continue
             shown = record.get("heads") or {site: facts["head"] for site, facts in record["sites"].items()}
-            for fields in shown.values():
+            for site, fields in shown.items():
                 head = Head(str(fields["ledger"]), int(fields["rows"]), str(fields["hash"]))
-                found.append(Shown(head, str(record["run"]), int(record["round"]), str(fields["signature"]), file))
+                where = (str(site), str(record["run"]), int(record["round"]), int(fields["attempt"]))
+                found.append(Shown(head, *where, str(fields["signature"]), file))
     except OSError as error:
         raise PrivflError(f"cannot read {file}: {error.strerror}") from error
     except (ValueError, KeyError, TypeError, AttributeError) as error:
@@ -89,7 +99,10 @@ def checks(ledger: Ledger, heads: Sequence[Shown]) -> list[Check]:
     ours = [shown for shown in heads if shown.head.ledger == ledger.name]
     if not ours:
         detail = "no head of this ledger was given to compare with, so a tail that was cut off would not show"
-        return [*found, Check(what="heads", ok=None, detail=detail)]
+        others = {shown.head.ledger for shown in heads if shown.site == ledger.site}
+        if others:
+            detail = f"site {ledger.site} showed heads of {len(others)} other ledgers, and none of this one: it may have been begun anew"
+        return [*found, Check(what="heads", ok=False if others else None, detail=detail)]
     identities = {row.run: str(row.facts().get("identity", "")) for row in ledger.rows if row.kind == "run"}
     wrong = [f"{problem} ({shown.file})" for shown in ours if (problem := _problem(ledger, shown, identities))]
     detail = (
@@ -104,13 +117,23 @@ def _problem(ledger: Ledger, shown: Shown, identities: dict[str, str]) -> str | 
     from privfl.ledger import head_bytes
     from privfl.secagg.identity import verify
 
+    known, signed = shown.run in identities, False
+    try:
+        verify(
+            identities.get(shown.run, ""),
+            bytes.fromhex(shown.signature),
+            head_bytes(shown.head, shown.run, shown.round, shown.attempt),
+        )
+        signed = True
+    except (ProtocolError, ValueError):
+        if known:
+            return f"the head of round {shown.round} of run {shown.run[:8]} is not signed by the site that wrote this ledger"
     missing = ledger.compare(shown.head)
     if missing is not None:
-        return missing
-    try:
-        verify(identities.get(shown.run, ""), bytes.fromhex(shown.signature), head_bytes(shown.head, shown.run, shown.round))
-    except (ProtocolError, ValueError):
-        return f"the head of round {shown.round} of run {shown.run[:8]} is not signed by the site that wrote this ledger"
+        return missing if signed else f"{missing} (this ledger does not know the run, nor who signed)"
+    refund = next((row for row in ledger.rows if row.kind == "refund" and (row.run, row.round) == (shown.run, shown.round)), None)
+    if refund is not None and refund.account == "training":
+        return f"row {refund.number} refunds round {refund.round} of run {refund.run[:8]}, which left: its head was shown"
     return None
 
 
@@ -167,7 +190,7 @@ def facts_of(run: str, begun: str, facts: dict[str, Any]) -> RunFacts:
         rounds=facts["rounds"],
         delta=facts["delta"],
         private=facts["private"],
-        trust="this site has pinned the keys of all others"
+        trust="this site has pinned the keys of all others; single trust domain all the same if they ran under one account"
         if facts["pinned"]
         else "keys of the other sites not pinned: single trust domain",
         exact_metrics=tuple(facts["exact_metrics"]),

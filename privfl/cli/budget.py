@@ -70,6 +70,7 @@ def show(ledgers: tuple[Path, ...], heads: tuple[Path, ...]) -> None:
 
 def _lines(history: History) -> Iterator[tuple[str, ...]]:
     from privfl.reporting.compute import ACCOUNTS, spent
+    from privfl.reporting.terminal import up
 
     state = "one run" if not history.kept else "NOT VERIFIED" if any(check.ok is False for check in history.checks) else "kept"
     for account in ACCOUNTS:
@@ -81,7 +82,7 @@ def _lines(history: History) -> Iterator[tuple[str, ...]]:
         yield (
             history.site,
             account,
-            f"{epsilon:.4f}",
+            up(epsilon),
             "" if limit is None else f"{limit.epsilon:g}",
             f"{delta:g}",
             str(len(history.runs)),

@@ -255,4 +255,6 @@ def _print_curve(console: Console, sites: str, plan: dict[str, Any]) -> None:
 
 
 def _text(value: float | None) -> str:
-    return "infinite" if value is None else f"{value:.4f}" if value < 100 else f"{value:.4g}"
+    from privfl.reporting.terminal import up
+
+    return "infinite" if value is None else up(value)

@@ -47,7 +47,8 @@ def _history(
         charges.append(Charged(when, run, round_, account, mechanisms.index(event.once()), event.steps))
 
     if not experiment.private:
-        charge(rounds[0]["time"], 0, "training", NonPrivate(what="insecure_test_seed"))
+        for account in ("training", *(["evaluation"] if any("evaluation" in r["sites"][site] for r in rounds) else [])):
+            charge(rounds[0]["time"], 0, account, NonPrivate(what="insecure_test_seed"))
     told: dict[Any, list[float]] = {}
     for record in rounds:
         said = {"training": record["sites"][site]} | {k: v for k, v in record["sites"][site].items() if k == "evaluation"}

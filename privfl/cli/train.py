@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any, Literal
 import click
 
 from privfl.cli import launcher
-from privfl.errors import EXIT_OURS, InternalError, PrivflError, in_one_line
+from privfl.errors import EXIT_OURS, InternalError, PrivflError, ProtocolError, in_one_line
 
 if TYPE_CHECKING:
     from privfl.config import Experiment
@@ -257,7 +257,18 @@ class _Leader:
         head = f"# Resolved experiment of run {self._run.hex()}\n"
         return head + yaml.safe_dump(self._experiment.model_dump(mode="json"), sort_keys=False)
 
+    def _check_event(self, name: str, event: dict[str, Any]) -> None:
+        """A site charges what it said before the first round; a report about anything else would be false."""
+        from privfl.accounting import PoissonGaussian
+
+        site = self._sites[name]
+        step = PoissonGaussian(sampling_rate=site["sampling_rate"], noise_multiplier=site["noise_multiplier"])
+        if event != step.times(self._experiment.local_steps).to_dict():
+            raise ProtocolError(f"site {name} reports another mechanism than it announced")
+
     def _round(self, facts: dict[str, Any]) -> None:
+        for name, site in facts["sites"].items():
+            self._check_event(name, site["event"])
         self._last = facts
         self._metrics = facts["metrics"] or self._metrics
         spent = {name: site["evaluation"]["epsilon"] for name, site in facts["sites"].items() if "evaluation" in site}

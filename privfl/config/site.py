@@ -38,8 +38,9 @@ class SiteFile(Section):
 
     The policy: ``ledger`` and ``budget``; the ``least_noise_multiplier``, ``least_sites`` and ``least_collusion`` (how many other sites may pool
     what they see, also with the coordinator, and still see only sums over two sites or more) that a run must have; the protections it
-    must ``require``; ``attempts``, the most contributions to one sum; ``metrics``, the names of those that may leave (if absent: with noise any,
-    without noise only where no budget is kept). ``records_per_person`` is for the report.
+    must ``require``; ``attempts``, the most contributions to one sum; ``metrics``, the names of those that may leave (if absent: any with noise);
+    ``exact_metrics``, the names of those that may leave without noise where the experiment calls the records public (if absent: none if this file
+    has any rule of a policy, else any). ``records_per_person`` is for the report.
     """
 
     data_options: Options = {}
@@ -57,6 +58,7 @@ class SiteFile(Section):
     attempts: Count = 3
     records_per_person: Count = 1
     metrics: tuple[MetricName, ...] | None = None
+    exact_metrics: tuple[MetricName, ...] | None = None
 
     @model_validator(mode="after")
     def _peers_need_more(self) -> SiteFile:

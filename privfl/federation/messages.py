@@ -126,8 +126,9 @@ class Round(Body):
 
 
 class SignedHead(Body):
-    """The head of a site's ledger (number of rows, hash in hexadecimal) with the site's signature, for one round."""
+    """The head of a site's ledger (number of rows, hash in hexadecimal) with the site's signature, for one round after so many sums in it."""
 
+    attempt: int = Field(ge=0)
     ledger: str
     rows: int = Field(ge=1)
     hash: str

@@ -18,6 +18,9 @@ class Head:
     hash: str
 
 
-def head_bytes(head: Head, run: str, round_: int) -> bytes:
-    """What a site signs when it shows its head in a round of a run (hexadecimal)."""
-    return json.dumps(["privfl ledger head 1", head.ledger, head.rows, head.hash, run, round_]).encode()
+def head_bytes(head: Head, run: str, round_: int, attempt: int) -> bytes:
+    """What a site signs when it shows its head in a round of a run (hexadecimal), after so many sums in it.
+
+    The number of sums tells the head after the last release of metrics from that before it, which a relay could show again.
+    """
+    return json.dumps(["privfl ledger head 1", head.ledger, head.rows, head.hash, run, round_, attempt]).encode()

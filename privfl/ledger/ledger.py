@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import time
 from collections.abc import Mapping
 from pathlib import Path
@@ -187,6 +188,8 @@ class Ledger:
     def begin_run(self, run: str, facts: Mapping[str, Any]) -> None:
         """Write down that a run begins, and what it is: for the reader of a report."""
         self._settle()
+        if any(row.kind == "run" and row.run == run for row in self.rows):
+            raise PrivflError(f"run {run} stands in the ledger {self.path} already; a run must have a name of its own")
         self._write(_Entry("run", run, body=facts))
 
     def charge(self, account: Account, event: Event, run: str, round_: int) -> Row:
@@ -345,6 +348,8 @@ class Ledger:
             charge = self.rows[number - 1] if 0 < number < row.number else None
             if charge is None or charge.kind != "charge" or number in self._refunded or charge[3:8] != row[3:8]:
                 raise ValueError("not the refund of a charge")
+            if any(later.kind == "run" for later in self.rows[number:]):
+                raise ValueError("a refund of an earlier run")
             self._refunded.add(number)
 
     def _open(self, row: Row) -> None:
@@ -354,6 +359,8 @@ class Ledger:
                 f"the ledger {self.path} was written by another privfl (format {facts['format']}); install that one"
             )
         self.name, self.site = str(facts["ledger"]), str(facts["site"])
+        if not (self.name.isalnum() and re.fullmatch(r"[\w-]+", self.site)):
+            raise ValueError("no names")
         self.filters = {_account(account): RenyiFilter.from_dict(fields) for account, fields in facts["filters"].items()}
         if len({limit.orders for limit in self.filters.values()}) > 1:
             raise ValueError("accounts with different orders")

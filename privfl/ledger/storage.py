@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Final
 
 from privfl.errors import PrivflError
-from privfl.ledger.rows import CREATE, INSERT, SELECT, DamagedError, Row, checked
+from privfl.ledger.rows import CREATE, INSERT, SELECT, START, DamagedError, Row, chained, checked
 
 APPLICATION: Final = 0x70766C67  # "pvlg"
 VERSION: Final = 1
@@ -50,6 +50,7 @@ class Storage:
         self.path = path
         self._connection = connection
         self._lock = lock
+        self._place = _place(path)
 
     # -- opening -------------------------------------------------------------------------------------------------
 
@@ -132,6 +133,12 @@ class Storage:
             PrivflError: the disk is full or the like; none was added.
         """
         with _plainly(self.path), transaction(self._connection):
+            last = self._connection.execute("SELECT number, hash FROM rows ORDER BY number DESC LIMIT 1").fetchone() or (0, START)
+            first = rows[0]
+            if last[0] != first.number - 1 or chained(last[1], first[:9]) != first.hash or _place(self.path) != self._place:
+                raise PrivflError(
+                    f"the ledger {self.path} was replaced or changed while it was open; nothing was written, look at it"
+                )
             for row in rows:
                 self._connection.execute(INSERT, row)
 
@@ -159,6 +166,8 @@ def _connect(path: Path, mode: str) -> sqlite3.Connection:
 def _prepare(path: Path, connection: sqlite3.Connection) -> None:
     """Make the table in an empty file, or bring an older one up to date; another program's file is left as it is."""
     version = connection.execute("PRAGMA user_version").fetchone()[0]
+    if connection.execute("SELECT 1 FROM sqlite_master WHERE type IN ('trigger', 'view')").fetchone():
+        raise DamagedError(f"{path} is not a ledger of privfl: it holds triggers or views; name another file")
     tables = [name for (name,) in connection.execute("SELECT name FROM sqlite_master WHERE type = 'table'")]
     new = not tables and version == 0
     if not new and (connection.execute("PRAGMA application_id").fetchone()[0] != APPLICATION or "rows" not in tables):
@@ -192,6 +201,15 @@ def transaction(connection: sqlite3.Connection) -> Iterator[None]:
         with contextlib.suppress(sqlite3.Error):
             connection.execute("ROLLBACK")
         raise
+
+
+def _place(path: Path) -> tuple[int, int] | None:
+    """Which file the path names now: writing on in one that was replaced would be writing nowhere."""
+    try:
+        found = path.stat()
+    except OSError:
+        return None
+    return found.st_dev, found.st_ino
 
 
 def _flush_folder(path: Path) -> None:

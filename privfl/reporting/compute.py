@@ -82,9 +82,18 @@ def spent(history: History, name: AccountName) -> tuple[float, float, int]:
     """(epsilon, its delta, steps) of all charges to one account; cheap."""
     charges = [charge for charge in history.charges if charge.account == name]
     delta, steps = _delta(history, name), _steps(charges)
-    told = history.told.get(name)
-    epsilon = told[-1] if told else _spent(history, name, _total(history, steps), delta)
-    return epsilon, delta, sum(steps.values())
+    told, counted = history.told.get(name), dict(steps)
+    if name not in history.limits:
+        # Without a filter only the plan is valid, also if the run ended early.
+        for facts in history.runs:
+            plan = facts.plans.get(name)
+            of_run = _steps(charge for charge in charges if charge.run == facts.run and charge.round)
+            if plan is not None and len(of_run) == 1:
+                ((mechanism, count),) = of_run.items()
+                counted[mechanism] += max(0, plan.steps - count)
+    epsilon = _spent(history, name, _total(history, counted), delta)
+    # What a site tells of its filter cannot be less than the Renyi bound of the same steps.
+    return max(told[-1], epsilon) if told else epsilon, delta, sum(steps.values())
 
 
 def _account(history: History, name: AccountName, charges: list[Charged], runs: list[Run]) -> Account:

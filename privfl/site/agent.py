@@ -210,7 +210,8 @@ class _Agent:
             case member.Combine():
                 self._combine(action.vector)
             case member.Write():
-                self._our_book().keep_heads(self._state.round, action.heads)
+                state = self._state
+                self._our_book().keep_heads(state.round, state.attempt if state.measured == state.round else 0, action.heads)
                 self._write_model()
 
     def _prepare(self, action: member.Prepare) -> None:
@@ -307,7 +308,7 @@ class _Agent:
                 event=book.event("training", self._setup.experiment.local_steps).to_dict(),
                 steps=book.steps("training"),
                 epsilon=epsilon,
-                head=book.head(self._state.round),
+                head=book.head(self._state.round, 0),
                 span=sums.seal_exponent(self._our_keys(), self._update, self._span_context(self._setup.site)) if agreed else "",
             )
         )
@@ -326,7 +327,7 @@ class _Agent:
             self._our_trainer().replica.write(self._replica)
             self._our_trainer().ask({"do": "measure"})
             return
-        book.keep_heads(self._state.round, action.heads)
+        book.keep_heads(self._state.round, 0, action.heads)
         book.check_release("training", self._state.round, self._state.sites, self._protections(), costs=True)
         span = chosen.range
         if span == "agreed":
@@ -341,6 +342,10 @@ class _Agent:
     def _contribute_metrics(self, measured: metrics.Measured) -> None:
         book, release, private = self._our_book(), self._setup.allowance.metrics, self._measures_privately()
         book.check_release("evaluation", self._state.round, self._state.sites, self._protections(), costs=private)
+        if release is not None and not private and measured:
+            raise PrivflError(
+                "data() has held-out records now, and had none when the run began; return the same data sets throughout"
+            )
         if release is not None and private:
             measured = noised(measured, release.noise_multiplier, randomness_of(self._setup.experiment, self._setup.site))
             book.leaves("evaluation")
@@ -378,7 +383,7 @@ class _Agent:
             self._note(f"round {self._state.round}: {values}")
             book = self._our_book()
             event = book.event("evaluation", 1).to_dict() if self._measures_privately() else None
-            head = book.head(self._state.round)
+            head = book.head(self._state.round, self._state.attempt)
             self._report(messages.Measured(metrics=values, event=event, epsilon=book.epsilon("evaluation"), head=head))
             return
         self._replica = fedavg(self._replica, total)

@@ -23,8 +23,22 @@ from privfl.accounting import (
 )
 from privfl.config import Budget, Experiment, SiteFile
 from privfl.errors import InternalError, PrivflError
-from privfl.ledger import Account, BudgetError, Head, Ledger
+from privfl.ledger import ACCOUNTS, Account, BudgetError, Head, Ledger
 
+# Whoever sets one of these wants protection, which a known seed takes away.
+_POLICY = {
+    "attempts",
+    "budget",
+    "exact_metrics",
+    "least_collusion",
+    "least_noise_multiplier",
+    "least_sites",
+    "ledger",
+    "metrics",
+    "peers",
+    "records_per_person",
+    "require",
+}
 _Plan = TypeVar("_Plan", PoissonGaussian, MetricRelease)
 
 # A budget for one run alone is its plan and a hair, for sums of floating-point numbers.
@@ -100,21 +114,25 @@ def check_policy(site: str, experiment: Experiment, file: SiteFile) -> None:
             f"with {members} sites, {file.least_collusion} that pool what they see would see this site's updates alone; "
             f"at least {file.least_collusion + 2} sites would pass",
         )
+    policy = sorted(file.model_fields_set & _POLICY)
     if experiment.evaluate_every:
-        exact = experiment.evaluation.records == "public"
-        allowed = file.metrics if file.metrics is not None else () if exact and file.budget is not None else None
-        others = [name for name in experiment.evaluation.metrics if allowed is not None and name not in allowed]
-        if others:
-            how = "without noise (evaluation.records: public)" if exact else "with noise"
+        names = experiment.evaluation.metrics
+        if file.metrics is not None and set(names) - set(file.metrics):
+            others = ", ".join(sorted(set(names) - set(file.metrics)))
+            raise refuse("metrics", f"{others} would leave; allow it there, or take it out of evaluation.metrics")
+        exact = file.exact_metrics if file.exact_metrics is not None else () if policy else tuple(names)
+        others = ", ".join(name for name in names if name not in exact)
+        if experiment.evaluation.records == "public" and others:
             raise refuse(
-                "metrics", f"{', '.join(others)} would leave {how}; allow it there, or take it out of evaluation.metrics"
+                "exact_metrics",
+                f"{others} would leave without noise (evaluation.records: public); allow it there, or say evaluation.records: private",
             )
     if file.budget is not None and experiment.privacy.delta > file.budget.delta:
         raise refuse(
             "budget", f"privacy.delta is {experiment.privacy.delta:g}, at most the budget's {file.budget.delta:g} would pass"
         )
-    if not experiment.private and file.ledger is not None:
-        raise refuse("ledger", "insecure_test_seed is set, with which nothing is private; remove it")
+    if not experiment.private and policy:
+        raise refuse(policy[0], "insecure_test_seed is set, with which nothing is private; remove it")
 
 
 def allow(site: str, experiment: Experiment, file: SiteFile) -> Allowance:
@@ -200,6 +218,10 @@ class _Book:
             if ledger.site != site:
                 raise PrivflError(f"the ledger {ledger.path} is the book of site {ledger.site}, not of {site}; name another file")
             book.head = ledger.head
+            if set(ledger.filters) != set(ACCOUNTS):
+                raise PrivflError(
+                    f"the ledger {ledger.path} is the book of a single run and has no limits for the budget of site {site}; name another file"
+                )
             for account, limit in ledger.filters.items():
                 if (limit.epsilon, limit.delta) != (file.budget.epsilon, file.budget.delta):
                     raise PrivflError(
@@ -265,6 +287,12 @@ def check_noise(site: str, experiment: Experiment, file: SiteFile, found: Allowa
         PrivflError: it is too little; with how much would pass.
     """
     least = file.least_noise_multiplier
+    if least is not None and found.metrics is not None and found.metrics.noise_multiplier < least:
+        enough = _down(found.epsilon("evaluation", [_metrics(experiment)(least)]))
+        raise PrivflError(
+            f"the policy of site {site} refuses this experiment (least_noise_multiplier in its site file): the noise multiplier of its metrics is "
+            f"{_plain(found.metrics.noise_multiplier)}; evaluation.target_epsilon of at most {enough} would pass"
+        )
     if least is not None and found.training.noise_multiplier < least:
         enough = _down(found.epsilon("training", [_training(site, experiment)(least)]))
         raise PrivflError(

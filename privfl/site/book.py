@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -51,7 +52,7 @@ class Book:
         allowance, experiment = self._setup.allowance, self._setup.experiment
         expected = allowance.head
         changed = allowance.kept and (len(self._ledger.rows) > 1 if expected is None else self._ledger.head != expected)
-        if changed:
+        if changed or self._ledger.filters != allowance.filters:
             raise PrivflError(
                 f"the ledger {self._ledger.path} was changed or replaced while this run started; look at it, and start again"
             )
@@ -74,7 +75,8 @@ class Book:
         }
         self._ledger.begin_run(self._run, facts)
         if not experiment.private:
-            self._ledger.charge("training", NonPrivate(what="insecure_test_seed"), self._run, 0)
+            for account in self._plans:
+                self._ledger.charge(account, NonPrivate(what="insecure_test_seed"), self._run, 0)
 
     # -- charges -------------------------------------------------------------------------------------------------
 
@@ -159,13 +161,13 @@ class Book:
 
     # -- heads ---------------------------------------------------------------------------------------------------
 
-    def head(self, round_: int) -> SignedHead:
-        """The head of the ledger, signed for this round."""
+    def head(self, round_: int, attempt: int) -> SignedHead:
+        """The head of the ledger, signed for this round after so many sums."""
         head = self._ledger.head
-        signature = self._setup.identity.sign(head_bytes(head, self._run, round_)).hex()
-        return SignedHead(ledger=head.ledger, rows=head.rows, hash=head.hash, signature=signature)
+        signature = self._setup.identity.sign(head_bytes(head, self._run, round_, attempt)).hex()
+        return SignedHead(attempt=attempt, ledger=head.ledger, rows=head.rows, hash=head.hash, signature=signature)
 
-    def keep_heads(self, round_: int, heads: Mapping[str, SignedHead]) -> None:
+    def keep_heads(self, round_: int, attempt: int, heads: Mapping[str, SignedHead]) -> None:
         """Check what the other sites show of their books, and write it down where it outlives the run.
 
         Raises:
@@ -177,15 +179,13 @@ class Book:
         for site, shown in heads.items():
             head = Head(shown.ledger, shown.rows, shown.hash)
             try:
-                verify(identities[site], bytes.fromhex(shown.signature), head_bytes(head, self._run, round_))
+                verify(identities[site], bytes.fromhex(shown.signature), head_bytes(head, self._run, round_, attempt))
             except (ProtocolError, ValueError) as error:
                 raise ProtocolError(f"the head of the ledger of site {site} is not signed by it") from error
             before = self._heads.get((site, head.ledger), head)
             back = head.rows < before.rows or (head.rows == before.rows and head.hash != before.hash)
             if back or self._ledgers.setdefault(site, head.ledger) != head.ledger:
                 raise ProtocolError(f"the ledger of site {site} went back: rows that it had shown to this site are gone")
-            if site == self._setup.site and head != self._ledger.head:
-                raise ProtocolError("the coordinator does not relay this site's own head, so the others would keep an older one")
             self._heads[site, head.ledger] = head
         record = {"run": self._run, "round": round_, "heads": {site: shown.model_dump() for site, shown in heads.items()}}
         self._note(record)
@@ -193,8 +193,12 @@ class Book:
     def _note(self, record: dict[str, Any]) -> None:
         path = self._output / "heads.jsonl"
         try:
+            # After a line that a crash cut off, a new one begins.
+            cut = path.exists() and path.stat().st_size > 0 and not path.read_bytes().endswith(b"\n")
             with open_log(path) as file:
-                file.write(json.dumps(record) + "\n")
+                file.write(("\n" if cut else "") + json.dumps(record) + "\n")
+                file.flush()
+                os.fsync(file.fileno())
         except OSError as error:
             raise PrivflError(f"cannot write {path}: {error.strerror}") from error
 

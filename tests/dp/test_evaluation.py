@@ -101,3 +101,39 @@ def test_a_model_that_couples_records_only_when_it_is_used_is_refused():
     trainer(zero_linear()).check_outputs(records(30))
     with pytest.raises(PrivflError, match="depends on the other records of its batch"):
         trainer(CoupledWhenUsed()).check_outputs(records(30))
+
+
+def test_one_record_cannot_stop_a_run():
+    """Neither by cancelling a sum in single precision, nor by another number of ratios."""
+
+    def error(output: torch.Tensor, target: torch.Tensor) -> tuple[Any, Any]:
+        return (output[:, 0] - target).sum(), len(target)
+
+    output = torch.tensor([[3e8], [1.3], [2.0], [-3e8], *([[0.5]] * 20)])
+    assert measure_each({"m": error}, output, torch.zeros(24))["m"][1] == [24.0]
+
+    def counted(output: torch.Tensor, target: torch.Tensor) -> tuple[Any, Any]:
+        return (torch.bincount(target.long(), minlength=3).double(),) * 2
+
+    labels = torch.zeros(50)
+    labels[40] = 3  # a class that nobody else has
+    assert measure_each({"m": counted}, torch.zeros(50, 1), labels)["m"][0] == [49.0, 0.0, 0.0]
+
+
+class Augmented(torch.utils.data.Dataset):  # type: ignore[type-arg]
+    """Gives two rows for each record, as augmentation at test time does."""
+
+    def __len__(self) -> int:
+        return 20
+
+    def __getitem__(self, index: int) -> tuple[torch.Tensor, int]:
+        return torch.full((5,), float(index)), index % 2
+
+    def __getitems__(self, indices: list[int]) -> list[tuple[torch.Tensor, int]]:
+        return [self[i] for i in indices for _ in range(2)]
+
+
+def test_held_out_records_are_one_row_each():
+    trainer = LocalTraining(zero_linear(), nn.functional.cross_entropy, records(), recipe(), SystemRandomness(), CPU)
+    with pytest.raises(PrivflError, match="20 held-out records gave"):
+        trainer.outputs(Augmented())

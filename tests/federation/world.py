@@ -57,7 +57,7 @@ def prepared(**changes: Any) -> messages.Prepared:
     return messages.Prepared(**fields | changes)
 
 
-HEAD = messages.SignedHead(ledger="l", rows=1, hash="h", signature="s")
+HEAD = messages.SignedHead(attempt=0, ledger="l", rows=1, hash="h", signature="s")
 TRAINED = messages.Trained(event={"kind": "x"}, steps=3, epsilon=0.5, head=HEAD, span="s")
 
 

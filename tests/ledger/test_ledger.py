@@ -14,7 +14,7 @@ import pytest
 from privfl.accounting import Event, Gaussian, NonPrivate, epsilon_of
 from privfl.errors import InternalError, PrivflError
 from privfl.ledger import ACCOUNTS, BudgetError, DamagedError, Head, Ledger, head_bytes
-from tests.ledger.books import METRICS, OTHER, RUN, STEP, a_dozen_rows, limit, open_book, rewrite
+from tests.ledger.books import METRICS, OTHER, RUN, STEP, a_dozen_rows, by_sql, limit, open_book, rewrite
 
 
 @pytest.fixture
@@ -289,17 +289,43 @@ def test_a_rewritten_tail_is_named(path: Path):
         assert book.compare(Head(book.name, 0, "0" * 64)) is not None
 
 
-def test_a_signed_head_is_of_one_round_of_one_run():
-    one = head_bytes(Head("a", 1, "b"), "c", 2)
+def test_a_signed_head_is_of_one_moment_of_one_run():
+    one = head_bytes(Head("a", 1, "b"), "c", 2, 3)
     others = [
-        (Head("a1", 1, "b"), "c", 2),
-        (Head("a", 12, "b"), "c", 2),
-        (Head("a", 1, "b1"), "c", 2),
-        (Head("a", 1, "b"), "c2", 2),
-        (Head("a", 1, "b"), "c", 22),
-        (Head('a", 1', 1, "b"), "c", 2),
+        (Head("a1", 1, "b"), "c", 2, 3),
+        (Head("a", 12, "b"), "c", 2, 3),
+        (Head("a", 1, "b1"), "c", 2, 3),
+        (Head("a", 1, "b"), "c2", 2, 3),
+        (Head("a", 1, "b"), "c", 22, 3),
+        (Head("a", 1, "b"), "c", 2, 0),
+        (Head('a", 1', 1, "b"), "c", 2, 3),
     ]
-    assert len({one, *(head_bytes(*other) for other in others)}) == 7
+    assert len({one, *(head_bytes(*other) for other in others)}) == 8
+
+
+def test_a_run_has_a_name_of_its_own(path: Path):
+    with a_dozen_rows(path) as book, pytest.raises(PrivflError, match="a run must have a name of its own"):
+        book.begin_run(RUN, {})
+
+
+def test_a_refund_after_its_run_is_found(path: Path):
+    """Whoever can write the file could else take back old charges under a chain and heads that fit."""
+    a_dozen_rows(path).close()
+
+    def refund(rows: list[list[object]]) -> None:
+        rows.append([13, rows[1][1], "run", "cd" * 16, 0, "", 0, 0, "{}", ""])
+        rows.append([14, *rows[11][1:2], "refund", *rows[11][3:8], '{"cause": "peer", "charge": 12}', ""])
+
+    rewrite(path, refund)
+    with pytest.raises(DamagedError, match="would not have written"):
+        Ledger.read(path)
+
+
+def test_triggers_are_refused(path: Path):
+    a_dozen_rows(path).close()
+    by_sql(path, "CREATE TRIGGER eat AFTER INSERT ON rows BEGIN DELETE FROM rows WHERE number = new.number; END")
+    with pytest.raises(DamagedError, match="triggers or views"):
+        open_book(path)
 
 
 # -- a rewritten book whose chain fits ----------------------------------------------------------------------------------

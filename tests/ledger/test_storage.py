@@ -141,7 +141,7 @@ def test_a_full_disk_is_one_sentence_and_adds_nothing(path: Path):
         pages = book._storage._connection.execute("PRAGMA page_count").fetchone()[0]
         book._storage._connection.execute(f"PRAGMA max_page_count = {pages}")
         spent = book.spent("training")
-        refused(lambda: book.begin_run(RUN, {"long": "x" * 100_000}), "cannot use the ledger", "full", "look at its disk")
+        refused(lambda: book.begin_run("cd" * 16, {"long": "x" * 100_000}), "cannot use the ledger", "full", "look at its disk")
         assert book.rows == rows
         assert (book.spent("training") == spent).all()
         assert path.read_bytes() == before

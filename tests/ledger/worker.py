@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 from unittest import mock
 
-from tests.ledger.books import CHEAP, METRICS, RUN, open_book
+from tests.ledger.books import CHEAP, METRICS, open_book
 
 
 def release(released: Path, charge: int) -> None:
@@ -45,16 +45,17 @@ def work(path: Path, released: Path, rounds: int, tick: Callable[[], None] = lam
         mock.patch.object(sqlite3, "connect", functools.partial(sqlite3.connect, factory=Announcing)),
         open_book(path) as book,
     ):
-        book.begin_run(RUN, {"rounds": rounds})
+        run = f"{len(book.rows):032x}"
+        book.begin_run(run, {"rounds": rounds})
         for round_ in range(1, rounds + 1):
-            charge = book.charge("training", CHEAP[round_ // 3 % len(CHEAP)].times(3), RUN, round_)
+            charge = book.charge("training", CHEAP[round_ // 3 % len(CHEAP)].times(3), run, round_)
             if round_ % 4 == 2:
                 book.refund(charge, "peer")
                 continue
             book.leaves(charge)
             leave(charge.number)
             if round_ % 5 == 1:
-                charge = book.charge("evaluation", METRICS, RUN, round_)
+                charge = book.charge("evaluation", METRICS, run, round_)
                 book.leaves(charge)
                 leave(charge.number)
 
