@@ -40,7 +40,7 @@ class SiteFile(Section):
     what they see, also with the coordinator, and still see only sums over two sites or more) that a run must have; the protections it
     must ``require``; ``attempts``, the most contributions to one sum; ``metrics``, the names of those that may leave (if absent: any with noise);
     ``exact_metrics``, the names of those that may leave without noise where the experiment calls the records public (if absent: none if this file
-    has any rule of a policy, else any). ``records_per_person`` is for the report.
+    has a rule about noise, metrics or a budget, else any). ``records_per_person`` is for the report.
     """
 
     data_options: Options = {}

@@ -39,6 +39,8 @@ _POLICY = {
     "records_per_person",
     "require",
 }
+# And whoever sets one of these does not want metrics without noise, unless named.
+_NOISE_RULES = {"budget", "least_noise_multiplier", "ledger", "metrics"}
 _Plan = TypeVar("_Plan", PoissonGaussian, MetricRelease)
 
 # A budget for one run alone is its plan and a hair, for sums of floating-point numbers.
@@ -120,7 +122,9 @@ def check_policy(site: str, experiment: Experiment, file: SiteFile) -> None:
         if file.metrics is not None and set(names) - set(file.metrics):
             others = ", ".join(sorted(set(names) - set(file.metrics)))
             raise refuse("metrics", f"{others} would leave; allow it there, or take it out of evaluation.metrics")
-        exact = file.exact_metrics if file.exact_metrics is not None else () if policy else tuple(names)
+        exact = (
+            file.exact_metrics if file.exact_metrics is not None else () if file.model_fields_set & _NOISE_RULES else tuple(names)
+        )
         others = ", ".join(name for name in names if name not in exact)
         if experiment.evaluation.records == "public" and others:
             raise refuse(
