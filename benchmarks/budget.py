@@ -18,8 +18,8 @@ import time
 from pathlib import Path
 from statistics import median
 
-from privfl.accounting import Gaussian, PoissonGaussian, RenyiFilter
-from privfl.ledger import Account, Ledger
+from privfl.accounting import Account, Gaussian, PoissonGaussian, RenyiFilter
+from privfl.ledger import Ledger
 
 SITES, ROUNDS, MECHANISMS, ROUNDS_OF_A_RUN = 10, 10_000, 200, 500
 PLAN = PoissonGaussian(sampling_rate=0.01, noise_multiplier=4.0)

@@ -227,6 +227,18 @@ def small(tmp_path: Path) -> Path:
     return path
 
 
+@pytest.fixture
+def sites(tmp_path: Path) -> Path:
+    """Site files with a budget of epsilon 40 for both sites of the small experiment."""
+    folder = tmp_path / "sites"
+    folder.mkdir()
+    for site in ("aa", "bbb"):
+        (folder / f"{site}.yaml").write_text(
+            f"ledger: ../{site}.ledger\nbudget: {{epsilon: 40, delta: 1.0e-5}}\nexact_metrics: [accuracy]\n"
+        )
+    return folder
+
+
 def edit(path: Path, old: str, new: str) -> None:
     """Replace a piece of text that must be there."""
     text = path.read_text()

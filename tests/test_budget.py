@@ -5,9 +5,6 @@ from __future__ import annotations
 import json
 import re
 import shutil
-import sqlite3
-import subprocess
-import sys
 import threading
 from pathlib import Path
 from typing import Any
@@ -15,38 +12,12 @@ from typing import Any
 import numpy as np
 import pytest
 
-from benchmarks import budget
-from privfl.accounting import PoissonGaussian, RenyiFilter
+from privfl.accounting import PoissonGaussian
 from privfl.federation.messages import Kind, decode
 from privfl.ledger import Ledger
 from privfl.reporting.budget import Report
-from tests.conftest import ROOT, Twin, edit, run_cli, run_twin, train
-
-PRIVATE = "evaluation={metrics: {accuracy: 'task.py:accuracy'}, target_epsilon: 20, every: 1}"
-
-
-@pytest.fixture
-def sites(tmp_path: Path) -> Path:
-    """Site files with a budget of epsilon 40 for both sites of the small experiment."""
-    folder = tmp_path / "sites"
-    folder.mkdir()
-    for site in ("aa", "bbb"):
-        (folder / f"{site}.yaml").write_text(
-            f"ledger: ../{site}.ledger\nbudget: {{epsilon: 40, delta: 1.0e-5}}\nexact_metrics: [accuracy]\n"
-        )
-    return folder
-
-
-def read(path: Path) -> Ledger:
-    with Ledger.read(path) as book:
-        return book
-
-
-def run_books(twin: Twin) -> dict[str, Path]:
-    return {path.parent.name: path for path in twin.folder.rglob("*.ledger")}
-
-
-# -- whole runs -----------------------------------------------------------------------------------------------------------
+from tests.books import PRIVATE, read, run_books
+from tests.conftest import ROOT, edit, run_twin, train
 
 
 def test_the_heart_example_is_refused_when_the_budget_is_spent(heart_disease: Path, tmp_path: Path):
@@ -202,6 +173,65 @@ def wait_or_fail(target):
     assert sum(aa.steps("training").values()) < sum(bbb.steps("training").values())
 
 
+@pytest.mark.parametrize("trick", ["deleted", "emptied", "charged"])
+def test_a_ledger_that_changes_while_the_run_starts(
+    small: Path, tmp_path: Path, sites: Path, monkeypatch: pytest.MonkeyPatch, trick: str
+):
+    """Between the look at what is left and the first charge nobody may put another book there."""
+    from privfl.site import agent
+
+    assert run_twin(small, output=tmp_path / "first", ranks=3, sites=sites).codes == [0, 0, 0]
+    make = agent.Book
+    ledger = tmp_path / "aa.ledger"
+
+    def swapped(setup: Any, *rest: Any) -> Any:
+        if setup.site == "aa" and trick == "charged":
+            with Ledger.write(ledger, "aa", {}) as book:
+                book.begin_run("cd" * 16, {})
+        elif setup.site == "aa":
+            ledger.unlink()
+            if trick == "emptied":
+                ledger.touch()
+        return make(setup, *rest)
+
+    monkeypatch.setattr(agent, "Book", swapped)
+    twin = run_twin(small, output=tmp_path / "second", ranks=3, sites=sites)
+    assert twin.codes == [2, 2, 2]
+    assert "aa.ledger was changed or replaced while this run started" in twin.err
+
+
+def test_what_left_is_not_refunded_whatever_ends_the_run(small: Path, tmp_path: Path):
+    """Rank 0 lies to one site in the end; the other one is stopped with everything released."""
+    from privfl.transport import Transport
+
+    class Relay:
+        def __init__(self, inner: Transport) -> None:
+            self._inner = inner
+
+        def __getattr__(self, name: str) -> Any:
+            return getattr(self._inner, name)
+
+        def send(self, rank: int, head: bytes, bulk: Any) -> None:
+            if self._inner.rank == 0 and rank == 1 and decode(head, bulk).kind is Kind.FINISH:
+                body = json.loads(bytes(bulk))
+                body["heads"]["bbb"]["rows"] += 1
+                bulk = json.dumps(body).encode()
+            self._inner.send(rank, head, bulk)
+
+    twin = run_twin(small, PRIVATE, output=tmp_path / "runs", ranks=3, wrap=Relay)
+    assert twin.codes == [1, 1, 1]
+    (path,) = (tmp_path / "runs").rglob("bbb/*.ledger")
+    assert [row.kind for row in read(path).charges()] == ["charge"] * 4
+
+
+def test_a_book_without_limits_is_no_budget(small: Path, tmp_path: Path, sites: Path):
+    twin = run_twin(small, "insecure_test_seed=3", output=tmp_path / "runs", ranks=3)
+    shutil.copy(run_books(twin)["aa"], tmp_path / "aa.ledger")
+    refused = run_twin(small, output=tmp_path / "more", ranks=3, sites=sites)
+    assert refused.codes == [2, 2, 2]
+    assert "is the book of a single run and has no limits for the budget of site aa" in refused.err
+
+
 # -- metrics with noise ---------------------------------------------------------------------------------------------------
 
 
@@ -274,247 +304,3 @@ def test_the_noise_of_metrics_has_its_size():
     values = np.concatenate([np.array(pair).ravel() for pair in noised(measured, 3.0, SystemRandomness()).values()])
     expected = 3.0 * np.sqrt(2 * 2)
     assert abs(values.var() / expected**2 - 1.0) < 5 * np.sqrt(2 / len(values)) + 2**-9
-
-
-# -- heads ----------------------------------------------------------------------------------------------------------------
-
-
-def test_heads_are_shown_and_found_again(small: Path, tmp_path: Path, sites: Path):
-    twin = run_twin(small, output=tmp_path / "runs", ranks=3, sites=sites)
-    assert twin.codes == [0, 0, 0], twin.err
-    ledger = tmp_path / "aa.ledger"
-    good = run_cli("budget", "verify", ledger, twin.folder)
-    assert (good.code, good.err) == (0, ""), good.err
-    # Both sites wrote down the heads of each other.
-    for site in ("aa", "bbb"):
-        notes = (twin.folder / "sites" / site / "heads.jsonl").read_text().splitlines()
-        assert [sorted(json.loads(note)["heads"]) for note in notes] == [["aa", "bbb"]] * 3
-    backup = tmp_path / "backup.ledger"
-    shutil.copy(ledger, backup)
-    with sqlite3.connect(ledger) as file:
-        file.execute("DELETE FROM rows WHERE number = (SELECT max(number) FROM rows)")
-    file.close()
-    assert run_cli("budget", "verify", ledger).code == 0, "a chain alone does not show a tail that was cut"
-    for witness in (twin.folder, twin.folder / "rounds.jsonl", twin.folder / "sites" / "bbb" / "heads.jsonl"):
-        cut = run_cli("budget", "verify", ledger, witness)
-        assert cut.code == 2
-        assert "NOT VERIFIED" in cut.err
-        assert "is missing at the end" in cut.err
-        assert cut.err.count("\n") == 1
-    shown = run_cli("budget", "show", ledger, "--heads", twin.folder)
-    assert shown.code == 2
-    assert "NOT VERIFIED" in shown.out
-    # A backup from before the second run.
-    shutil.copy(backup, ledger)
-    assert run_twin(small, output=tmp_path / "more", ranks=3, sites=sites).codes == [0, 0, 0]
-    assert run_cli("budget", "verify", ledger, tmp_path / "more", twin.folder).code == 0
-    shutil.copy(backup, ledger)
-    restored = run_cli("budget", "verify", ledger, tmp_path / "more")
-    assert restored.code == 2
-    assert "missing at the end" in restored.err
-
-
-TRICKS = ["forged", "swapped", "old", "stale"]
-
-
-@pytest.mark.parametrize("trick", TRICKS)
-def test_a_relay_cannot_invent_heads(small: Path, tmp_path: Path, trick: str):
-    from privfl.transport import Transport
-
-    class Relay:
-        """Rank 0's transport with one lie in the first message that relays heads, or the first round's heads again in the second."""
-
-        def __init__(self, inner: Transport) -> None:
-            self._inner, self._first = inner, None
-
-        def __getattr__(self, name: str) -> Any:
-            return getattr(self._inner, name)
-
-        def send(self, rank: int, head: bytes, bulk: Any) -> None:
-            message = decode(head, bulk)
-            if self._inner.rank == 0 and message.kind in (Kind.SUM, Kind.FINISH) and message.body.heads:
-                body = json.loads(bytes(bulk))
-                if trick == "forged":
-                    body["heads"]["bbb"]["rows"] += 1
-                elif trick == "swapped":
-                    body["heads"]["aa"] = body["heads"]["bbb"]
-                elif message.kind is Kind.SUM and message.round == (1 if trick == "old" else 2):
-                    self._first = body["heads"]
-                elif trick == "old" or message.kind is Kind.FINISH:
-                    body["heads"] = self._first or body["heads"]
-                bulk = json.dumps(body).encode()
-            self._inner.send(rank, head, bulk)
-
-    twin = run_twin(small, PRIVATE, output=tmp_path / "runs", ranks=3, wrap=Relay)
-    assert twin.codes == [1, 1, 1]
-    assert "is not signed by it" in twin.err
-
-
-def test_a_ledger_that_went_back_is_noticed_by_the_other_sites(small: Path, tmp_path: Path, sites: Path):
-    """A site that put back an old copy between two runs: the others remember what it showed them."""
-    for site in ("aa", "bbb"):
-        with open(sites / f"{site}.yaml", "a") as file:
-            file.write(f"output: ../of_{site}\n")
-    assert run_twin(small, output=tmp_path / "first", ranks=3, sites=sites).codes == [0, 0, 0]
-    shutil.copy(tmp_path / "aa.ledger", tmp_path / "backup")
-    assert run_twin(small, output=tmp_path / "second", ranks=3, sites=sites).codes == [0, 0, 0]
-    shutil.copy(tmp_path / "backup", tmp_path / "aa.ledger")
-    (tmp_path / "of_aa" / "heads.jsonl").unlink()
-    twin = run_twin(small, output=tmp_path / "third", ranks=3, sites=sites)
-    assert twin.codes == [1, 1, 1]
-    assert "site bbb: the ledger of site aa went back" in twin.err
-
-
-# -- commands -------------------------------------------------------------------------------------------------------------
-
-
-@pytest.mark.long
-def test_large_books_are_read_in_seconds(tmp_path: Path):
-    """The bars of benchmarks.budget, loose by a factor of two, because the machine may be busy."""
-    budget.make_books(tmp_path)
-    assert budget.process_seconds("budget", "show", tmp_path, repeats=3) < 2 * budget.BARS["show_seconds"]
-    page = ("--output", tmp_path / "page.html")
-    assert budget.process_seconds("budget", "report", tmp_path, *page, repeats=3) < 2 * budget.BARS["report_seconds"]
-
-
-def test_export_and_its_schema(small: Path, tmp_path: Path):
-    twin = run_twin(small, output=tmp_path / "runs", ranks=3)
-    schema = json.loads(run_cli("budget", "export", "--schema").out)
-    assert schema["properties"]["books"]["items"]["$ref"].endswith("/Book")
-    exported = run_cli("budget", "export", twin.folder)
-    found = Report.model_validate_json(exported.out)
-    assert [book.site for book in found.books] == ["aa", "bbb"]
-    assert found.sound
-    table = run_cli("budget", "export", twin.folder, "--format", "csv").out.splitlines()
-    assert len(table) == 1 + 2 * 2
-    assert table[0].startswith("site,ledger,time,run,round,records,mechanism")
-    assert [line.split(",")[-1] for line in table[1:]] == ["3"] * 4
-    page = run_cli("budget", "report", twin.folder, "--output", tmp_path / "page.html")
-    assert page.code == 0
-    assert (tmp_path / "page.html").read_text().startswith("<!DOCTYPE html>")
-
-
-@pytest.mark.parametrize(
-    ("arguments", "sentence"),
-    [
-        (("show", "nothing"), "there is no ledger nothing"),
-        (("show", "."), "there is no ledger (*.ledger) in ."),
-        (("verify", "text.ledger"), "text.ledger is damaged: file is not a database"),
-        (("report", "text.ledger"), "text.ledger is damaged: file is not a database"),
-        (("verify", "good.ledger", "text.ledger"), "text.ledger is no log of rounds or heads of privfl"),
-        (("export",), "name the ledgers to export"),
-        (("show",), "Missing argument 'LEDGERS...'"),
-    ],
-)
-def test_wrong_calls(tmp_path: Path, arguments: tuple[str, ...], sentence: str):
-    if arguments != ("show", "."):
-        (tmp_path / "text.ledger").write_text("not a ledger, but a text that is long enough to look like something" * 20)
-        event = PoissonGaussian(sampling_rate=0.1, noise_multiplier=2.0)
-        with Ledger.write(tmp_path / "good.ledger", "aa", {"training": RenyiFilter.planned(1.0, 1e-5, event)}):
-            pass
-    job = run_cli("budget", *arguments, cwd=tmp_path)
-    assert job.code == 2
-    assert sentence in job.err
-    assert job.err.count("\n") == 1
-
-
-# -- plan -----------------------------------------------------------------------------------------------------------------
-
-
-def test_the_plan_says_what_the_run_will_cost(small: Path, tmp_path: Path, sites: Path):
-    job = run_cli("plan", small, "--sites", sites, "--json", "--set", "rounds=3")
-    assert job.code == 0, job.err
-    plan = json.loads(job.out)["sites"]["aa"]
-    assert (plan["steps"], plan["noise_multiplier"], plan["sampling_rate"]) == (9, 1.5, 0.1)
-    assert plan["epsilon"]["pld"] <= plan["epsilon"]["rdp"] <= plan["epsilon"]["filter"]
-    assert plan["budget"]["training"]["fits"] == 3
-    twin = run_twin(small, "rounds=3", output=tmp_path / "runs", ranks=3, sites=sites)
-    assert twin.codes == [0, 0, 0], twin.err
-    assert json.loads((twin.folder / "summary.json").read_text())["sites"]["aa"]["epsilon"] == pytest.approx(
-        plan["epsilon"]["filter"]
-    )
-    assert plan["curve"][-1] == pytest.approx(plan["epsilon"]["filter"])
-    again = json.loads(run_cli("plan", small, "--sites", sites, "--json", "--set", "rounds=3").out)["sites"]["aa"]["budget"][
-        "training"
-    ]
-    assert again["spent"] == pytest.approx(plan["budget"]["training"]["after"])
-    assert again["more_such_runs"] == plan["budget"]["training"]["more_such_runs"] - 1
-    refused = run_cli("plan", small, "--sites", sites, "--set", "rounds=100000")
-    assert refused.code == 2
-    assert "of the 100000 rounds of this experiment would fit" in refused.err
-    assert "of 100000" in refused.out, "the table is there all the same"
-
-
-def test_the_plan_needs_no_torch_and_no_experiment():
-    code = """
-import sys
-from privfl.cli import main
-try:
-    main(["plan", "--json"])
-except SystemExit:
-    sys.exit("torch" in sys.modules or "mpi4py" in sys.modules)
-"""
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
-    assert done.returncode == 0
-    plan = json.loads(done.stdout)
-    assert set(plan["sites"]) == {"north", "east", "south", "west"}
-    assert 1.99 < plan["sites"]["north"]["epsilon"]["rdp"] <= 2.0
-
-
-@pytest.mark.parametrize("trick", ["deleted", "emptied", "charged"])
-def test_a_ledger_that_changes_while_the_run_starts(
-    small: Path, tmp_path: Path, sites: Path, monkeypatch: pytest.MonkeyPatch, trick: str
-):
-    """Between the look at what is left and the first charge nobody may put another book there."""
-    from privfl.site import agent
-
-    assert run_twin(small, output=tmp_path / "first", ranks=3, sites=sites).codes == [0, 0, 0]
-    make = agent.Book
-    ledger = tmp_path / "aa.ledger"
-
-    def swapped(setup: Any, *rest: Any) -> Any:
-        if setup.site == "aa" and trick == "charged":
-            with Ledger.write(ledger, "aa", {}) as book:
-                book.begin_run("cd" * 16, {})
-        elif setup.site == "aa":
-            ledger.unlink()
-            if trick == "emptied":
-                ledger.touch()
-        return make(setup, *rest)
-
-    monkeypatch.setattr(agent, "Book", swapped)
-    twin = run_twin(small, output=tmp_path / "second", ranks=3, sites=sites)
-    assert twin.codes == [2, 2, 2]
-    assert "aa.ledger was changed or replaced while this run started" in twin.err
-
-
-def test_what_left_is_not_refunded_whatever_ends_the_run(small: Path, tmp_path: Path):
-    """Rank 0 lies to one site in the end; the other one is stopped with everything released."""
-    from privfl.transport import Transport
-
-    class Relay:
-        def __init__(self, inner: Transport) -> None:
-            self._inner = inner
-
-        def __getattr__(self, name: str) -> Any:
-            return getattr(self._inner, name)
-
-        def send(self, rank: int, head: bytes, bulk: Any) -> None:
-            if self._inner.rank == 0 and rank == 1 and decode(head, bulk).kind is Kind.FINISH:
-                body = json.loads(bytes(bulk))
-                body["heads"]["bbb"]["rows"] += 1
-                bulk = json.dumps(body).encode()
-            self._inner.send(rank, head, bulk)
-
-    twin = run_twin(small, PRIVATE, output=tmp_path / "runs", ranks=3, wrap=Relay)
-    assert twin.codes == [1, 1, 1]
-    (path,) = (tmp_path / "runs").rglob("bbb/*.ledger")
-    assert [row.kind for row in read(path).charges()] == ["charge"] * 4
-
-
-def test_a_book_without_limits_is_no_budget(small: Path, tmp_path: Path, sites: Path):
-    twin = run_twin(small, "insecure_test_seed=3", output=tmp_path / "runs", ranks=3)
-    shutil.copy(run_books(twin)["aa"], tmp_path / "aa.ledger")
-    refused = run_twin(small, output=tmp_path / "more", ranks=3, sites=sites)
-    assert refused.codes == [2, 2, 2]
-    assert "is the book of a single run and has no limits for the budget of site aa" in refused.err

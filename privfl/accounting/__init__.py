@@ -1,6 +1,7 @@
 """What a mechanism costs: pure mathematics, no I/O, no torch."""
 
 from privfl.accounting.accountants import ADJACENCY, Accountant, Bounds, RdpAccountant, epsilon_of, person_epsilon
+from privfl.accounting.accounts import ACCOUNTS, Account, account_of
 from privfl.accounting.calibration import LARGEST_NOISE_MULTIPLIER, least_noise_multiplier
 from privfl.accounting.events import (
     DiscreteGaussian,
@@ -16,9 +17,11 @@ from privfl.accounting.renyi import ORDERS, divergences, epsilons
 from privfl.accounting.views import View, views
 
 __all__ = [
+    "ACCOUNTS",
     "ADJACENCY",
     "LARGEST_NOISE_MULTIPLIER",
     "ORDERS",
+    "Account",
     "Accountant",
     "Bounds",
     "DiscreteGaussian",
@@ -30,6 +33,7 @@ __all__ = [
     "RdpAccountant",
     "RenyiFilter",
     "View",
+    "account_of",
     "divergences",
     "epsilon_of",
     "epsilons",

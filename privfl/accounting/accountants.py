@@ -6,6 +6,7 @@ not here on purpose: it lies below the true epsilon in ordinary cases.
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Iterable, Sequence
 from typing import Any, Literal, NamedTuple
@@ -25,8 +26,9 @@ _INTERVAL = 1e-3
 # Beyond this a privacy loss distribution is large and slow, and its epsilon says as little as the Renyi bound.
 _LARGEST_FOR_PLD = 100.0
 # And with more steps than this it takes minutes.
-_MOST_RECORDS = 1000
 _MOST_STEPS_FOR_PLD = 10_000_000
+# Beyond this the odds of a person's records leave the range of floating point.
+_MOST_RECORDS = 1000
 
 
 class Bounds(NamedTuple):
@@ -96,7 +98,7 @@ def epsilon_of(events: Iterable[Event], delta: float, accountant: Accountant = "
 def _by_pld(steps: dict[Event, int], delta: float, interval: float, pessimistic: bool) -> float:
     from dp_accounting.pld import privacy_loss_distribution as pld
 
-    total: Any = None
+    parts = []
     for event, count in steps.items():
         # Unsampled steps add up to a single one with less noise, without any rounding.
         whole = event.rate == 1.0
@@ -107,12 +109,16 @@ def _by_pld(steps: dict[Event, int], delta: float, interval: float, pessimistic:
             value_discretization_interval=interval,
             sampling_prob=event.rate,
         )
-        part = one if whole else one.self_compose(count)
-        total = part if total is None else total.compose(part)
+        parts.append(one if whole else one.self_compose(count))
     try:
-        return float(total.get_epsilon_for_delta(delta))
+        return _composed(parts, delta)
     except OverflowError:  # losses beyond what floating point holds
         return math.inf if pessimistic else 0.0
+
+
+def _composed(distributions: Iterable[Any], delta: float) -> float:
+    """Epsilon of all these loss distributions together."""
+    return float(functools.reduce(lambda one, other: one.compose(other), distributions).get_epsilon_for_delta(delta))
 
 
 def person_epsilon(events: Sequence[Event], delta: float, records: int) -> float:
@@ -137,7 +143,7 @@ def person_epsilon(events: Sequence[Event], delta: float, records: int) -> float
         return math.inf
     from dp_accounting.pld import privacy_loss_distribution as pld
 
-    total: Any = None
+    parts = []
     for event, count in steps.items():
         odds = [math.comb(records, j) * event.rate**j * (1.0 - event.rate) ** (records - j) for j in range(records + 1)]
         moves = [float(j) for j in range(records + 1) if odds[j] > 0.0]
@@ -147,6 +153,5 @@ def person_epsilon(events: Sequence[Event], delta: float, records: int) -> float
             sampling_probs=[p for p in odds if p > 0.0],
             value_discretization_interval=_INTERVAL,
         )
-        part = one.self_compose(count)
-        total = part if total is None else total.compose(part)
-    return max(0.0, float(total.get_epsilon_for_delta(delta)))
+        parts.append(one.self_compose(count))
+    return max(0.0, _composed(parts, delta))

@@ -8,13 +8,14 @@ from __future__ import annotations
 
 import dataclasses
 import math
+from abc import ABC, abstractmethod
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import Any, ClassVar, Self
 
 
 @dataclass(frozen=True, kw_only=True)
-class Event:
+class Event(ABC):
     """A mechanism that ran ``steps`` times, each time with fresh noise and, if it samples, a fresh sample.
 
     To an accountant every kind is a Gaussian mechanism on a Poisson sample, or protects nothing.
@@ -36,9 +37,9 @@ class Event:
         return 1.0
 
     @property
+    @abstractmethod
     def sigma(self) -> float:
         """Standard deviation of the noise in units of what one record can change; 0 protects nothing."""
-        raise NotImplementedError
 
     def once(self) -> Self:
         """A single step of it: what a cost is looked up by."""

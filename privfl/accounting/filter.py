@@ -55,7 +55,6 @@ class RenyiFilter:
         """A filter that gives most of delta to the order at which steps like those of ``plan`` go furthest."""
         step = divergences(plan)
         whole = np.array([order == int(order) for order in ORDERS])
-
         with np.errstate(divide="ignore", invalid="ignore"):
             reach = divergence_bounds(ORDERS, epsilon, delta, [_SHARES[1.0]] * len(ORDERS)) / step
         best = int(np.nanargmax(reach))
@@ -117,7 +116,7 @@ class RenyiFilter:
         room = self.bounds / (1.0 + _ROUNDING) - spent
         with np.errstate(divide="ignore", invalid="ignore"):
             times = np.where(room >= 0.0, np.where(step > 0.0, room / step, most), 0.0)
-        return int(min(float(np.nanmax(np.nan_to_num(times, nan=0.0, posinf=float(most)))), most))
+        return int(min(times.max(), most))
 
     def to_dict(self) -> dict[str, Any]:
         """JSON-ready values; floats survive JSON to the last bit."""

@@ -11,8 +11,9 @@ from typing import TYPE_CHECKING, Any
 from privfl.errors import PrivflError, ProtocolError
 
 if TYPE_CHECKING:
-    from privfl.ledger import Head, Ledger, Row
-    from privfl.reporting.budget import AccountName, Check
+    from privfl.accounting import Account
+    from privfl.ledger import Head, Ledger
+    from privfl.reporting.budget import Check
     from privfl.reporting.history import History, RunFacts
 
 
@@ -79,9 +80,8 @@ def _heads_of(file: Path) -> list[Shown]:
                 continue
             shown = record.get("heads") or {site: facts["head"] for site, facts in record["sites"].items()}
             for site, fields in shown.items():
-                head = Head(str(fields["ledger"]), int(fields["rows"]), str(fields["hash"]))
                 where = (str(site), str(record["run"]), int(record["round"]), int(fields["attempt"]))
-                found.append(Shown(head, *where, str(fields["signature"]), file))
+                found.append(Shown(Head.from_dict(fields), *where, str(fields["signature"]), file))
     except OSError as error:
         raise PrivflError(f"cannot read {file}: {error.strerror}") from error
     except (ValueError, KeyError, TypeError, AttributeError) as error:
@@ -139,20 +139,18 @@ def _problem(ledger: Ledger, shown: Shown, identities: dict[str, str]) -> str | 
 
 def history(ledger: Ledger, found: list[Check]) -> History:
     """The history in a ledger."""
-    from privfl.accounting import ORDERS
+    from privfl.accounting import account_of
     from privfl.reporting.history import Charged, History
 
     numbers = list(ledger.events)
     place = {number: i for i, number in enumerate(numbers)}
     charged = [
-        Charged(
-            row.time, row.run, row.round, _account(row), place[row.mechanism], -row.steps if row.kind == "refund" else row.steps
-        )
+        Charged(row.time, row.run, row.round, account_of(row.account), place[row.mechanism], row.net_steps)
         for row in ledger.charges()
     ]
-    runs = [facts_of(row.run, row.time, row.facts()) for row in ledger.rows if row.kind == "run"]
-    kept = any(row.facts()["kept"] for row in ledger.rows if row.kind == "run")
-    limits: dict[AccountName, Any] = dict(ledger.filters) if kept else {}
+    begun = [(row.run, row.time, row.facts()) for row in ledger.rows if row.kind == "run"]
+    kept = any(facts["kept"] for _, _, facts in begun)
+    limits: dict[Account, Any] = dict(ledger.filters) if kept else {}
     return History(
         site=ledger.site,
         source=str(ledger.path),
@@ -161,17 +159,13 @@ def history(ledger: Ledger, found: list[Check]) -> History:
         head=ledger.head.hash,
         kept=kept,
         limits=limits,
-        orders=next(iter(ledger.filters.values())).orders if ledger.filters else ORDERS,
+        orders=ledger.orders,
         mechanisms=[ledger.events[number] for number in numbers],
         vectors=[ledger.vector(number) for number in numbers],
         charges=charged,
-        runs=runs,
+        runs=[facts_of(*run) for run in begun],
         checks=found,
     )
-
-
-def _account(row: Row) -> AccountName:
-    return "evaluation" if row.account == "evaluation" else "training"
 
 
 def facts_of(run: str, begun: str, facts: dict[str, Any]) -> RunFacts:
@@ -179,7 +173,7 @@ def facts_of(run: str, begun: str, facts: dict[str, Any]) -> RunFacts:
     from privfl.accounting import event_from_dict
     from privfl.reporting.history import RunFacts
 
-    plans: dict[AccountName, Any] = {account: event_from_dict(fields) for account, fields in facts["plans"].items()}
+    plans: dict[Account, Any] = {account: event_from_dict(fields) for account, fields in facts["plans"].items()}
     return RunFacts(
         run=run,
         begun=begun,

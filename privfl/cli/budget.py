@@ -69,8 +69,9 @@ def show(ledgers: tuple[Path, ...], heads: tuple[Path, ...]) -> None:
 
 
 def _lines(history: History) -> Iterator[tuple[str, ...]]:
-    from privfl.reporting.compute import ACCOUNTS, spent
-    from privfl.reporting.terminal import up
+    from privfl.accounting import ACCOUNTS
+    from privfl.reporting.compute import spent
+    from privfl.reporting.numbers import decimals
 
     state = "one run" if not history.kept else "NOT VERIFIED" if any(check.ok is False for check in history.checks) else "kept"
     for account in ACCOUNTS:
@@ -82,7 +83,7 @@ def _lines(history: History) -> Iterator[tuple[str, ...]]:
         yield (
             history.site,
             account,
-            up(epsilon),
+            decimals(epsilon),
             "" if limit is None else f"{limit.epsilon:g}",
             f"{delta:g}",
             str(len(history.runs)),

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import sys
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -83,7 +84,6 @@ def _plans(experiment: Experiment, folder: Path | None) -> tuple[dict[str, Any],
 
 def _facts(site: str, experiment: Experiment, file: SiteFile, found: Allowance) -> dict[str, Any]:
     training = found.training
-    round_ = training.times(experiment.local_steps)
     facts: dict[str, Any] = {
         "noise_multiplier": training.noise_multiplier,
         "sampling_rate": training.sampling_rate,
@@ -92,7 +92,7 @@ def _facts(site: str, experiment: Experiment, file: SiteFile, found: Allowance) 
         "accountant": found.accountant,
         "epsilon": _epsilons(found, training),
         "curve": [
-            _finite(found.epsilon("training", [round_.times(experiment.local_steps * n)])) for n in _some(experiment.rounds)
+            _finite(found.epsilon("training", [training.times(experiment.local_steps * n)])) for n in _some(experiment.rounds)
         ],
         "curve_rounds": _some(experiment.rounds),
         "table": _table(experiment, found),
@@ -134,27 +134,20 @@ def _table(experiment: Experiment, found: Allowance) -> dict[str, Any]:
     noises = [float(f"{found.training.noise_multiplier * factor:.3g}") for factor in _NOISE]
     noises[_NOISE.index(1.0)] = found.training.noise_multiplier
     rounds = sorted({max(1, round(experiment.rounds * factor)) for factor in _ROUNDS})
-    cells = [[_finite(_cell(experiment, found, noise, n)) for n in rounds] for noise in noises]
+    plans = [replace(found.training, noise_multiplier=noise) for noise in noises]
+    cells = [[_finite(found.epsilon("training", [plan.times(n * experiment.local_steps)])) for n in rounds] for plan in plans]
     return {"noise_multipliers": noises, "rounds": rounds, "epsilon": cells}
 
 
-def _cell(experiment: Experiment, found: Allowance, noise: float, rounds: int) -> float:
-    from privfl.accounting import PoissonGaussian
-
-    event = PoissonGaussian(
-        sampling_rate=found.training.sampling_rate, noise_multiplier=noise, steps=rounds * experiment.local_steps
-    )
-    return found.epsilon("training", [event])
-
-
 def _budget(site: str, experiment: Experiment, found: Allowance) -> dict[str, Any] | None:
-    from privfl.site.allowance import room
+    from privfl.site.allowance import noise_that_fits, room
 
     if not found.kept:
         return None
     facts: dict[str, Any] = {}
     for account in found.plans():
-        left, limit = room(site, experiment, found, account), found.filters[account]
+        left, limit = room(experiment, found, account), found.filters[account]
+        way_out = noise_that_fits(site, experiment, found, account)
         facts[account] = {
             "epsilon": limit.epsilon,
             "delta": limit.delta,
@@ -162,7 +155,7 @@ def _budget(site: str, experiment: Experiment, found: Allowance) -> dict[str, An
             "after": _finite(left.after),
             "fits": left.fit,
             "of": left.times,
-            "least_noise_multiplier": left.least_noise,
+            "least_noise_multiplier": None if way_out is None else way_out[0],
             "more_such_runs": limit.times(found.spent.get(account, limit.nothing()), limit.cost(found.plans()[account])),
         }
     return facts
@@ -255,6 +248,6 @@ def _print_curve(console: Console, sites: str, plan: dict[str, Any]) -> None:
 
 
 def _text(value: float | None) -> str:
-    from privfl.reporting.terminal import up
+    from privfl.reporting.numbers import decimals
 
-    return "infinite" if value is None else up(value)
+    return "infinite" if value is None else decimals(value)

@@ -58,13 +58,14 @@ def _history(
                 told.setdefault(account, []).append(cost["epsilon"])
     whole = {"training": experiment.steps, "evaluation": experiment.metric_releases}
     plans: dict[Any, Event] = {c.account: mechanisms[c.mechanism].times(whole[c.account]) for c in reversed(charges) if c.round}
+    head = rounds[-1]["sites"][site]["head"]
     note = "this report was made from the round log of the run; what the site itself wrote down is in its ledger"
     return History(
         site=site,
         source=str(folder / "rounds.jsonl"),
-        ledger=rounds[-1]["sites"][site]["head"]["ledger"],
-        rows=rounds[-1]["sites"][site]["head"]["rows"],
-        head=rounds[-1]["sites"][site]["head"]["hash"],
+        ledger=head["ledger"],
+        rows=head["rows"],
+        head=head["hash"],
         kept=facts["book"] != "none",
         limits={},
         orders=ORDERS,

@@ -160,7 +160,6 @@ class _Leader:
         self._sites: dict[str, Any] = {}
         self._last: dict[str, Any] = {}
         self._metrics: dict[str, float] = {}
-        self._evaluation: dict[str, float] = {}
         self._seconds: dict[str, float] = {}
 
     def run(self) -> int:
@@ -267,14 +266,12 @@ class _Leader:
             raise ProtocolError(f"site {name} reports another mechanism than it announced")
 
     def _round(self, facts: dict[str, Any]) -> None:
+        from privfl.reporting.history import now
+
         for name, site in facts["sites"].items():
             self._check_event(name, site["event"])
         self._last = facts
         self._metrics = facts["metrics"] or self._metrics
-        spent = {name: site["evaluation"]["epsilon"] for name, site in facts["sites"].items() if "evaluation" in site}
-        self._evaluation |= spent
-        from privfl.reporting.history import now
-
         self._folder.add_round(
             {
                 "run": self._run.hex(),
@@ -290,6 +287,11 @@ class _Leader:
         from privfl.cli.run_report import histories
 
         return histories(self._run.hex(), self._folder.path, self._experiment, self._sites, self._trust)
+
+    def _evaluation_of(self, name: str) -> dict[str, float]:
+        """What all metrics with noise cost a site's held-out records; they are always due in the last round."""
+        cost = self._last["sites"][name].get("evaluation")
+        return {"evaluation_epsilon": cost["epsilon"]} if cost else {}
 
     def _summary(self) -> dict[str, Any]:
         from privfl.accounting import ADJACENCY
@@ -307,7 +309,7 @@ class _Leader:
                 "accountant": facts["accountant"],
                 "book": facts["book"],
             }
-            | ({"evaluation_epsilon": self._evaluation[name]} if name in self._evaluation else {})
+            | self._evaluation_of(name)
             for name, facts in self._sites.items()
         }
         return {

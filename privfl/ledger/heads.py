@@ -6,7 +6,9 @@ Whoever was shown a head can tell later whether rows are missing: a chain alone 
 from __future__ import annotations
 
 import json
+from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import Any
 
 
 @dataclass(frozen=True)
@@ -16,6 +18,15 @@ class Head:
     ledger: str
     rows: int
     hash: str
+
+    @classmethod
+    def from_dict(cls, fields: Mapping[str, Any]) -> Head:
+        """The head in a log, among whatever else stands there.
+
+        Raises:
+            KeyError, ValueError, TypeError: there is none.
+        """
+        return cls(str(fields["ledger"]), int(fields["rows"]), str(fields["hash"]))
 
 
 def head_bytes(head: Head, run: str, round_: int, attempt: int) -> bytes:

@@ -8,20 +8,17 @@ import re
 import time
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, Final, Literal, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
 
-from privfl.accounting import ORDERS, Event, RenyiFilter, divergences
+from privfl.accounting import ACCOUNTS, ORDERS, Account, Event, RenyiFilter, account_of, divergences
 from privfl.errors import InternalError, PrivflError
 from privfl.ledger.heads import Head
 from privfl.ledger.rows import START, DamagedError, Kind, Row, chained, mechanism_of, pack_vector
 from privfl.ledger.storage import Storage
 
-# Training and evaluation records are different people's, so each has the whole budget.
-Account = Literal["training", "evaluation"]
-ACCOUNTS: Final[tuple[Account, ...]] = ("training", "evaluation")
 # Why a charge may be taken back. Never an exception, NaN or too little memory: those depend on records.
 Cause = Literal["deadline", "signal", "peer"]
 
@@ -82,6 +79,11 @@ class Ledger:
     @property
     def path(self) -> Path:
         return self._storage.path
+
+    @property
+    def orders(self) -> tuple[float, ...]:
+        """The Renyi orders of all vectors in this book."""
+        return next(iter(self.filters.values())).orders if self.filters else ORDERS
 
     # -- opening -------------------------------------------------------------------------------------------------
 
@@ -180,7 +182,7 @@ class Ledger:
             if row.run not in (run, ""):
                 break
             if row.run == run and row.kind in ("charge", "refund") and row.account == account and row.round == round_:
-                steps += -row.steps if row.kind == "refund" else row.steps
+                steps += row.net_steps
         return steps
 
     # -- what is done to it --------------------------------------------------------------------------------------
@@ -201,7 +203,7 @@ class Ledger:
         """
         self._settle()
         limit = self.filters.get(account)
-        vector = divergences(event.once(), self._orders)
+        vector = divergences(event.once(), self.orders)
         if limit is not None and not limit.admits(self.spent(account) + limit.cost(event)):
             raise BudgetError(
                 f"the budget of site {self.site} for its {account} records (epsilon {limit.epsilon:g} at delta {limit.delta:g}, ledger {self.path}) "
@@ -245,11 +247,11 @@ class Ledger:
         for row in self.rows:
             if row.kind == "mechanism":
                 event, cached = mechanism_of(row)
-                if not np.allclose(cached, divergences(event, self._orders), rtol=_TOLERANCE, atol=0.0):
+                if not np.allclose(cached, divergences(event, self.orders), rtol=_TOLERANCE, atol=0.0):
                     found.append(f"the cached divergences of row {row.number} are not those of its event")
             elif row.kind in ("charge", "refund"):
                 _add_steps(steps[row.account], row)
-                account = _account(row.account)
+                account = account_of(row.account)
                 if account in spent and row.kind == "refund":
                     spent[account] = self._sum(steps[account])
                 elif account in spent:
@@ -273,13 +275,8 @@ class Ledger:
 
     # -- inside --------------------------------------------------------------------------------------------------
 
-    @property
-    def _orders(self) -> tuple[float, ...]:
-        """The Renyi orders of all vectors in this book."""
-        return next(iter(self.filters.values())).orders if self.filters else ORDERS
-
     def _sum(self, steps: Mapping[int, int]) -> NDArray[np.float64]:
-        total = np.zeros(len(self._orders))
+        total = np.zeros(len(self.orders))
         for number, count in steps.items():
             if count:
                 total = total + count * self._vectors[number]
@@ -335,7 +332,7 @@ class Ledger:
 
     def _describe(self, row: Row) -> None:
         event, vector = mechanism_of(row)
-        if len(vector) != len(self._orders):
+        if len(vector) != len(self.orders):
             raise ValueError("another number of orders")
         self._numbers[event], self._vectors[row.number], self.events[row.number] = row.number, vector, event
 
@@ -361,20 +358,13 @@ class Ledger:
         self.name, self.site = str(facts["ledger"]), str(facts["site"])
         if not (self.name.isalnum() and re.fullmatch(r"[\w-]+", self.site)):
             raise ValueError("no names")
-        self.filters = {_account(account): RenyiFilter.from_dict(fields) for account, fields in facts["filters"].items()}
+        self.filters = {account_of(account): RenyiFilter.from_dict(fields) for account, fields in facts["filters"].items()}
         if len({limit.orders for limit in self.filters.values()}) > 1:
             raise ValueError("accounts with different orders")
 
 
-def _account(name: str) -> Account:
-    for account in ACCOUNTS:
-        if name == account:
-            return account
-    raise ValueError(f"no account {name}")
-
-
 def _add_steps(steps: dict[int, int], row: Row) -> None:
-    steps[row.mechanism] = steps.get(row.mechanism, 0) + (-row.steps if row.kind == "refund" else row.steps)
+    steps[row.mechanism] = steps.get(row.mechanism, 0) + row.net_steps
 
 
 def _now() -> str:

@@ -70,6 +70,11 @@ class Row(NamedTuple):
     body: str
     hash: str
 
+    @property
+    def net_steps(self) -> int:
+        """Steps that it adds to an account: a refund takes them away."""
+        return -self.steps if self.kind == "refund" else self.steps
+
     def facts(self) -> dict[str, Any]:
         """The body as values."""
         facts: dict[str, Any] = json.loads(self.body)

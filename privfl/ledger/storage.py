@@ -44,7 +44,7 @@ _NETWORK = {
 
 
 class Storage:
-    """One file, for reading or for the one writer. Open it with :meth:`create`, :meth:`write` or :meth:`read`."""
+    """One file, for reading or for the one writer. Open it with :meth:`write` or :meth:`read`."""
 
     def __init__(self, path: Path, connection: sqlite3.Connection, lock: int | None) -> None:
         self.path = path
@@ -103,9 +103,7 @@ class Storage:
                 connection = _connect(path, "rw")
             except sqlite3.OperationalError:
                 connection = _connect(path, "ro")
-            version = connection.execute("PRAGMA user_version").fetchone()[0]
-            if version > VERSION:
-                raise PrivflError(f"the ledger {path} was written by a newer privfl (format {version}); install that one")
+            _version(path, connection)
         return cls(path, connection, None)
 
     # -- rows ----------------------------------------------------------------------------------------------------
@@ -122,9 +120,7 @@ class Storage:
             try:
                 return checked(self._connection.execute(SELECT))
             except DamagedError as error:
-                raise DamagedError(
-                    f"the ledger {self.path} is damaged: {error}; restore a copy and check that against your run folders with `privfl budget verify`"
-                ) from None
+                raise _damaged(self.path, error) from None
 
     def add(self, rows: list[Row]) -> None:
         """Add rows, all or none; when this returns they are on the disk.
@@ -165,15 +161,13 @@ def _connect(path: Path, mode: str) -> sqlite3.Connection:
 
 def _prepare(path: Path, connection: sqlite3.Connection) -> None:
     """Make the table in an empty file, or bring an older one up to date; another program's file is left as it is."""
-    version = connection.execute("PRAGMA user_version").fetchone()[0]
     if connection.execute("SELECT 1 FROM sqlite_master WHERE type IN ('trigger', 'view')").fetchone():
         raise DamagedError(f"{path} is not a ledger of privfl: it holds triggers or views; name another file")
     tables = [name for (name,) in connection.execute("SELECT name FROM sqlite_master WHERE type = 'table'")]
-    new = not tables and version == 0
+    new = not tables and connection.execute("PRAGMA user_version").fetchone()[0] == 0
     if not new and (connection.execute("PRAGMA application_id").fetchone()[0] != APPLICATION or "rows" not in tables):
         raise DamagedError(f"{path} is not a ledger of privfl; name another file")
-    if version > VERSION:
-        raise PrivflError(f"the ledger {path} was written by a newer privfl (format {version}); install that one")
+    version = _version(path, connection)
     connection.execute("PRAGMA journal_mode=DELETE")
     connection.execute("PRAGMA synchronous=EXTRA")
     if new:
@@ -188,6 +182,18 @@ def _prepare(path: Path, connection: sqlite3.Connection) -> None:
             MIGRATIONS[version](connection)
             version += 1
             connection.execute(f"PRAGMA user_version = {version}")
+
+
+def _version(path: Path, connection: sqlite3.Connection) -> int:
+    """The format of the file.
+
+    Raises:
+        PrivflError: it is newer than this program.
+    """
+    version: int = connection.execute("PRAGMA user_version").fetchone()[0]
+    if version > VERSION:
+        raise PrivflError(f"the ledger {path} was written by a newer privfl (format {version}); install that one")
+    return version
 
 
 @contextlib.contextmanager
@@ -259,6 +265,11 @@ def file_system(path: Path, mounts: str = "/proc/self/mountinfo") -> str:
     return kind.removeprefix("fuse.")
 
 
+def _damaged(path: Path, what: object) -> DamagedError:
+    advice = "restore a copy and check that against your run folders with `privfl budget verify`"
+    return DamagedError(f"the ledger {path} is damaged: {what}; {advice}")
+
+
 @contextlib.contextmanager
 def _plainly(path: Path) -> Iterator[None]:
     """Turn what SQLite and the system say into one sentence."""
@@ -270,8 +281,6 @@ def _plainly(path: Path) -> Iterator[None]:
             "locked" in text or "unable to open" in text or "readonly" in text or "disk" in text
         ):
             raise PrivflError(f"cannot use the ledger {path}: {text}; look at its disk and its permissions") from error
-        raise DamagedError(
-            f"the ledger {path} is damaged: {text}; restore a copy and check that against your run folders with `privfl budget verify`"
-        ) from error
+        raise _damaged(path, error) from error
     except OSError as error:
         raise PrivflError(f"cannot use the ledger {path}: {error.strerror}; look at its disk and its permissions") from error

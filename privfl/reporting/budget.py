@@ -7,6 +7,8 @@ from typing import Annotated, Final, Literal
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict
 
+from privfl.accounting import Account as AccountName
+
 FORMAT: Final = "privfl budget report 1"
 
 
@@ -17,7 +19,6 @@ def _or_infinite(value: object) -> object:
 
 # An epsilon; "infinite" where nothing bounds what was released.
 Epsilon = Annotated[float | Literal["infinite"], BeforeValidator(_or_infinite)]
-AccountName = Literal["training", "evaluation"]
 
 
 class _Part(BaseModel):

@@ -11,11 +11,11 @@ import numpy as np
 from numpy.typing import NDArray
 
 from privfl import __version__
-from privfl.accounting import ADJACENCY, Event, NonPrivate, epsilon_of, epsilons, person_epsilon, views
+from privfl.accounting import ACCOUNTS, ADJACENCY, Event, NonPrivate, epsilon_of, epsilons, person_epsilon, views
+from privfl.accounting import Account as AccountName
 from privfl.reporting.budget import (
     FORMAT,
     Account,
-    AccountName,
     Adversary,
     Book,
     Budget,
@@ -28,7 +28,6 @@ from privfl.reporting.budget import (
 )
 from privfl.reporting.history import Charged, History, RunFacts, now
 
-ACCOUNTS: tuple[AccountName, ...] = ("training", "evaluation")
 # More points do not show in a plot.
 _POINTS = 400
 # Loss distributions take a tenth of a second for each mechanism; of older runs, and of runs with many, the Renyi bound has to do.
@@ -82,16 +81,11 @@ def spent(history: History, name: AccountName) -> tuple[float, float, int]:
     """(epsilon, its delta, steps) of all charges to one account; cheap."""
     charges = [charge for charge in history.charges if charge.account == name]
     delta, steps = _delta(history, name), _steps(charges)
-    told, counted = history.told.get(name), dict(steps)
+    told, counted = history.told.get(name), steps
     if name not in history.limits:
-        # Without a filter only the plan is valid, also if the run ended early.
-        for facts in history.runs:
-            plan = facts.plans.get(name)
-            of_run = _steps(charge for charge in charges if charge.run == facts.run and charge.round)
-            if plan is not None and len(of_run) == 1:
-                ((mechanism, count),) = of_run.items()
-                counted[mechanism] += max(0, plan.steps - count)
-    epsilon = _spent(history, name, _total(history, counted), delta)
+        runs = [_planned(_steps(c for c in charges if c.run == facts.run), facts.plans.get(name)) for facts in history.runs]
+        counted = {mechanism: max(count, sum(run.get(mechanism, 0) for run in runs)) for mechanism, count in steps.items()}
+    epsilon = float(_spent(history, name, _total(history, counted), delta))
     # What a site tells of its filter cannot be less than the Renyi bound of the same steps.
     return max(told[-1], epsilon) if told else epsilon, delta, sum(steps.values())
 
@@ -116,23 +110,31 @@ def _delta(history: History, name: AccountName) -> float:
 
 
 def _steps(charges: Iterable[Charged]) -> dict[int, int]:
+    """Steps of each mechanism, less refunds; those with none left out."""
     steps: dict[int, int] = {}
     for charge in charges:
         steps[charge.mechanism] = steps.get(charge.mechanism, 0) + charge.steps
-    return steps
+    return {mechanism: count for mechanism, count in steps.items() if count}
+
+
+def _planned(steps: dict[int, int], plan: Event | None) -> dict[int, int]:
+    """What was fixed in advance is the plan: a run may have ended early because of what it showed."""
+    if plan is None or len(steps) != 1:
+        return steps
+    return {mechanism: max(count, plan.steps) for mechanism, count in steps.items()}
 
 
 def _total(history: History, steps: dict[int, int]) -> NDArray[np.float64]:
     total = np.zeros(len(history.orders))
     for mechanism, count in steps.items():
-        if count:
-            total = total + count * history.vectors[mechanism]
+        total = total + count * history.vectors[mechanism]
     return total
 
 
-def _spent(history: History, name: AccountName, total: NDArray[np.float64], delta: float) -> float:
+def _spent(history: History, name: AccountName, total: NDArray[np.float64], delta: float) -> NDArray[np.float64]:
+    """Epsilon of totals of shape (..., orders), by the account's filter if it has one; shape (...)."""
     limit = history.limits.get(name)
-    return float(epsilons(history.orders, total, delta).min()) if limit is None else limit.epsilon_of(total)
+    return np.asarray(epsilons(history.orders, total, delta).min(axis=-1) if limit is None else limit.epsilons_of(total))
 
 
 def _together(persons: Sequence[Person | None]) -> Person | None:
@@ -187,8 +189,19 @@ def _ranges(numbers: Iterable[int]) -> str:
 def _curve(history: History, name: AccountName, charges: Sequence[Charged], delta: float) -> list[Point]:
     if not charges:
         return []
-    told = history.told.get(name)
     picked = np.unique(np.linspace(0, len(charges) - 1, min(_POINTS, len(charges))).astype(np.int64))
+    told = history.told.get(name)
+    values = _after(history, name, charges, picked, delta) if told is None else np.array(told)[picked]
+    return [
+        Point(charge=i + 1, time=charges[i].time, run=charges[i].run, round=charges[i].round, epsilon=value)
+        for i, value in zip(picked.tolist(), values.tolist(), strict=True)
+    ]
+
+
+def _after(
+    history: History, name: AccountName, charges: Sequence[Charged], picked: NDArray[np.int64], delta: float
+) -> NDArray[np.float64]:
+    """Epsilon after each of the picked charges; shape (picked,)."""
     mechanism = np.array([charge.mechanism for charge in charges])
     steps = np.array([charge.steps for charge in charges], dtype=np.float64)
     total = np.zeros((len(picked), len(history.orders)))
@@ -196,15 +209,7 @@ def _curve(history: History, name: AccountName, charges: Sequence[Charged], delt
         count = np.cumsum(np.where(mechanism == number, steps, 0.0))[picked]
         some = count > 0.0
         total[some] += count[some, None] * history.vectors[number]
-    limit = history.limits.get(name)
-    if told is not None:
-        values = np.array(told)[picked]
-    else:
-        values = epsilons(history.orders, total, delta).min(axis=1) if limit is None else limit.epsilons_of(total)
-    return [
-        Point(charge=i + 1, time=charges[i].time, run=charges[i].run, round=charges[i].round, epsilon=value)
-        for i, value in zip(picked.tolist(), values.tolist(), strict=True)
-    ]
+    return _spent(history, name, total, delta)
 
 
 # -- one run ------------------------------------------------------------------------------------------------------
@@ -230,14 +235,11 @@ def _run(history: History, facts: RunFacts, charges: list[Charged], with_pld: bo
 
 
 def _cost(history: History, facts: RunFacts, name: AccountName, charges: list[Charged], with_pld: bool) -> Cost | None:
-    steps = {mechanism: count for mechanism, count in _steps(charges).items() if count}
+    steps = _steps(charges)
     plan = facts.plans.get(name)
     if not steps or plan is None:
         return None
-    # What was fixed in advance is the plan: a run may have ended early because of what it showed.
-    planned = dict(steps)
-    if len(planned) == 1 and plan.steps > sum(planned.values()):
-        planned = dict.fromkeys(planned, plan.steps)
+    planned = _planned(steps, plan)
     rdp = float(epsilons(history.orders, _total(history, planned), facts.delta).min())
     limit, told = history.limits.get(name), history.told.get(name)
     by_filter = told[-1] if told else None if limit is None else limit.epsilon_of(_total(history, steps), facts.delta)
@@ -283,13 +285,10 @@ def _adversaries(facts: RunFacts, cost: Cost | None) -> list[Adversary]:
             because="encryption: it has no key and never sees the model",
         )
     ]
+    because = "noise: this site adds all of it itself, so it holds against everybody"
+    if cost.epsilon == "infinite":
+        because = "nothing: what was released is not protected by noise"
     for view in views(facts.noise, len(facts.members)):
-        bounded = cost.epsilon != "infinite"
-        because = (
-            "noise: this site adds all of it itself, so it holds against everybody"
-            if bounded
-            else "nothing: what was released is not protected by noise"
-        )
         found.append(Adversary(who=view.who, sees=view.sees, epsilon=cost.epsilon, because=because))
     owner = Adversary(
         who="whoever owns an account under which several parties ran",

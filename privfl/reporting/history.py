@@ -9,8 +9,9 @@ from typing import Literal, NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
+from privfl.accounting import Account as AccountName
 from privfl.accounting import Event, RenyiFilter
-from privfl.reporting.budget import AccountName, Check
+from privfl.reporting.budget import Check
 
 
 def now() -> str:

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Final
 
 from privfl.reporting.budget import Account, Book, Charge, Check, Cost, Epsilon, Report, Run
+from privfl.reporting.numbers import plain, up
 
 if TYPE_CHECKING:
     from markupsafe import Markup
@@ -128,8 +129,6 @@ def to_html(report: Report) -> str:
             else value
         )
 
-    from privfl.reporting.plots import plain, up
-
     environment = jinja2.Environment(
         loader=jinja2.PackageLoader("privfl", "reporting"),
         autoescape=True,
@@ -205,8 +204,6 @@ def _infinite(epsilon: Epsilon) -> bool:
 
 def within(spent: Epsilon, budget: float | None) -> str:
     """What was spent, rounded up, but not beyond a budget that it does not exceed."""
-    from privfl.reporting.plots import plain, up
-
     text = up(spent)
     if (
         budget is not None
@@ -221,8 +218,6 @@ def within(spent: Epsilon, budget: float | None) -> str:
 
 def times(epsilon: Epsilon) -> str:
     """e to the power of epsilon: how many times as likely a conclusion can become."""
-    from privfl.reporting.plots import up
-
     if isinstance(epsilon, str) or math.isinf(epsilon):
         return "no bound"
     if math.isnan(epsilon):

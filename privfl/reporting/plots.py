@@ -1,4 +1,4 @@
-"""Plots of a report as SVG to be put into a page, and numbers as a report shows them. Only here is matplotlib used."""
+"""Plots of a report as SVG to be put into a page. Only here is matplotlib used."""
 
 from __future__ import annotations
 
@@ -6,12 +6,12 @@ import io
 import math
 import re
 from collections.abc import Callable, Iterable
-from decimal import ROUND_CEILING, Decimal
 from html import escape
 from itertools import pairwise
 from typing import TYPE_CHECKING, Final, NamedTuple
 
 from privfl.reporting.budget import Account, Epsilon, Point
+from privfl.reporting.numbers import plain, up
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -40,29 +40,6 @@ _SETTINGS: Final = {
 }
 # With more runs than this bars become steps: their numbers would not fit.
 _BARS = 9
-
-
-def up(value: Epsilon, digits: int = 4) -> str:
-    """An epsilon with so many digits, rounded up and never down: read back as a number it is not below ``value``."""
-    if value == "infinite" or value == math.inf:
-        return "infinite"
-    number = Decimal(repr(float(value)))
-    if number.is_nan():
-        return "unknown"
-    if number == 0:
-        return "0"
-    step = Decimal((0, (1,), number.adjusted() - digits + 1))
-    return _written(number.quantize(step, rounding=ROUND_CEILING))
-
-
-def plain(value: float) -> str:
-    """A number that somebody chose, as it was chosen: 3, 0.1, 1e-05."""
-    return "unknown" if math.isnan(value) else repr(value).removesuffix(".0")
-
-
-def _written(number: Decimal) -> str:
-    number = number.normalize()
-    return f"{number:f}" if -5 <= number.adjusted() < 6 else f"{float(number):.10g}"
 
 
 class Spent(NamedTuple):

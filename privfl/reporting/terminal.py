@@ -5,16 +5,10 @@ One string and one write per line, because launchers mix the output of ranks.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping
 from typing import Any, Literal, TextIO
 
-
-def up(epsilon: float, digits: int = 4) -> str:
-    """An epsilon with so many decimals, rounded up and never down."""
-    if not math.isfinite(epsilon):
-        return "infinite"
-    return f"{math.ceil(epsilon * 10**digits - 1e-6) / 10**digits:.{digits}f}"
+from privfl.reporting.numbers import decimals
 
 
 class Terminal:
@@ -49,7 +43,7 @@ class Terminal:
         for name, site in sites.items():
             self.line(
                 f"{name:<16}{site['records']:>8}{site['weight']:>8.3f}{site['sampling_rate']:>15.4g}{site['noise_multiplier']:>18.3f}"
-                f"{up(site['planned_epsilon'], 3):>20}"
+                f"{decimals(site['planned_epsilon'], 3):>20}"
             )
         self.line(
             f"epsilon protects one record (not a person with several) at delta {delta:g}; every site adds all of its noise itself"
@@ -79,7 +73,7 @@ class Terminal:
         if metrics == "exact":
             self.line("metrics are exact and leave the sites: right only for public held-out records (evaluation.records)")
         elif metrics == "noised":
-            cost = "  ".join(f"{name} {up(site['evaluation_epsilon'], 3)}" for name, site in sites.items())
+            cost = "  ".join(f"{name} {decimals(site['evaluation_epsilon'], 3)}" for name, site in sites.items())
             self.line(f"metrics have noise, which costs the held-out records an epsilon of their own: {cost}")
         for name, site in sites.items():
             if delta * site["records"] >= 1.0:
@@ -109,7 +103,7 @@ class Terminal:
         metrics = "  ".join(
             f"{name} {value:.4f}" for name, value in record["metrics"].items() if not name.endswith("_mean_over_sites")
         )
-        epsilons = "  ".join(f"{name} {up(site['epsilon'], 3)}" for name, site in record["sites"].items())
+        epsilons = "  ".join(f"{name} {decimals(site['epsilon'], 3)}" for name, site in record["sites"].items())
         seconds = "  ".join(f"{name} {value:.2f}" for name, value in record["seconds"].items())
         sites = f"{len(record['members'])}/{len(record['sites'])} sites"
         parts = [
@@ -127,7 +121,7 @@ class Terminal:
         for name, value in summary["metrics"].items():
             self.line(f"{name}: {value:.4f}")
         for name, site in summary["sites"].items():
-            self.line(f"epsilon of {name}: {up(site['epsilon'])} at delta {site['delta']:g} after {site['steps']} steps")
+            self.line(f"epsilon of {name}: {decimals(site['epsilon'])} at delta {site['delta']:g} after {site['steps']} steps")
         for name, paths in written.items():
             self.line(f"site {name}: model {paths['model']}, log {paths['log']}")
         self.line(f"run folder: {folder}")

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal, TypeVar
 
@@ -12,7 +12,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from privfl.accounting import (
+    ACCOUNTS,
     LARGEST_NOISE_MULTIPLIER,
+    Account,
     Event,
     Gaussian,
     MetricRelease,
@@ -23,7 +25,7 @@ from privfl.accounting import (
 )
 from privfl.config import Budget, Experiment, SiteFile
 from privfl.errors import InternalError, PrivflError
-from privfl.ledger import ACCOUNTS, Account, BudgetError, Head, Ledger
+from privfl.ledger import BudgetError, Head, Ledger
 
 # Whoever sets one of these wants protection, which a known seed takes away.
 _POLICY = {
@@ -97,6 +99,27 @@ class Allowance:
         return self.epsilon("training", [self.training])
 
 
+def _refusal(site: str, key: str, what: str) -> PrivflError:
+    return PrivflError(f"the policy of site {site} refuses this experiment ({key} in its site file): {what}")
+
+
+def check_members(site: str, file: SiteFile, members: int) -> None:
+    """Whether a sum of so many sites is large enough for the policy.
+
+    Raises:
+        PrivflError: it is not; with how many would pass.
+    """
+    if members < file.least_sites:
+        raise _refusal(site, "least_sites", f"it has {members} sites, at least {file.least_sites} would pass")
+    if file.least_collusion and members < file.least_collusion + 2:
+        raise _refusal(
+            site,
+            "least_collusion",
+            f"with {members} sites, {file.least_collusion} that pool what they see would see this site's updates alone; "
+            f"at least {file.least_collusion + 2} sites would pass",
+        )
+
+
 def check_policy(site: str, experiment: Experiment, file: SiteFile) -> None:
     """Hold the proposal against everything of the site's policy that needs no accountant.
 
@@ -105,26 +128,18 @@ def check_policy(site: str, experiment: Experiment, file: SiteFile) -> None:
     """
 
     def refuse(key: str, what: str) -> PrivflError:
-        return PrivflError(f"the policy of site {site} refuses this experiment ({key} in its site file): {what}")
+        return _refusal(site, key, what)
 
-    members = len(experiment.sites)
-    if members < file.least_sites:
-        raise refuse("least_sites", f"it has {members} sites, at least {file.least_sites} would pass")
-    if file.least_collusion and members < file.least_collusion + 2:
-        raise refuse(
-            "least_collusion",
-            f"with {members} sites, {file.least_collusion} that pool what they see would see this site's updates alone; "
-            f"at least {file.least_collusion + 2} sites would pass",
-        )
+    check_members(site, file, len(experiment.sites))
     policy = sorted(file.model_fields_set & _POLICY)
     if experiment.evaluate_every:
         names = experiment.evaluation.metrics
         if file.metrics is not None and set(names) - set(file.metrics):
             others = ", ".join(sorted(set(names) - set(file.metrics)))
             raise refuse("metrics", f"{others} would leave; allow it there, or take it out of evaluation.metrics")
-        exact = (
-            file.exact_metrics if file.exact_metrics is not None else () if file.model_fields_set & _NOISE_RULES else tuple(names)
-        )
+        exact = file.exact_metrics
+        if exact is None:
+            exact = () if file.model_fields_set & _NOISE_RULES else tuple(names)
         others = ", ".join(name for name in names if name not in exact)
         if experiment.evaluation.records == "public" and others:
             raise refuse(
@@ -160,13 +175,14 @@ def propose(site: str, experiment: Experiment, file: SiteFile) -> Allowance:
         PrivflError: a target that cannot be reached, noise that bounds nothing, or a ledger that cannot be used.
     """
     privacy, delta, book = experiment.privacy, experiment.privacy.delta, _Book.of(site, file)
-
     training, metrics = _training(site, experiment), _metrics(experiment)
-    plan = _calibrated("privacy", training, privacy.target_epsilon, privacy.noise_multiplier, delta, None)
-    filters = book.filters(plan)
-    if filters:
-        limit = filters["training"]
-        plan = _calibrated("privacy", training, privacy.target_epsilon, privacy.noise_multiplier, delta, limit)
+
+    def calibrated(limit: RenyiFilter | None) -> PoissonGaussian:
+        return _calibrated("privacy", training, privacy.target_epsilon, privacy.noise_multiplier, delta, limit)
+
+    # A book that is still to begin is planned for the noise that the run would need without one.
+    filters = book.filters or (_begun(file.budget, calibrated(None)) if file.budget is not None else {})
+    plan = calibrated(filters.get("training"))
     release = None
     if experiment.metric_releases and experiment.evaluation.records == "private":
         release = _calibrated("evaluation", metrics, experiment.metrics_target, None, delta, filters.get("evaluation"))
@@ -196,20 +212,18 @@ def _metrics(experiment: Experiment) -> Callable[[float], MetricRelease]:
     return plan
 
 
+@dataclass(frozen=True)
 class _Book:
-    """What a site's ledger says before a run: the limits it fixed, and what was spent; nothing if there is no budget."""
+    """What a site's ledger says before a run: the limits it fixed, what was spent, and its head; nothing if it has not begun."""
 
-    def __init__(self, budget: Budget | None) -> None:
-        self.spent: dict[Account, NDArray[np.float64]] = {}
-        self.head: Head | None = None
-        self._budget = budget
-        self._filters: dict[Account, RenyiFilter] = {}
+    filters: dict[Account, RenyiFilter] = field(default_factory=dict)
+    spent: dict[Account, NDArray[np.float64]] = field(default_factory=dict)
+    head: Head | None = None
 
     @classmethod
     def of(cls, site: str, file: SiteFile) -> _Book:
-        book = cls(file.budget)
         if file.budget is None or file.ledger is None:
-            return book
+            return cls()
         path = Path(file.ledger.file)
         if not path.parent.is_dir():
             raise PrivflError(
@@ -217,35 +231,36 @@ class _Book:
             )
         found = Ledger.look(path)
         if found is None:
-            return book
+            return cls()
         with found as ledger:
-            if ledger.site != site:
-                raise PrivflError(f"the ledger {ledger.path} is the book of site {ledger.site}, not of {site}; name another file")
-            book.head = ledger.head
-            if set(ledger.filters) != set(ACCOUNTS):
-                raise PrivflError(
-                    f"the ledger {ledger.path} is the book of a single run and has no limits for the budget of site {site}; name another file"
-                )
-            for account, limit in ledger.filters.items():
-                if (limit.epsilon, limit.delta) != (file.budget.epsilon, file.budget.delta):
-                    raise PrivflError(
-                        f"the ledger {ledger.path} was begun with the budget epsilon {limit.epsilon:g} at delta {limit.delta:g}, the file of site "
-                        f"{site} says epsilon {file.budget.epsilon:g} at delta {file.budget.delta:g}: a budget cannot be changed; go back to the old "
-                        "one, or begin a new ledger and add both budgets up"
-                    )
-                book._filters[account], book.spent[account] = limit, ledger.spent(account)
-        return book
+            _check_book(site, file.budget, ledger)
+            return cls(ledger.filters, {account: ledger.spent(account) for account in ledger.filters}, ledger.head)
 
-    def filters(self, plan: Event) -> dict[Account, RenyiFilter]:
-        """Those of the book, or of the one that begins with ``plan``."""
-        if self._filters or self._budget is None:
-            return dict(self._filters)
-        epsilon, delta = self._budget.epsilon, self._budget.delta
-        return {
-            "training": RenyiFilter.planned(epsilon, delta, plan),
-            # Releases of metrics are not sampled, so that one order is the best for any noise.
-            "evaluation": RenyiFilter.planned(epsilon, delta, Gaussian(noise_multiplier=1.0)),
-        }
+
+def _check_book(site: str, budget: Budget, ledger: Ledger) -> None:
+    """Whether the ledger is this site's, and was begun with this budget."""
+    if ledger.site != site:
+        raise PrivflError(f"the ledger {ledger.path} is the book of site {ledger.site}, not of {site}; name another file")
+    if set(ledger.filters) != set(ACCOUNTS):
+        raise PrivflError(
+            f"the ledger {ledger.path} is the book of a single run and has no limits for the budget of site {site}; name another file"
+        )
+    for limit in ledger.filters.values():
+        if (limit.epsilon, limit.delta) != (budget.epsilon, budget.delta):
+            raise PrivflError(
+                f"the ledger {ledger.path} was begun with the budget epsilon {limit.epsilon:g} at delta {limit.delta:g}, the file of site {site} "
+                f"says epsilon {budget.epsilon:g} at delta {budget.delta:g}: a budget cannot be changed; go back to the old one, or begin a new "
+                "ledger and add both budgets up"
+            )
+
+
+def _begun(budget: Budget, plan: Event) -> dict[Account, RenyiFilter]:
+    """The limits of a book that begins with ``plan``."""
+    return {
+        "training": RenyiFilter.planned(budget.epsilon, budget.delta, plan),
+        # Releases of metrics are not sampled, so that one order is the best for any noise.
+        "evaluation": RenyiFilter.planned(budget.epsilon, budget.delta, Gaussian(noise_multiplier=1.0)),
+    }
 
 
 def _calibrated(
@@ -293,16 +308,13 @@ def check_noise(site: str, experiment: Experiment, file: SiteFile, found: Allowa
     least = file.least_noise_multiplier
     if least is not None and found.metrics is not None and found.metrics.noise_multiplier < least:
         enough = _down(found.epsilon("evaluation", [_metrics(experiment)(least)]))
-        raise PrivflError(
-            f"the policy of site {site} refuses this experiment (least_noise_multiplier in its site file): the noise multiplier of its metrics is "
-            f"{_plain(found.metrics.noise_multiplier)}; evaluation.target_epsilon of at most {enough} would pass"
-        )
+        noise = _plain(found.metrics.noise_multiplier)
+        what = f"the noise multiplier of its metrics is {noise}; evaluation.target_epsilon of at most {enough} would pass"
+        raise _refusal(site, "least_noise_multiplier", what)
     if least is not None and found.training.noise_multiplier < least:
         enough = _down(found.epsilon("training", [_training(site, experiment)(least)]))
-        raise PrivflError(
-            f"the policy of site {site} refuses this experiment (least_noise_multiplier in its site file): its noise multiplier is "
-            f"{found.training.noise_multiplier:g}; at least {least:g} would pass, as with a target_epsilon of at most {enough}"
-        )
+        what = f"at least {least:g} would pass, as with a target_epsilon of at most {enough}"
+        raise _refusal(site, "least_noise_multiplier", f"its noise multiplier is {found.training.noise_multiplier:g}; {what}")
 
 
 @dataclass(frozen=True)
@@ -313,41 +325,43 @@ class Room:
         times: rounds, or releases of metrics, in the plan.
         fit: how many of them fit.
         spent, after: epsilon before the run and at its end.
-        least_noise: the noise multiplier with which all of them fit; None if none is enough.
-        largest_target: the epsilon of the run with that noise.
     """
 
     times: int
     fit: int
     spent: float
     after: float
-    least_noise: float | None
-    largest_target: float | None
 
     @property
     def enough(self) -> bool:
         return self.fit >= self.times
 
 
-def room(site: str, experiment: Experiment, found: Allowance, account: Account) -> Room:
+def room(experiment: Experiment, found: Allowance, account: Account) -> Room:
     """How the run fits into what is left for this account."""
-    plan: Callable[[float], Event] = _training(site, experiment) if account == "training" else _metrics(experiment)
     times = experiment.rounds if account == "training" else experiment.metric_releases
     limit, event = found.filters[account], found.plans()[account]
+    spent = found.spent.get(account, limit.nothing())
+    total = spent + limit.cost(event)
+    part = limit.cost(event.times(event.steps // times))
+    fit = times if limit.admits_plan(total) else min(times - 1, limit.times(spent, part))
+    return Room(times, fit, limit.epsilon_of(spent), limit.epsilon_of(total))
+
+
+def noise_that_fits(site: str, experiment: Experiment, found: Allowance, account: Account) -> tuple[float, float] | None:
+    """(the least noise multiplier with which all of the run fits, the run's epsilon with it); None if none is enough."""
+    plan: Callable[[float], Event] = _training(site, experiment) if account == "training" else _metrics(experiment)
+    limit = found.filters[account]
     spent = found.spent.get(account, limit.nothing())
 
     def after(noise: float) -> float:
         total = spent + limit.cost(plan(noise))
+        epsilon = limit.epsilon_of(total)
         # The rule of admission has the last word, to the last bit.
-        return (
-            limit.epsilon_of(total) if limit.admits_plan(total) else max(limit.epsilon_of(total), limit.epsilon * (1.0 + _HAIR))
-        )
+        return epsilon if limit.admits_plan(total) else max(epsilon, limit.epsilon * (1.0 + _HAIR))
 
-    enough = limit.admits_plan(spent + limit.cost(event))
-    fit = times if enough else min(times - 1, limit.times(spent, limit.cost(event.times(event.steps // times))))
     noise = least_noise_multiplier(after, limit.epsilon)
-    target = None if noise is None else found.epsilon(account, [plan(noise)])
-    return Room(times, fit, limit.epsilon_of(spent), limit.epsilon_of(spent + limit.cost(event)), noise, target)
+    return None if noise is None else (noise, found.epsilon(account, [plan(noise)]))
 
 
 def check_room(site: str, experiment: Experiment, file: SiteFile, found: Allowance) -> None:
@@ -359,14 +373,15 @@ def check_room(site: str, experiment: Experiment, file: SiteFile, found: Allowan
     if not found.kept:
         return
     for account, event in found.plans().items():
-        left, limit = room(site, experiment, found, account), found.filters[account]
+        left, limit = room(experiment, found, account), found.filters[account]
         if left.enough:
             continue
         what, section = ("rounds", "privacy") if account == "training" else ("releases of metrics", "evaluation")
-        others = ""
-        if left.least_noise is not None and left.largest_target is not None:
-            others = f", all of them with {section}.target_epsilon {_down(left.largest_target)}"
-            others += f" or privacy.noise_multiplier {_plain(left.least_noise)}" if account == "training" else ""
+        others, way_out = "", noise_that_fits(site, experiment, found, account)
+        if way_out is not None:
+            noise, target = way_out
+            others = f", all of them with {section}.target_epsilon {_down(target)}"
+            others += f" or privacy.noise_multiplier {_plain(noise)}" if account == "training" else ""
         room_for = f"{left.fit} of the {left.times} {what} of this experiment would fit at noise multiplier {_plain(event.sigma)}{others}"
         raise BudgetError(
             f"the budget of site {site} allows epsilon {limit.epsilon:g} at delta {limit.delta:g} for its {account} records, of which "

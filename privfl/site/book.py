@@ -9,12 +9,13 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from privfl.accounting import Event, NonPrivate
+from privfl.accounting import Account, Event, NonPrivate
 from privfl.errors import InternalError, PrivflError, ProtocolError
 from privfl.federation.messages import SignedHead
-from privfl.ledger import Account, Head, Ledger, Row, head_bytes
+from privfl.ledger import Head, Ledger, Row, head_bytes
 from privfl.secagg.identity import verify
 from privfl.site.agreement import Agreement
+from privfl.site.allowance import check_members
 from privfl.site.outputs import open_log
 from privfl.site.setup import SiteSetup
 
@@ -97,8 +98,7 @@ class Book:
         self._charge("evaluation", 1, round_)
 
     def _charge(self, account: Account, steps: int, round_: int) -> None:
-        event = self._plans[account].times(steps)
-        self._open[account] = self._ledger.charge(account, event, self._run, round_)
+        self._open[account] = self._ledger.charge(account, self.event(account, steps), self._run, round_)
         self._steps[account] += steps
 
     def steps(self, account: Account) -> int:
@@ -134,10 +134,7 @@ class Book:
         missing = [name for name in ("encryption", "masks", *policy.require) if not active.get(name, False)]
         if missing:
             raise InternalError(f"{missing[0]} is not active at site {self._setup.site}; nothing was sent")
-        if len(members) < policy.least_sites or (policy.least_collusion and len(members) < policy.least_collusion + 2):
-            raise PrivflError(
-                f"the policy of site {self._setup.site} does not allow a sum of {len(members)} sites; nothing was sent"
-            )
+        check_members(self._setup.site, policy, len(members))
         attempts = self._contributions[round_, account] = self._contributions.get((round_, account), 0) + 1
         if attempts > policy.attempts:
             raise PrivflError(
@@ -193,10 +190,8 @@ class Book:
     def _note(self, record: dict[str, Any]) -> None:
         path = self._output / "heads.jsonl"
         try:
-            # After a line that a crash cut off, a new one begins.
-            cut = path.exists() and path.stat().st_size > 0 and not path.read_bytes().endswith(b"\n")
             with open_log(path) as file:
-                file.write(("\n" if cut else "") + json.dumps(record) + "\n")
+                file.write(json.dumps(record) + "\n")
                 file.flush()
                 os.fsync(file.fileno())
         except OSError as error:
@@ -207,13 +202,16 @@ class Book:
 
 
 def _heads_before(path: Path) -> dict[tuple[str, str], Head]:
-    """What earlier runs wrote down in ``path``, if anything; a line that a crash cut off is passed over."""
+    """What earlier runs wrote down in ``path``, if anything; a line that a crash cut off is passed over, and ended so that the next one is whole."""
     found: dict[tuple[str, str], Head] = {}
-    lines = path.read_text(encoding="utf-8").splitlines() if path.exists() else []
-    for line in lines:
+    text = path.read_text(encoding="utf-8") if path.exists() else ""
+    if text and not text.endswith("\n"):
+        with open_log(path) as file:
+            file.write("\n")
+    for line in text.splitlines():
         with contextlib.suppress(ValueError, KeyError, TypeError):
             for site, shown in json.loads(line)["heads"].items():
-                head = Head(str(shown["ledger"]), int(shown["rows"]), str(shown["hash"]))
+                head = Head.from_dict(shown)
                 if (site, head.ledger) not in found or head.rows >= found[site, head.ledger].rows:
                     found[site, head.ledger] = head
     return found

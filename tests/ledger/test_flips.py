@@ -11,8 +11,9 @@ from typing import Any
 import numpy as np
 import pytest
 
+from privfl.accounting import ACCOUNTS
 from privfl.errors import PrivflError
-from privfl.ledger import ACCOUNTS, DamagedError, Ledger
+from privfl.ledger import DamagedError, Ledger
 from privfl.ledger.rows import chained
 from tests.ledger.books import RUN, STEP, a_dozen_rows, by_sql, open_book
 

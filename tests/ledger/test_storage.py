@@ -21,11 +21,6 @@ from tests.conftest import ROOT
 from tests.ledger.books import RUN, STEP, a_dozen_rows, by_sql, open_book
 
 
-@pytest.fixture
-def path(tmp_path: Path) -> Path:
-    return tmp_path / "north.ledger"
-
-
 def refused(action: Callable[[], object], *parts: str, kind: type[PrivflError] = PrivflError) -> None:
     """``action`` ends with one sentence that has all of ``parts``."""
     with pytest.raises(PrivflError) as found:

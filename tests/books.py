@@ -1,0 +1,19 @@
+"""What tests of whole runs ask the books that these leave."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from privfl.ledger import Ledger
+from tests.conftest import Twin
+
+PRIVATE = "evaluation={metrics: {accuracy: 'task.py:accuracy'}, target_epsilon: 20, every: 1}"
+
+
+def read(path: Path) -> Ledger:
+    with Ledger.read(path) as book:
+        return book
+
+
+def run_books(twin: Twin) -> dict[str, Path]:
+    return {path.parent.name: path for path in twin.folder.rglob("*.ledger")}

@@ -1,0 +1,111 @@
+"""`privfl budget` and `privfl plan`, as users type them."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from benchmarks import budget
+from privfl.accounting import PoissonGaussian, RenyiFilter
+from privfl.ledger import Ledger
+from privfl.reporting.budget import Report
+from tests.conftest import run_cli, run_twin
+
+# -- commands -------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.long
+def test_large_books_are_read_in_seconds(tmp_path: Path):
+    """The bars of benchmarks.budget, loose by a factor of two, because the machine may be busy."""
+    budget.make_books(tmp_path)
+    assert budget.process_seconds("budget", "show", tmp_path, repeats=3) < 2 * budget.BARS["show_seconds"]
+    page = ("--output", tmp_path / "page.html")
+    assert budget.process_seconds("budget", "report", tmp_path, *page, repeats=3) < 2 * budget.BARS["report_seconds"]
+
+
+def test_export_and_its_schema(small: Path, tmp_path: Path):
+    twin = run_twin(small, output=tmp_path / "runs", ranks=3)
+    schema = json.loads(run_cli("budget", "export", "--schema").out)
+    assert schema["properties"]["books"]["items"]["$ref"].endswith("/Book")
+    exported = run_cli("budget", "export", twin.folder)
+    found = Report.model_validate_json(exported.out)
+    assert [book.site for book in found.books] == ["aa", "bbb"]
+    assert found.sound
+    table = run_cli("budget", "export", twin.folder, "--format", "csv").out.splitlines()
+    assert len(table) == 1 + 2 * 2
+    assert table[0].startswith("site,ledger,time,run,round,records,mechanism")
+    assert [line.split(",")[-1] for line in table[1:]] == ["3"] * 4
+    page = run_cli("budget", "report", twin.folder, "--output", tmp_path / "page.html")
+    assert page.code == 0
+    assert (tmp_path / "page.html").read_text().startswith("<!DOCTYPE html>")
+
+
+@pytest.mark.parametrize(
+    ("arguments", "sentence"),
+    [
+        (("show", "nothing"), "there is no ledger nothing"),
+        (("show", "."), "there is no ledger (*.ledger) in ."),
+        (("verify", "text.ledger"), "text.ledger is damaged: file is not a database"),
+        (("report", "text.ledger"), "text.ledger is damaged: file is not a database"),
+        (("verify", "good.ledger", "text.ledger"), "text.ledger is no log of rounds or heads of privfl"),
+        (("export",), "name the ledgers to export"),
+        (("show",), "Missing argument 'LEDGERS...'"),
+    ],
+)
+def test_wrong_calls(tmp_path: Path, arguments: tuple[str, ...], sentence: str):
+    if arguments != ("show", "."):
+        (tmp_path / "text.ledger").write_text("not a ledger, but a text that is long enough to look like something" * 20)
+        event = PoissonGaussian(sampling_rate=0.1, noise_multiplier=2.0)
+        with Ledger.write(tmp_path / "good.ledger", "aa", {"training": RenyiFilter.planned(1.0, 1e-5, event)}):
+            pass
+    job = run_cli("budget", *arguments, cwd=tmp_path)
+    assert job.code == 2
+    assert sentence in job.err
+    assert job.err.count("\n") == 1
+
+
+# -- plan -----------------------------------------------------------------------------------------------------------------
+
+
+def test_the_plan_says_what_the_run_will_cost(small: Path, tmp_path: Path, sites: Path):
+    job = run_cli("plan", small, "--sites", sites, "--json", "--set", "rounds=3")
+    assert job.code == 0, job.err
+    plan = json.loads(job.out)["sites"]["aa"]
+    assert (plan["steps"], plan["noise_multiplier"], plan["sampling_rate"]) == (9, 1.5, 0.1)
+    assert plan["epsilon"]["pld"] <= plan["epsilon"]["rdp"] <= plan["epsilon"]["filter"]
+    assert plan["budget"]["training"]["fits"] == 3
+    twin = run_twin(small, "rounds=3", output=tmp_path / "runs", ranks=3, sites=sites)
+    assert twin.codes == [0, 0, 0], twin.err
+    assert json.loads((twin.folder / "summary.json").read_text())["sites"]["aa"]["epsilon"] == pytest.approx(
+        plan["epsilon"]["filter"]
+    )
+    assert plan["curve"][-1] == pytest.approx(plan["epsilon"]["filter"])
+    again = json.loads(run_cli("plan", small, "--sites", sites, "--json", "--set", "rounds=3").out)["sites"]["aa"]["budget"][
+        "training"
+    ]
+    assert again["spent"] == pytest.approx(plan["budget"]["training"]["after"])
+    assert again["more_such_runs"] == plan["budget"]["training"]["more_such_runs"] - 1
+    refused = run_cli("plan", small, "--sites", sites, "--set", "rounds=100000")
+    assert refused.code == 2
+    assert "of the 100000 rounds of this experiment would fit" in refused.err
+    assert "of 100000" in refused.out, "the table is there all the same"
+
+
+def test_the_plan_needs_no_torch_and_no_experiment():
+    code = """
+import sys
+from privfl.cli import main
+try:
+    main(["plan", "--json"])
+except SystemExit:
+    sys.exit("torch" in sys.modules or "mpi4py" in sys.modules)
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    assert done.returncode == 0
+    plan = json.loads(done.stdout)
+    assert set(plan["sites"]) == {"north", "east", "south", "west"}
+    assert 1.99 < plan["sites"]["north"]["epsilon"]["rdp"] <= 2.0
