@@ -3,8 +3,12 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from collections.abc import Iterable
+from dataclasses import dataclass, replace
 from typing import Literal
+
+from privfl.accounting.accountants import epsilon_of
+from privfl.accounting.events import DiscreteGaussian, Event, PoissonGaussian
 
 Noise = Literal["site", "distributed"]
 
@@ -15,14 +19,29 @@ class View:
 
     Attributes:
         sites: how many of the other sites pool what they see; 0 for whoever sees only what is published.
+        shares: of how many sites the noise is that it cannot subtract.
         noise: how much noise this adversary cannot subtract, as a multiple of sigma: the noise multiplier that stands against ``collusion`` sites.
         sees: in plain words.
     """
 
     who: str
     sites: int
+    shares: int
     noise: float
     sees: str
+
+    def epsilon(self, events: Iterable[Event], delta: float) -> float:
+        """Upper bound at ``delta`` on what this adversary learns of a record from ``events``, charged for who faces a ``noise`` of 1.
+
+        Of a history whose parameters were fixed in advance.
+        """
+        return epsilon_of([_with(event, self.noise) for event in events], delta).upper
+
+
+def _with(event: Event, factor: float) -> Event:
+    if isinstance(event, PoissonGaussian | DiscreteGaussian):
+        return replace(event, noise_multiplier=event.noise_multiplier * factor)
+    return event
 
 
 def views(noise: Noise, members: int, collusion: int = 0) -> tuple[View, ...]:
@@ -30,7 +49,7 @@ def views(noise: Noise, members: int, collusion: int = 0) -> tuple[View, ...]:
 
     With ``site`` noise every site adds all of its noise itself, so that all adversaries face the same. With ``distributed`` noise each of n
     sites adds a share of variance sigma^2 C^2 / (n - t), with t the ``collusion``; k sites subtract theirs and face sigma sqrt((n - k) / (n - t))
-    (docs/accounting.md). The charged view is that of k = max(1, t).
+    (docs/accounting.md). The charged view is that of k = t, which is at least 1.
 
     Raises:
         ValueError: fewer than two sites, or as many colluders as sites.
@@ -41,11 +60,13 @@ def views(noise: Noise, members: int, collusion: int = 0) -> tuple[View, ...]:
     def factor(k: int) -> float:
         return 1.0 if noise == "site" else math.sqrt((members - k) / (members - collusion))
 
-    public = View("the public", 0, factor(0), "the finished model, and every report")
+    public = View("the public", 0, members, factor(0), "the finished model, and every report")
     found = [public]
     for k in range(1, members):
         who = "one other site" if k == 1 else f"{k} other sites together"
         rest = members - k
         sums = "this site's own updates" if rest == 1 else f"sums over {rest} sites, this one among them"
-        found.append(View(f"{who}, also with the coordinator", k, factor(k), f"the model after every round, and {sums}"))
+        found.append(
+            View(f"{who}, also with the coordinator", k, members - k, factor(k), f"the model after every round, and {sums}")
+        )
     return tuple(found)

@@ -181,6 +181,7 @@ def facts_of(run: str, begun: str, facts: dict[str, Any]) -> RunFacts:
         data=facts["data"],
         members=tuple(facts["members"]),
         noise=facts["noise"],
+        collusion=facts.get("collusion", 0),
         rounds=facts["rounds"],
         delta=facts["delta"],
         private=facts["private"],

@@ -96,6 +96,7 @@ def _facts(site: str, experiment: Experiment, file: SiteFile, found: Allowance) 
         ],
         "curve_rounds": _some(experiment.rounds),
         "table": _table(experiment, found),
+        "views": _views(experiment, found),
         "evaluation": None,
         "budget": _budget(site, experiment, found),
     }
@@ -127,6 +128,21 @@ def _epsilons(found: Allowance, event: Event) -> dict[str, float | None]:
         "pld": _finite(epsilon_of([event], found.delta, "pld").upper),
         "filter": _finite(limit.epsilon_of(limit.cost(event), found.delta)),
     }
+
+
+def _views(experiment: Experiment, found: Allowance) -> list[dict[str, Any]]:
+    """Who could learn how much of a training record."""
+    from privfl.accounting import views
+
+    return [
+        {
+            "who": view.who,
+            "sites": view.sites,
+            "noise_multiplier": found.training.noise_multiplier * view.noise,
+            "epsilon": _finite(found.planned_epsilon if view.noise == 1.0 else view.epsilon([found.training], found.delta)),
+        }
+        for view in views(experiment.privacy.noise, len(experiment.sites), experiment.collusion)
+    ]
 
 
 def _table(experiment: Experiment, found: Allowance) -> dict[str, Any]:
@@ -190,6 +206,8 @@ def _print(console: Console, experiment: Experiment, plans: dict[str, Any]) -> N
     _print_budgets(console, plans)
     for sites, plan in _alike(plans):
         _print_curve(console, sites, plan)
+        if experiment.collusion:
+            _print_views(console, sites, plan)
     if not all(plan["budget"] for plan in plans.values()):
         console.print("sites without a budget: no book is kept across runs, and nothing is refused on account of earlier ones")
     console.print(
@@ -244,6 +262,17 @@ def _print_curve(console: Console, sites: str, plan: dict[str, Any]) -> None:
     )
     for noise, cells in zip(grid["noise_multipliers"], grid["epsilon"], strict=True):
         table.add_row(f"{noise:g}", *(_text(value) for value in cells))
+    console.print(table)
+
+
+def _print_views(console: Console, sites: str, plan: dict[str, Any]) -> None:
+    from rich.table import Table
+
+    table = Table(
+        "who", "noise it faces", "epsilon", title=f"who could learn how much of a record ({sites})", title_justify="left"
+    )
+    for view in plan["views"]:
+        table.add_row(view["who"], f"{view['noise_multiplier']:.4f}", _text(view["epsilon"]))
     console.print(table)
 
 

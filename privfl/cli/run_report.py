@@ -80,6 +80,7 @@ def _history(
                 data=experiment.data,
                 members=experiment.sites,
                 noise=experiment.privacy.noise,
+                collusion=experiment.collusion,
                 rounds=experiment.rounds,
                 delta=experiment.privacy.delta,
                 private=experiment.private,

@@ -182,7 +182,9 @@ class _Leader:
             sites=experiment.sites,
             rounds=experiment.rounds,
             evaluate_every=experiment.evaluate_every,
-            weights=experiment.weights,
+            # A step sums over records, so there a site weighs what its records do.
+            weights="records" if experiment.algorithm == "fedsgd" else experiment.weights,
+            shared_noise=experiment.privacy.noise == "distributed",
             blocks=blocks,
             path=experiment.secure_aggregation.path,
             account=account(),
@@ -210,6 +212,7 @@ class _Leader:
                     metrics=self._metrics_leave(),
                     trust=self._trust,
                     adding=self._adding,
+                    collusion=self._experiment.collusion,
                 )
             case "round":
                 self._round(facts)
@@ -244,7 +247,7 @@ class _Leader:
             "masks": "pairwise",
             "value_bits": parameters.value_bits,
             "values_per_integer": parameters.fields,
-            "range": chosen.range,
+            "range": self._experiment.aggregation_range,
             "rounding": chosen.rounding,
             "path": chosen.path,
             "addition": "words" if facts["words_add"] else "evaluator",
@@ -258,18 +261,32 @@ class _Leader:
 
     def _check_event(self, name: str, event: dict[str, Any]) -> None:
         """A site charges what it said before the first round; a report about anything else would be false."""
-        from privfl.accounting import PoissonGaussian
+        from privfl.site.allowance import training_steps
 
         site = self._sites[name]
-        step = PoissonGaussian(sampling_rate=site["sampling_rate"], noise_multiplier=site["noise_multiplier"])
+        step = training_steps(name, self._experiment)(site["noise_multiplier"])
         if event != step.times(self._experiment.local_steps).to_dict():
             raise ProtocolError(f"site {name} reports another mechanism than it announced")
+
+    def _views(self, name: str, told: dict[str, Any]) -> list[float]:
+        """Epsilon of a site's records so far against the public, one other site, two, and so on."""
+        from privfl.accounting import views
+        from privfl.site.allowance import training_steps
+
+        experiment = self._experiment
+        if not experiment.private:
+            return []
+        so_far = training_steps(name, experiment)(self._sites[name]["noise_multiplier"]).times(told["steps"])
+        found = views(experiment.privacy.noise, len(experiment.sites), experiment.collusion)
+        delta = experiment.privacy.delta
+        return [told["epsilon"] if view.noise == 1.0 else view.epsilon([so_far], delta) for view in found]
 
     def _round(self, facts: dict[str, Any]) -> None:
         from privfl.reporting.history import now
 
         for name, site in facts["sites"].items():
             self._check_event(name, site["event"])
+            site["views"] = self._views(name, site)
         self._last = facts
         self._metrics = facts["metrics"] or self._metrics
         self._folder.add_round(

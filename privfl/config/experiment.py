@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import hashlib
-from typing import Literal
+from typing import Annotated, Literal
 
-from pydantic import field_validator, model_validator
+from pydantic import Field, field_validator, model_validator
 
 from privfl.config.values import (
     Below1,
@@ -65,13 +65,18 @@ class Evaluation(Section):
 
 
 class Privacy(Section):
-    """The guarantee: (epsilon, delta) per record at each site, by clipping and noise in every local step."""
+    """The guarantee: (epsilon, delta) per record at each site, by clipping and noise in every step.
 
-    noise: Literal["site"] = "site"
+    ``noise``: ``site``, each site adds all of its noise itself, or ``distributed``, each adds a share and the sum of all has the noise; then the
+    guarantee holds as long as at most ``collusion`` sites pool what they see.
+    """
+
+    noise: Literal["site", "distributed"] = "site"
     target_epsilon: Positive | None = None
     noise_multiplier: Noise | None = None
     delta: Probability
     max_grad_norm: Positive
+    collusion: Annotated[int, Field(ge=0)] | None = None
 
     @model_validator(mode="after")
     def _one_of_two(self) -> Privacy:
@@ -84,24 +89,29 @@ class SecureAggregation(Section):
     """How updates become integers and sums of ciphertexts.
 
     ``value_bits``: bits of a value on the wire (12 to 28; by default as many as two values can share a word with). ``range``: the largest size of
-    an update's element, or ``agreed``: a power of two over the sites' maxima, agreed on between them every round. ``path``: ``star`` sends
-    contributions to rank 0, ``reduce`` lets the MPI library add them.
+    an update's element, or ``agreed``: a power of two over the sites' maxima, agreed on between them every round (the default of fedavg); for
+    fedsgd the largest size of an element of the sum, by default ``derived`` from sampling rates, records, clipping norm and noise. ``path``:
+    ``star`` sends contributions to rank 0, ``reduce`` lets the MPI library add them.
     """
 
     value_bits: Count | None = None
-    range: Positive | Literal["agreed"] = "agreed"
+    range: Positive | Literal["agreed", "derived"] | None = None
     rounding: Literal["nearest", "stochastic"] = "nearest"
     path: Literal["star", "reduce"] = "star"
 
 
 class Experiment(Section):
-    """One experiment."""
+    """One experiment.
+
+    ``algorithm``: ``fedavg`` averages the sites' updates after ``local_steps`` steps with noise of their own; in ``fedsgd`` every round is one step,
+    whose gradient is the sum over all sites with distributed noise.
+    """
 
     sites: tuple[SiteName, ...]
     rounds: Count
-    local_steps: Count
+    local_steps: Count = 1
     sampling_rate: Rate | dict[SiteName, Rate]
-    algorithm: Literal["fedavg"] = "fedavg"
+    algorithm: Literal["fedavg", "fedsgd"] = "fedavg"
     weights: Literal["uniform", "records"] = "uniform"
     model: FunctionName
     data: FunctionName
@@ -134,6 +144,58 @@ class Experiment(Section):
     def rate(self, site: str) -> float:
         """The public sampling rate q of a site."""
         return self.sampling_rate[site] if isinstance(self.sampling_rate, dict) else self.sampling_rate
+
+    @model_validator(mode="after")
+    def _noise_fits_the_algorithm(self) -> Experiment:
+        distributed = self.privacy.noise == "distributed"
+        if distributed != (self.algorithm == "fedsgd"):
+            given, needed = ("fedavg", "site") if distributed else ("fedsgd", "distributed")
+            raise ValueError(
+                f"privacy.noise is {self.privacy.noise}, but algorithm {given} needs {needed}: fedavg goes with noise: site, fedsgd with distributed"
+            )
+        if distributed:
+            self._check_steps()
+        elif self.privacy.collusion is not None:
+            raise ValueError(
+                "privacy.collusion is for noise: distributed; with noise: site any number of sites may collude, remove it"
+            )
+        if self.secure_aggregation.range == ("agreed" if distributed else "derived"):
+            raise ValueError(
+                f"secure_aggregation.range {self.secure_aggregation.range} does not fit algorithm {self.algorithm}; remove it, or give a number"
+            )
+        return self
+
+    def _check_steps(self) -> None:
+        """What only holds if every step is a sum."""
+        if self.local_steps != 1:
+            raise ValueError(
+                f"local_steps is {self.local_steps}, but in fedsgd every step is a sum over all sites; set local_steps: 1 and raise rounds instead"
+            )
+        if self.weights != "uniform":
+            raise ValueError("weights: records is for fedavg; in fedsgd every record counts the same, remove it")
+        if self.privacy.collusion == 0:
+            raise ValueError(
+                "privacy.collusion is 0, but each site could subtract its own share of the noise; set it to 1 or more"
+            )
+        if len(self.sites) < self.collusion + 2:
+            raise ValueError(
+                f"privacy.collusion is {self.collusion} of {len(self.sites)} sites: so many could see another site's gradients alone; at most "
+                f"{len(self.sites) - 2} can be withstood, and at least 3 sites are needed"
+            )
+        if self.secure_aggregation.rounding != "nearest":
+            raise ValueError("secure_aggregation.rounding is for fedavg; in fedsgd values are rounded to the nearest, remove it")
+
+    @property
+    def collusion(self) -> int:
+        """How many sites may pool what they see, with distributed noise; 0 with noise of each site's own, where it does not matter."""
+        if self.privacy.noise == "site":
+            return 0
+        return 1 if self.privacy.collusion is None else self.privacy.collusion
+
+    @property
+    def aggregation_range(self) -> float | Literal["agreed", "derived"]:
+        """The range of values in the sums, or where it comes from."""
+        return self.secure_aggregation.range or ("derived" if self.algorithm == "fedsgd" else "agreed")
 
     @model_validator(mode="after")
     def _private_metrics_need_a_target(self) -> Experiment:

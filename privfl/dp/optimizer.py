@@ -1,36 +1,31 @@
-"""Opacus' DP optimizer with noise from the operating system and a guard against records that poison a sum."""
+"""Opacus' DP optimizers with noise from the operating system, or as sums over all sites, and a guard against records that poison a sum."""
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
+import numpy as np
 import torch
-from opacus.optimizers import DPOptimizer
+from numpy.typing import NDArray
+from opacus.optimizers import DPOptimizer, DPOptimizerFastGradientClipping
 from opacus.optimizers.optimizer import _check_processed_flag, _mark_as_processed
 
 from privfl.dp.randomness import Randomness, gaussian
+from privfl.dp.shares import CLIP_MARGIN
+from privfl.errors import InternalError
 
-# Norms are taken in float64; what is left is the rounding of the clip factor, of its product with the gradient and of the sum to
-# float32, together below 1e-5. The noise is made larger by this margin, so that the noise multiplier that is accounted for is a lower bound
-# of the true one.
-SENSITIVITY_MARGIN = 2.0**-10
+# From a site's sum of clipped gradients to what the optimizer is to follow: the noisy sum over all sites over the public number of records.
+Exchange = Callable[[NDArray[np.float64]], NDArray[np.float64]]
+
+# Elements of per-example gradients that are made float64 at a time.
+_PIECE = 1 << 22
 
 
-class SystemNoiseOptimizer(DPOptimizer):  # type: ignore[misc]
-    """Adds noise drawn from ``randomness`` instead of torch's generators, and counts how often it did.
+class _Whole:
+    """What all optimizers here do: an interrupted logical step leaves nothing behind."""
 
-    Attributes:
-        noise_draws: logical steps whose sum got its noise; the agent compares it with the steps it charged.
-        examples_seen: per-example gradients clipped since the counter was last set to 0.
-        examples_dropped: how many of them were not finite and were replaced by zero.
-    """
-
-    def __init__(self, optimizer: torch.optim.Optimizer, *, randomness: Randomness, **kwargs: Any) -> None:
-        super().__init__(optimizer, **kwargs)
-        self._randomness = randomness
-        self.noise_draws = 0
-        self.examples_seen = 0
-        self.examples_dropped = 0
+    params: list[torch.nn.Parameter]
 
     def forget_unfinished_step(self) -> None:
         """Drop what an interrupted logical step left behind.
@@ -41,8 +36,24 @@ class SystemNoiseOptimizer(DPOptimizer):  # type: ignore[misc]
         self._step_skip_queue: list[bool] = []
         self._is_last_step_skipped = False
         for p in self.params:
-            p.summed_grad = None
-            p.grad_sample = None
+            p.summed_grad = None  # type: ignore[attr-defined]
+            p.grad_sample = None  # type: ignore[attr-defined]
+
+
+class _Clipping(_Whole):
+    """Clips example by example, from ``grad_sample``.
+
+    Attributes:
+        examples_seen: per-example gradients clipped since the counter was last set to 0.
+        examples_dropped: how many of them were not finite and were replaced by zero.
+    """
+
+    max_grad_norm: float
+    _get_flat_grad_sample: Callable[[torch.nn.Parameter], torch.Tensor]
+    examples_seen = 0
+    examples_dropped = 0
+    # Sums stay in the precision of the parameters, or are taken in float64.
+    _exact_sums = False
 
     def clip_and_accumulate(self) -> None:
         """Clip each example's gradient to ``max_grad_norm`` and add it to the sum; a gradient that is not finite counts as zero.
@@ -55,25 +66,134 @@ class SystemNoiseOptimizer(DPOptimizer):  # type: ignore[misc]
         squares = torch.stack([torch.linalg.vector_norm(g.flatten(1), dim=1, dtype=torch.float64).square() for g in samples])
         norms = squares.sum(dim=0).sqrt()
         broken = ~torch.isfinite(norms)
-        factors = (self.max_grad_norm / norms.clamp(min=1e-12)).clamp(max=1.0)
+        factors = torch.where(broken, 0.0, (self.max_grad_norm / norms.clamp(min=1e-12)).clamp(max=1.0))
         self.examples_seen += len(norms)
         self.examples_dropped += int(broken.sum())
         for p, g in zip(self.params, samples, strict=True):
-            _check_processed_flag(p.grad_sample)
+            _check_processed_flag(p.grad_sample)  # type: ignore[attr-defined]
             if broken.any():
                 g[broken] = 0.0
-            total = torch.einsum("i,i...", torch.where(broken, 0.0, factors).to(g.dtype), g)
-            p.summed_grad = total if p.summed_grad is None else p.summed_grad + total
-            _mark_as_processed(p.grad_sample)
+            total = _sum_exactly(factors, g) if self._exact_sums else torch.einsum("i,i...", factors.to(g.dtype), g)
+            before = p.summed_grad  # type: ignore[attr-defined]
+            p.summed_grad = total if before is None else before + total  # type: ignore[attr-defined]
+            _mark_as_processed(p.grad_sample)  # type: ignore[attr-defined]
+
+
+def _sum_exactly(factors: torch.Tensor, samples: torch.Tensor) -> torch.Tensor:
+    """sum_i factors_i * samples_i in float64, a few examples at a time."""
+    rows = samples.flatten(1)
+    total = torch.zeros(rows.shape[1], dtype=torch.float64, device=rows.device)
+    few = max(1, _PIECE // max(1, rows.shape[1]))
+    for start in range(0, len(rows), few):
+        total += factors[start : start + few] @ rows[start : start + few].double()
+    return total.view(samples.shape[1:])
+
+
+class _SystemNoise:
+    """Adds noise drawn from ``randomness`` instead of torch's generators, and counts how often it did.
+
+    Attributes:
+        noise_draws: logical steps whose sum got its noise; the agent compares it with the steps it charged.
+    """
+
+    params: list[torch.nn.Parameter]
+    noise_multiplier: float
+    max_grad_norm: float
+
+    def __init__(
+        self,
+        optimizer: torch.optim.Optimizer,
+        *,
+        randomness: Randomness,
+        charge: Callable[[], None] = lambda: None,
+        **kwargs: Any,
+    ) -> None:
+        super().__init__(optimizer, **kwargs)  # type: ignore[call-arg]
+        self._randomness = randomness
+        self._charge = charge
+        self.noise_draws = 0
 
     def add_noise(self) -> None:
-        """``p.grad`` = sum of clipped gradients + noise of standard deviation sigma * C, over all parameters."""
-        standard_deviation = self.noise_multiplier * self.max_grad_norm * (1.0 + SENSITIVITY_MARGIN)
+        """``p.grad`` = sum of clipped gradients + noise of standard deviation sigma * C, over all parameters; charged before."""
+        self._charge()
+        standard_deviation = self.noise_multiplier * self.max_grad_norm * (1.0 + CLIP_MARGIN)
         count = sum(p.numel() for p in self.params)
         noise = torch.from_numpy(gaussian(count, standard_deviation, self._randomness))
         start = 0
         for p in self.params:
             share = noise[start : start + p.numel()].to(device=p.device, dtype=p.dtype).view_as(p)
-            p.grad = p.summed_grad.view_as(p) + share
+            p.grad = p.summed_grad.view_as(p) + share  # type: ignore[attr-defined]
             start += p.numel()
         self.noise_draws += 1
+
+
+class _SecureSum:
+    """Every logical step follows a sum over all sites, in which the noise already is; here none is added.
+
+    ``step`` is :meth:`collect`, the exchange, and :meth:`follow`; who makes the sum in another process calls these two.
+    """
+
+    params: list[torch.nn.Parameter]
+    original_optimizer: torch.optim.Optimizer
+    step_hook: Callable[[Any], None] | None
+    _check_skip_next_step: Callable[[], bool]
+
+    def __init__(self, optimizer: torch.optim.Optimizer, *, exchange: Exchange | None = None, **kwargs: Any) -> None:
+        super().__init__(optimizer, **kwargs)  # type: ignore[call-arg]
+        self._exchange = exchange
+
+    def _accumulate(self) -> None:
+        raise NotImplementedError
+
+    def collect(self) -> NDArray[np.float64] | None:
+        """The sum of clipped gradients of the logical step, shape (parameters,); None if more of its batch is to come."""
+        self._accumulate()
+        self._is_last_step_skipped = self._check_skip_next_step()
+        if self._is_last_step_skipped:
+            return None
+        return torch.cat([p.summed_grad.detach().reshape(-1).double().cpu() for p in self.params]).numpy()  # type: ignore[attr-defined]
+
+    def follow(self, gradient: NDArray[np.float64]) -> None:
+        """One step of the wrapped optimizer along ``gradient`` of shape (parameters,)."""
+        vector, start = torch.from_numpy(gradient), 0
+        for p in self.params:
+            p.grad = vector[start : start + p.numel()].to(device=p.device, dtype=p.dtype).view_as(p)
+            start += p.numel()
+        if self.step_hook is not None:
+            self.step_hook(self)
+        self.original_optimizer.step()
+
+    def step(self, closure: Callable[[], float] | None = None) -> None:
+        """Opacus' ``step``; every site must call it equally often."""
+        if closure is not None:
+            with torch.enable_grad():
+                closure()
+        total = self.collect()
+        if total is not None:
+            if self._exchange is None:
+                raise InternalError("an optimizer without an exchange was to make a step by itself")
+            self.follow(self._exchange(total))
+
+
+class SystemNoiseOptimizer(_SystemNoise, _Clipping, DPOptimizer):  # type: ignore[misc]
+    """Opacus' DPOptimizer with noise of this site's own."""
+
+
+class SystemNoiseGhostOptimizer(_SystemNoise, _Whole, DPOptimizerFastGradientClipping):  # type: ignore[misc]
+    """The same for ghost clipping, whose loss has clipped already."""
+
+
+class SecureSumOptimizer(_SecureSum, _Clipping, DPOptimizer):  # type: ignore[misc]
+    """Opacus' DPOptimizer whose steps are sums over all sites."""
+
+    _exact_sums = True
+
+    def _accumulate(self) -> None:
+        self.clip_and_accumulate()
+
+
+class SecureSumGhostOptimizer(_SecureSum, _Whole, DPOptimizerFastGradientClipping):  # type: ignore[misc]
+    """The same for ghost clipping, whose loss has clipped already."""
+
+    def _accumulate(self) -> None:
+        self.accumulate()

@@ -11,7 +11,12 @@ import os
 from typing import Protocol
 
 import numpy as np
+from cryptography.hazmat.primitives.ciphers import Cipher, algorithms, modes
 from numpy.typing import NDArray
+
+_ZEROS = bytes(1 << 20)
+# What one key of the stream cipher gives.
+_KEY_BYTES = 64 << 20
 
 
 class Randomness(Protocol):
@@ -25,12 +30,27 @@ class Randomness(Protocol):
 
 
 class SystemRandomness:
-    """The operating system's cryptographic generator."""
+    """The operating system's cryptographic generator, through a stream cipher: AES-256 in counter mode under keys from it.
+
+    A key serves for 64 MiB and is then forgotten; a process that was forked off takes a new one.
+    """
 
     private = True
 
+    def __init__(self) -> None:
+        self._process = self._left = -1
+
     def bytes(self, count: int) -> bytes:
-        return os.urandom(count)
+        pieces = []
+        while count > 0:
+            if self._left <= 0 or self._process != os.getpid():
+                self._cipher = Cipher(algorithms.AES256(os.urandom(32)), modes.CTR(bytes(16))).encryptor()
+                self._left, self._process = _KEY_BYTES, os.getpid()
+            length = min(count, self._left, len(_ZEROS))
+            pieces.append(self._cipher.update(memoryview(_ZEROS)[:length]))
+            self._left -= length
+            count -= length
+        return pieces[0] if len(pieces) == 1 else b"".join(pieces)
 
 
 class SeededRandomness:

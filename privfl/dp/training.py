@@ -6,7 +6,7 @@ import hashlib
 import warnings
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 import torch
@@ -16,7 +16,7 @@ from torch import nn
 from torch.utils.data import TensorDataset, default_collate
 
 from privfl.dp.checks import check_constants, check_isolation, check_model, constants
-from privfl.dp.optimizer import SystemNoiseOptimizer
+from privfl.dp.optimizer import SecureSumOptimizer, SystemNoiseOptimizer
 from privfl.dp.randomness import Randomness, poisson_sample
 from privfl.errors import PrivflError, in_one_line
 
@@ -28,6 +28,7 @@ _TRIED = 8
 # Fewer broken records than this never stop a round.
 _MANY = 20
 
+_Made = TypeVar("_Made")
 Loss = Callable[[torch.Tensor, torch.Tensor], torch.Tensor]
 
 _OPTIMIZERS: dict[str, Callable[..., torch.optim.Optimizer]] = {
@@ -39,10 +40,13 @@ _OPTIMIZERS: dict[str, Callable[..., torch.optim.Optimizer]] = {
 
 @dataclass(frozen=True)
 class Recipe:
-    """How a site trains. ``sampling_rate`` is the public q, never derived from batch sizes."""
+    """How a site trains. ``sampling_rate`` is the public q, never derived from batch sizes.
+
+    ``noise_multiplier``: of the noise that every local step gets here; None if steps are sums over all sites, which have their noise from elsewhere.
+    """
 
     sampling_rate: float
-    noise_multiplier: float
+    noise_multiplier: float | None
     max_grad_norm: float
     local_steps: int
     optimizer: str
@@ -85,16 +89,20 @@ class LocalTraining:
             self._wrapped = GradSampleModule(self.model, batch_first=True, loss_reduction="mean", strict=True)
         except (NotImplementedError, ValueError) as error:
             raise PrivflError(f"model() cannot be trained with DP-SGD: {in_one_line(error)}") from error
-        self.optimizer = SystemNoiseOptimizer(
-            _OPTIMIZERS[recipe.optimizer](self._parameters, **recipe.optimizer_options),
-            randomness=randomness,
-            noise_multiplier=recipe.noise_multiplier,
-            max_grad_norm=recipe.max_grad_norm,
-            expected_batch_size=expected,
-            loss_reduction="mean",
-        )
+        self.optimizer = self._make_optimizer(recipe, randomness, expected)
+        # Noise of local steps, or batches of sums: the agent compares it with the steps it charged.
+        self.draws = 0
         self._constants = constants(self.model)
         self._try_isolation()
+
+    def _make_optimizer(
+        self, recipe: Recipe, randomness: Randomness, expected: float
+    ) -> SystemNoiseOptimizer | SecureSumOptimizer:
+        inner = _OPTIMIZERS[recipe.optimizer](self._parameters, **recipe.optimizer_options)
+        common: dict[str, Any] = {"max_grad_norm": recipe.max_grad_norm, "expected_batch_size": expected}
+        if recipe.noise_multiplier is None:
+            return SecureSumOptimizer(inner, noise_multiplier=0.0, **common)
+        return SystemNoiseOptimizer(inner, randomness=randomness, noise_multiplier=recipe.noise_multiplier, **common)
 
     def flat(self) -> NDArray[np.float32]:
         """The trainable parameters as one vector of shape (parameters,)."""
@@ -123,40 +131,83 @@ class LocalTraining:
         Raises:
             PrivflError: the loss or the parameters are not finite, or the model changed a buffer.
         """
-        self.load(replica)
+        self._start_round(replica)
         self.optimizer.original_optimizer.state.clear()
+        for _ in range(self._recipe.local_steps):
+            self._go_through(self._sample(), self.optimizer.step)
+        self._check_round()
+        assert isinstance(self.optimizer, SystemNoiseOptimizer)
+        self.draws = self.optimizer.noise_draws
+        update = self.flat() - replica
+        if not np.isfinite(update).all():
+            raise PrivflError("the parameters became NaN or infinite; lower optimizer.lr")
+        return update
+
+    def sum_gradients(self, replica: NDArray[np.float32]) -> NDArray[np.float64]:
+        """The sum of clipped gradients of a new Poisson sample at ``replica``, without noise; shape (parameters,).
+
+        Raises:
+            PrivflError: the loss is not finite for every record, or the model changed a buffer.
+        """
+        assert isinstance(self.optimizer, SecureSumOptimizer)
+        self._start_round(replica)
+        total = self._go_through(self._sample(), self.optimizer.collect)
+        self._check_round()
+        self.draws += 1
+        assert total is not None
+        return total
+
+    def follow(self, gradient: NDArray[np.float64]) -> NDArray[np.float32]:
+        """One optimizer step along ``gradient``, the same at all sites; the new replica. Both of shape (parameters,).
+
+        The optimizer's state goes on from step to step: it is a function of earlier sums alone, and the same everywhere.
+
+        Raises:
+            PrivflError: the parameters are not finite.
+        """
+        assert isinstance(self.optimizer, SecureSumOptimizer)
+        self.optimizer.follow(gradient)
+        self.optimizer.zero_grad(set_to_none=True)
+        replica = self.flat()
+        if not np.isfinite(replica).all():
+            raise PrivflError("the parameters became NaN or infinite; lower optimizer.lr")
+        return replica
+
+    def _start_round(self, replica: NDArray[np.float32]) -> None:
+        self.load(replica)
         self.optimizer.examples_seen = self.optimizer.examples_dropped = 0
         self._wrapped.train()
-        for _ in range(self._recipe.local_steps):
-            self._step(poisson_sample(self.records, self._recipe.sampling_rate, self._randomness))
+
+    def _check_round(self) -> None:
         check_constants(self.model, self._constants)
-        update = self.flat() - replica
         # Broken records are dropped and must not be able to stop a run, which everybody would see; only many together, and no other.
         if self.optimizer.examples_dropped == self.optimizer.examples_seen >= _MANY:
             raise PrivflError(
                 "loss() or its gradient is NaN or infinite for every record of the round; look for log(0), division by 0 or unscaled inputs"
             )
-        if not np.isfinite(update).all():
-            raise PrivflError("the parameters became NaN or infinite; lower optimizer.lr")
-        return update
 
-    def _step(self, indices: NDArray[np.int64]) -> None:
-        """One logical step: the Poisson batch in pieces that fit into memory, then noise and one optimizer step."""
+    def _sample(self) -> NDArray[np.int64]:
+        return poisson_sample(self.records, self._recipe.sampling_rate, self._randomness)
+
+    def _go_through(self, indices: NDArray[np.int64], use: Callable[[], _Made]) -> _Made:
+        """One logical step: what ``use`` makes of a Poisson batch, which is gone through in pieces that fit into memory."""
         self.optimizer.forget_unfinished_step()
         for start in range(0, len(indices), self._piece):
             piece = indices[start : start + self._piece]
             self._backward(*self._batch(piece))
-            self._advance(last=start + self._piece >= len(indices))
+            made = self._advance(use, last=start + self._piece >= len(indices))
         if len(indices) == 0:
             # An empty batch is a step like any other: its sum is zero and gets the same noise. The user's code never sees it.
             for p in self._parameters:
                 p.grad_sample = p.new_zeros((0, *p.shape))  # type: ignore[attr-defined]
-            self._advance(last=True)
+            made = self._advance(use, last=True)
+        return made
 
-    def _advance(self, *, last: bool) -> None:
+    def _advance(self, use: Callable[[], _Made], *, last: bool) -> _Made:
         self.optimizer.signal_skip_step(do_skip=not last)
-        self.optimizer.step()
+        made = use()
         self.optimizer.zero_grad(set_to_none=True)
+        return made
 
     def _backward(self, inputs: torch.Tensor, targets: torch.Tensor) -> None:
         """Per-example gradients of one physical batch, one for each record."""

@@ -100,11 +100,15 @@ class Prepared(Body):
 
 
 class Begin(Body):
-    """Coordinator to sites: everybody is prepared; what they agreed on, and how many records each site has."""
+    """Coordinator to sites: everybody is prepared; what they agreed on, and how many records each site has.
+
+    ``noise_multiplier``: where every site adds a share of the noise, the largest that a site asked for; else 0.
+    """
 
     parameters: int = Field(ge=1)
     layout: Layout
     records: dict[str, Annotated[int, Field(ge=1)]]
+    noise_multiplier: float = Field(ge=0.0)
 
 
 def vector_length(begin: Begin, vector: Vector) -> int:
@@ -207,9 +211,16 @@ class Bye(Body):
 
 
 class Ready(Body):
-    """Rank to rank 0, in a sum on its own (``SecureSum``): my vector has this shape and fits."""
+    """Rank to rank 0, in a sum on its own (``SecureSum``): my vector has this shape and fits; ``state`` is what must be alike at all ranks."""
 
     shape: tuple[Annotated[int, Field(ge=0)], ...]
+    state: str = ""
+
+
+class Told(Body):
+    """What ranks that sum on their own tell each other in the clear: one text to rank 0, or those of all ranks from there."""
+
+    texts: tuple[str, ...]
 
 
 class Kind(enum.IntEnum):
@@ -235,6 +246,7 @@ class Kind(enum.IntEnum):
     STOP = 18
     BYE = 19
     READY = 20
+    TOLD = 21
 
 
 _BODIES: dict[Kind, type[Body]] = {
@@ -255,6 +267,7 @@ _BODIES: dict[Kind, type[Body]] = {
     Kind.STOP: Stop,
     Kind.BYE: Bye,
     Kind.READY: Ready,
+    Kind.TOLD: Told,
 }
 _KINDS = {body: kind for kind, body in _BODIES.items()}
 

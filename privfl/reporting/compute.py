@@ -11,7 +11,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from privfl import __version__
-from privfl.accounting import ACCOUNTS, ADJACENCY, Event, NonPrivate, epsilon_of, epsilons, person_epsilon, views
+from privfl.accounting import ACCOUNTS, ADJACENCY, Event, NonPrivate, View, epsilon_of, epsilons, person_epsilon, views
 from privfl.accounting import Account as AccountName
 from privfl.reporting.budget import (
     FORMAT,
@@ -230,7 +230,7 @@ def _run(history: History, facts: RunFacts, charges: list[Charged], with_pld: bo
         exact_metrics=list(facts.exact_metrics),
         training=costs["training"],
         evaluation=costs["evaluation"],
-        adversaries=_adversaries(facts, costs["training"]),
+        adversaries=_adversaries(history, facts, costs["training"], [c for c in charges if c.account == "training"]),
     )
 
 
@@ -269,12 +269,17 @@ def _pld(events: tuple[Event, ...], delta: float) -> float:
     return epsilon_of(events, delta, "pld").upper
 
 
+@lru_cache(maxsize=256)
+def _seen(view: View, events: tuple[Event, ...], delta: float) -> float:
+    return view.epsilon(events, delta)
+
+
 @lru_cache(maxsize=64)
 def _person(events: tuple[Event, ...], delta: float, records: int) -> float:
     return person_epsilon(events, delta, records)
 
 
-def _adversaries(facts: RunFacts, cost: Cost | None) -> list[Adversary]:
+def _adversaries(history: History, facts: RunFacts, cost: Cost | None, charges: list[Charged]) -> list[Adversary]:
     if cost is None or len(facts.members) < 2:
         return []
     found = [
@@ -285,11 +290,16 @@ def _adversaries(facts: RunFacts, cost: Cost | None) -> list[Adversary]:
             because="encryption: it has no key and never sees the model",
         )
     ]
+    events = tuple(history.mechanisms[mechanism].times(count) for mechanism, count in _steps(charges).items())
     because = "noise: this site adds all of it itself, so it holds against everybody"
-    if cost.epsilon == "infinite":
-        because = "nothing: what was released is not protected by noise"
-    for view in views(facts.noise, len(facts.members)):
-        found.append(Adversary(who=view.who, sees=view.sees, epsilon=cost.epsilon, because=because))
+    for view in views(facts.noise, len(facts.members), facts.collusion):
+        epsilon = cost.epsilon if view.noise == 1.0 else _seen(view, events, facts.delta)
+        if facts.noise == "distributed":
+            shares = "one share" if view.shares == 1 else f"{view.shares} shares"
+            because = f"noise: {shares} of it that are not theirs, {view.noise:.3g} times the noise that is charged"
+        if cost.epsilon == "infinite":
+            because = "nothing: what was released is not protected by noise"
+        found.append(Adversary(who=view.who, sees=view.sees, epsilon=epsilon, because=because))
     owner = Adversary(
         who="whoever owns an account under which several parties ran",
         sees="everything that the processes of that account hold, the records too",

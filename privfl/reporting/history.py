@@ -39,7 +39,8 @@ class RunFacts:
     model: str
     data: str
     members: tuple[str, ...]
-    noise: Literal["site"]
+    noise: Literal["site", "distributed"]
+    collusion: int
     rounds: int
     delta: float
     private: bool

@@ -32,6 +32,7 @@ class Terminal:
         metrics: Literal["none", "exact", "noised"],
         trust: str,
         adding: Mapping[str, Any],
+        collusion: int,
     ) -> None:
         """The head: who takes part, with how much noise, and what is (not) promised."""
         sites = facts["sites"]
@@ -45,9 +46,10 @@ class Terminal:
                 f"{name:<16}{site['records']:>8}{site['weight']:>8.3f}{site['sampling_rate']:>15.4g}{site['noise_multiplier']:>18.3f}"
                 f"{decimals(site['planned_epsilon'], 3):>20}"
             )
-        self.line(
-            f"epsilon protects one record (not a person with several) at delta {delta:g}; every site adds all of its noise itself"
-        )
+        noise = "every site adds all of its noise itself"
+        if collusion:
+            noise = f"every site adds a share of the noise, enough if at most {collusion} of them give away what they see"
+        self.line(f"epsilon protects one record (not a person with several) at delta {delta:g}; {noise}")
         several = adding["values_per_integer"] == 2
         self.line(
             f"updates leave a site masked and encrypted: {adding['value_bits']} bits a value, {'two values' if several else 'one value'} in a word"

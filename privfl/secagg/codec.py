@@ -87,7 +87,7 @@ def _masked_block(
     where, fields = layout.values_of(number), layout.parameters.fields
     for start in range(where.start, where.stop, _PIECE):
         values = quantiser.integers(vector[start : min(start + _PIECE, where.stop)])
-        checksum.add(values)
+        checksum.add(values.astype(np.float64, copy=False))
         packed = pack(values, layout.parameters)
         at = (start - where.start) // fields
         integers[at : at + len(packed)] = packed

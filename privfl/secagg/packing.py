@@ -13,16 +13,18 @@ def packed_length(values: int, parameters: Parameters) -> int:
     return -(-values // parameters.fields)
 
 
-def pack(values: NDArray[np.float64], parameters: Parameters) -> NDArray[np.uint64]:
+def pack(values: NDArray[np.float64] | NDArray[np.int64], parameters: Parameters) -> NDArray[np.uint64]:
     """X = v0 + 2^w v1 modulo 2^64; shape (packed_length,). An odd last value is alone in its integer.
 
-    X has at most 53 bits with two fields (P <= 52), so the arithmetic in float64 is exact.
+    Values that keep to their fields make an X of at most 53 bits with two fields (P <= 52), so the arithmetic in float64 is exact. Values that
+    may not come as int64, whose arithmetic wraps.
     """
     if parameters.fields == 1:
         return values.astype(np.int64).view(np.uint64)
     pairs = values[: len(values) // 2 * 2].reshape(-1, 2)
     integers = np.empty(packed_length(len(values), parameters), dtype=np.int64)
-    integers[: len(pairs)] = pairs[:, 0] + pairs[:, 1] * float(1 << parameters.field_bits)
+    factor = values.dtype.type(1 << parameters.field_bits)
+    integers[: len(pairs)] = pairs[:, 0] + pairs[:, 1] * factor
     if len(values) % 2:
         integers[-1] = values[-1]
     return integers.view(np.uint64)

@@ -33,7 +33,7 @@ class Quantiser(Protocol):
         """
         ...
 
-    def integers(self, values: NDArray[np.generic]) -> NDArray[np.float64]:
+    def integers(self, values: NDArray[np.generic]) -> NDArray[np.float64] | NDArray[np.int64]:
         """A piece of a checked vector as integers; same shape."""
         ...
 
@@ -58,6 +58,27 @@ class Exact:
 
     def integers(self, values: NDArray[np.generic]) -> NDArray[np.float64]:
         return values.astype(np.float64)
+
+    def numbers(self, totals: NDArray[np.int64]) -> NDArray[np.int64]:
+        return totals
+
+
+class Whole:
+    """int64 in, int64 out, for integers that are to wrap and not to be refused: their sum modulo 2^P is what is exact, not each of them.
+
+    A refusal would depend on the values, and so would a value that is cut. What a sum wraps to is off by multiples of its field, and does not
+    fit its checksum.
+    """
+
+    # What the checksum takes.
+    _MOST = 1 << 38
+
+    def check(self, vector: NDArray[np.generic]) -> None:
+        if vector.size and not (vector.min() > -self._MOST and vector.max() < self._MOST):
+            raise PrivflError("a sum is thousands of times beyond its public range; raise secure_aggregation.range")
+
+    def integers(self, values: NDArray[np.generic]) -> NDArray[np.int64]:
+        return values.astype(np.int64, copy=False)
 
     def numbers(self, totals: NDArray[np.int64]) -> NDArray[np.int64]:
         return totals

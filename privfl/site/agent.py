@@ -21,8 +21,7 @@ from numpy.typing import NDArray
 from privfl.errors import EXIT_OURS, EXIT_USER, InternalError, PrivflError, ProtocolError, in_one_line
 from privfl.federation import member, messages, metrics
 from privfl.federation.messages import Body, Kind, Message
-from privfl.federation.strategies import fedavg
-from privfl.secagg import Exact, ExchangeKey, Grid
+from privfl.secagg import Exact, ExchangeKey
 from privfl.secagg.probe import prove
 from privfl.secagg.quantise import Quantiser
 from privfl.site import sums
@@ -34,6 +33,7 @@ from privfl.site.keys import RunKeys, open_keys, seal_keys
 from privfl.site.outbox import Outbox
 from privfl.site.outputs import places, share_model
 from privfl.site.setup import SiteSetup, account, versions
+from privfl.site.updates import Updates, updates_for
 from privfl.transport import Transport, forbid_reading
 
 _Thing = TypeVar("_Thing")
@@ -68,6 +68,7 @@ class _Agent:
         self._facts: dict[str, Any] | None = None
         self._log: TextIO | None = None
         self._book: Book | None = None
+        self._updates: Updates | None = None
         self._exit_code: int | None = None
         self._failed_at: float | None = None
 
@@ -262,6 +263,8 @@ class _Agent:
             self._report_prepared()
         elif "draws" in answer:
             self._trained(answer)
+        elif "followed" in answer:
+            self._move_to(self._our_updates().applied(self._our_trainer(), len(self._replica)))
         elif "measured" in answer:
             self._contribute_metrics(answer["measured"])
         else:
@@ -283,23 +286,18 @@ class _Agent:
             fits = fits and (not own["layout"] or begin.layout == own["layout"])
         if not fits:
             raise ProtocolError("the coordinator began a run that does not fit this site's experiment")
+        shared = self._setup.experiment.privacy.noise == "distributed"
+        noise_multiplier = begin.noise_multiplier if shared else self._setup.noise_multiplier
+        self._updates = updates_for(self._setup, begin, noise_multiplier)
+        self._our_book().begin(noise_multiplier)
 
     def _train(self) -> None:
         self._our_book().charge_round(self._state.round)
-        self._our_trainer().replica.write(self._replica)
-        self._our_trainer().ask({"do": "train"})
+        self._our_updates().ask(self._our_trainer(), self._replica)
 
     def _trained(self, answer: dict[str, Any]) -> None:
-        book = self._our_book()
-        if answer["draws"] != book.steps("training"):
-            raise InternalError(
-                f"noise was drawn {answer['draws']} times for {book.steps('training')} charged steps; nothing of this round is sent"
-            )
-        self._update = self._our_trainer().update.read(len(self._replica), np.float32).astype(np.float64)
-        if not np.isfinite(self._update).all():
-            raise InternalError("the trainer's update contains NaN or infinite values; nothing of this round is sent")
-        self._update *= messages.weights_of(self._setup.experiment.weights, self._begin())[self._setup.site]
-        agreed = self._setup.experiment.secure_aggregation.range == "agreed"
+        book, updates = self._our_book(), self._our_updates()
+        updates.take(self._our_trainer(), answer, book.steps("training"))
         epsilon = book.epsilon("training")
         self._note(f"round {self._state.round}: trained, epsilon {epsilon:.4g}")
         book.leaves("training")
@@ -309,7 +307,7 @@ class _Agent:
                 steps=book.steps("training"),
                 epsilon=epsilon,
                 head=book.head(self._state.round, 0),
-                span=sums.seal_exponent(self._our_keys(), self._update, self._span_context(self._setup.site)) if agreed else "",
+                span=updates.note(self._our_keys(), self._span_context(self._setup.site)),
             )
         )
 
@@ -317,10 +315,10 @@ class _Agent:
         return f"privfl range 1 {self._state.run.hex()} {self._state.round} {site}".encode()
 
     def _contribute(self, action: member.Contribute) -> None:
-        chosen, book = self._setup.experiment.secure_aggregation, self._our_book()
+        path, book = self._setup.experiment.secure_aggregation.path, self._our_book()
         blocks = self._blocks()[action.vector]
         head = Message(Kind.CONTRIBUTION, self._state.run, self._state.round, self._state.attempt, parts=blocks)
-        self._outbox = Outbox(self._transport, [m.rank for m in self._welcome.members], chosen.path, head)
+        self._outbox = Outbox(self._transport, [m.rank for m in self._welcome.members], path, head)
         if action.vector == "metrics":
             if self._measures_privately():
                 book.charge_metrics(self._state.round)
@@ -329,11 +327,10 @@ class _Agent:
             return
         book.keep_heads(self._state.round, 0, action.heads)
         book.check_release("training", self._state.round, self._state.sites, self._protections(), costs=True)
-        span = chosen.range
-        if span == "agreed":
-            span = sums.agreed_span(self._our_keys(), action.spans, self._state.sites, self._span_context)
-        self._open_sum(len(self._update), Grid(self._setup.parameters, span, chosen.rounding), span)
-        self._send_blocks(self._our_sum().contribution(self._update))
+        updates = self._our_updates()
+        quantiser, span = updates.grid(self._our_keys(), action.spans, self._state.sites, self._span_context)
+        self._open_sum(len(self._replica), quantiser, span)
+        self._send_blocks(self._our_sum().contribution(updates.vector()))
 
     def _measures_privately(self) -> bool:
         """Whether this site has held-out records whose metrics need noise."""
@@ -386,7 +383,12 @@ class _Agent:
             head = book.head(self._state.round, self._state.attempt)
             self._report(messages.Measured(metrics=values, event=event, epsilon=book.epsilon("evaluation"), head=head))
             return
-        self._replica = fedavg(self._replica, total)
+        moved = self._our_updates().apply(self._our_trainer(), self._replica, total)
+        if moved is not None:
+            self._move_to(moved)
+
+    def _move_to(self, replica: NDArray[np.float32]) -> None:
+        self._replica = replica
         if not np.isfinite(self._replica).all():
             raise PrivflError("the averaged model contains NaN or infinite values; lower optimizer.lr")
         self._replica_tag = self._tag()
@@ -420,6 +422,9 @@ class _Agent:
 
     def _our_book(self) -> Book:
         return _there(self._book, "the book")
+
+    def _our_updates(self) -> Updates:
+        return _there(self._updates, "the beginning of the run")
 
     def _our_keys(self) -> RunKeys:
         return _there(self._keys, "the run's keys")

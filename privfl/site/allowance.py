@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Literal, TypeVar
 
@@ -15,6 +15,7 @@ from privfl.accounting import (
     ACCOUNTS,
     LARGEST_NOISE_MULTIPLIER,
     Account,
+    DiscreteGaussian,
     Event,
     Gaussian,
     MetricRelease,
@@ -24,7 +25,8 @@ from privfl.accounting import (
     least_noise_multiplier,
 )
 from privfl.config import Budget, Experiment, SiteFile
-from privfl.errors import InternalError, PrivflError
+from privfl.dp.shares import SENSITIVITY
+from privfl.errors import InternalError, PrivflError, ProtocolError
 from privfl.ledger import BudgetError, Head, Ledger
 
 # Whoever sets one of these wants protection, which a known seed takes away.
@@ -43,7 +45,8 @@ _POLICY = {
 }
 # And whoever sets one of these does not want metrics without noise, unless named.
 _NOISE_RULES = {"budget", "least_noise_multiplier", "ledger", "metrics"}
-_Plan = TypeVar("_Plan", PoissonGaussian, MetricRelease)
+_Steps = PoissonGaussian | DiscreteGaussian
+_Plan = TypeVar("_Plan", PoissonGaussian | DiscreteGaussian, MetricRelease)
 
 # A budget for one run alone is its plan and a hair, for sums of floating-point numbers.
 _HAIR = 1e-9
@@ -63,7 +66,7 @@ class Allowance:
         delta: at which the run's epsilons are given.
     """
 
-    training: PoissonGaussian
+    training: PoissonGaussian | DiscreteGaussian
     metrics: MetricRelease | None
     filters: dict[Account, RenyiFilter]
     spent: dict[Account, NDArray[np.float64]]
@@ -86,6 +89,18 @@ class Allowance:
         found: dict[Account, Event] = {"training": self.training}
         return found if self.metrics is None else {**found, "evaluation": self.metrics}
 
+    def with_noise(self, noise_multiplier: float) -> Allowance:
+        """The same with the noise multiplier of training on which the sites agreed.
+
+        Raises:
+            ProtocolError: it is less than this site needs.
+        """
+        if not self.training.noise_multiplier <= noise_multiplier < math.inf:
+            raise ProtocolError(
+                f"the coordinator began a run with noise multiplier {noise_multiplier:g}, this site needs {self.training.noise_multiplier:g}"
+            )
+        return replace(self, training=replace(self.training, noise_multiplier=noise_multiplier))
+
     def epsilon(self, account: Account, events: Sequence[Event]) -> float:
         """Epsilon of a part of this run, at its own delta, in the accountant that admits it."""
         if not self.kept:
@@ -103,14 +118,21 @@ def _refusal(site: str, key: str, what: str) -> PrivflError:
     return PrivflError(f"the policy of site {site} refuses this experiment ({key} in its site file): {what}")
 
 
-def check_members(site: str, file: SiteFile, members: int) -> None:
-    """Whether a sum of so many sites is large enough for the policy.
+def check_members(site: str, experiment: Experiment, file: SiteFile, members: int) -> None:
+    """Whether a sum of so many sites is large enough for the policy, and its noise for their coalitions.
 
     Raises:
         PrivflError: it is not; with how many would pass.
     """
     if members < file.least_sites:
         raise _refusal(site, "least_sites", f"it has {members} sites, at least {file.least_sites} would pass")
+    if experiment.privacy.noise == "distributed" and file.least_collusion > experiment.collusion:
+        raise _refusal(
+            site,
+            "least_collusion",
+            f"privacy.collusion is {experiment.collusion}, so {file.least_collusion} sites could subtract more of the noise than that allows for; "
+            f"privacy.collusion {file.least_collusion} would pass",
+        )
     if file.least_collusion and members < file.least_collusion + 2:
         raise _refusal(
             site,
@@ -130,7 +152,7 @@ def check_policy(site: str, experiment: Experiment, file: SiteFile) -> None:
     def refuse(key: str, what: str) -> PrivflError:
         return _refusal(site, key, what)
 
-    check_members(site, file, len(experiment.sites))
+    check_members(site, experiment, file, len(experiment.sites))
     policy = sorted(file.model_fields_set & _POLICY)
     if experiment.evaluate_every:
         names = experiment.evaluation.metrics
@@ -175,10 +197,15 @@ def propose(site: str, experiment: Experiment, file: SiteFile) -> Allowance:
         PrivflError: a target that cannot be reached, noise that bounds nothing, or a ledger that cannot be used.
     """
     privacy, delta, book = experiment.privacy, experiment.privacy.delta, _Book.of(site, file)
-    training, metrics = _training(site, experiment), _metrics(experiment)
+    training, metrics = training_steps(site, experiment), _metrics(experiment)
 
-    def calibrated(limit: RenyiFilter | None) -> PoissonGaussian:
-        return _calibrated("privacy", training, privacy.target_epsilon, privacy.noise_multiplier, delta, limit)
+    # Shares of one noise must do for the site that needs most, which is one with the largest rate.
+    neediest = site if privacy.noise == "site" else max(experiment.sites, key=experiment.rate)
+
+    def calibrated(limit: RenyiFilter | None) -> _Steps:
+        plan = training_steps(neediest, experiment)
+        noise = _calibrated("privacy", plan, privacy.target_epsilon, privacy.noise_multiplier, delta, limit).noise_multiplier
+        return training(noise)
 
     # A book that is still to begin is planned for the noise that the run would need without one.
     filters = book.filters or (_begun(file.budget, calibrated(None)) if file.budget is not None else {})
@@ -193,11 +220,18 @@ def propose(site: str, experiment: Experiment, file: SiteFile) -> Allowance:
     return Allowance(plan, release, filters, book.spent, book.head, kept, delta)
 
 
-def _training(site: str, experiment: Experiment) -> Callable[[float], PoissonGaussian]:
-    """From a noise multiplier to all steps of the run."""
+def training_steps(site: str, experiment: Experiment) -> Callable[[float], _Steps]:
+    """From a noise multiplier to all steps of the run, as they are charged.
 
-    def plan(noise: float) -> PoissonGaussian:
-        return PoissonGaussian(sampling_rate=experiment.rate(site), noise_multiplier=noise, steps=experiment.steps)
+    With distributed noise that is the view of ``collusion`` sites, which the noise multiplier is meant for: to every site, the others may be that
+    coalition.
+    """
+    rate, steps = experiment.rate(site), experiment.steps
+
+    def plan(noise: float) -> _Steps:
+        if experiment.privacy.noise == "site":
+            return PoissonGaussian(sampling_rate=rate, noise_multiplier=noise, steps=steps)
+        return DiscreteGaussian(sampling_rate=rate, noise_multiplier=noise, sensitivity=SENSITIVITY, steps=steps)
 
     return plan
 
@@ -312,7 +346,7 @@ def check_noise(site: str, experiment: Experiment, file: SiteFile, found: Allowa
         what = f"the noise multiplier of its metrics is {noise}; evaluation.target_epsilon of at most {enough} would pass"
         raise _refusal(site, "least_noise_multiplier", what)
     if least is not None and found.training.noise_multiplier < least:
-        enough = _down(found.epsilon("training", [_training(site, experiment)(least)]))
+        enough = _down(found.epsilon("training", [training_steps(site, experiment)(least)]))
         what = f"at least {least:g} would pass, as with a target_epsilon of at most {enough}"
         raise _refusal(site, "least_noise_multiplier", f"its noise multiplier is {found.training.noise_multiplier:g}; {what}")
 
@@ -350,7 +384,7 @@ def room(experiment: Experiment, found: Allowance, account: Account) -> Room:
 
 def noise_that_fits(site: str, experiment: Experiment, found: Allowance, account: Account) -> tuple[float, float] | None:
     """(the least noise multiplier with which all of the run fits, the run's epsilon with it); None if none is enough."""
-    plan: Callable[[float], Event] = _training(site, experiment) if account == "training" else _metrics(experiment)
+    plan: Callable[[float], Event] = training_steps(site, experiment) if account == "training" else _metrics(experiment)
     limit = found.filters[account]
     spent = found.spent.get(account, limit.nothing())
 

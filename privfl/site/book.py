@@ -29,7 +29,8 @@ class Book:
 
     def __init__(self, setup: SiteSetup, agreement: Agreement, run: str, output: Path) -> None:
         self._setup, self._agreement, self._run, self._output = setup, agreement, run, output
-        self._plans = setup.allowance.plans()
+        self._allowance = setup.allowance
+        self._plans = self._allowance.plans()
         self._steps: dict[Account, int] = dict.fromkeys(self._plans, 0)
         self._open: dict[Account, Row] = {}
         self._contributions: dict[tuple[int, str], int] = {}
@@ -44,25 +45,36 @@ class Book:
             path, network = output / f"run-{run[:8]}.ledger", True
         self._ledger = Ledger.write(path, setup.site, setup.allowance.filters, network=network)
         try:
-            self._begin()
+            self._check_unchanged()
         except BaseException:
             self._ledger.close()
             raise
 
-    def _begin(self) -> None:
-        allowance, experiment = self._setup.allowance, self._setup.experiment
+    def _check_unchanged(self) -> None:
+        allowance = self._allowance
         expected = allowance.head
         changed = allowance.kept and (len(self._ledger.rows) > 1 if expected is None else self._ledger.head != expected)
         if changed or self._ledger.filters != allowance.filters:
             raise PrivflError(
                 f"the ledger {self._ledger.path} was changed or replaced while this run started; look at it, and start again"
             )
+
+    def begin(self, noise_multiplier: float) -> None:
+        """Write down what this run is going to do, with the noise that the sites agreed on; before that nothing can be charged.
+
+        Raises:
+            ProtocolError: it is less than this site needs.
+        """
+        self._allowance = self._allowance.with_noise(noise_multiplier)
+        self._plans = self._allowance.plans()
+        allowance, experiment = self._allowance, self._setup.experiment
         facts = {
             "experiment": experiment.digest(),
             "model": experiment.model,
             "data": experiment.data,
             "rounds": experiment.rounds,
             "noise": experiment.privacy.noise,
+            "collusion": experiment.collusion,
             "delta": allowance.delta,
             "target_epsilon": experiment.privacy.target_epsilon,
             "private": experiment.private,
@@ -113,7 +125,7 @@ class Book:
         """What this run has cost the account's records so far, in the accountant that admits the run."""
         if account not in self._plans:
             return 0.0
-        return self._setup.allowance.epsilon(account, [self.event(account, self._steps[account])])
+        return self._allowance.epsilon(account, [self.event(account, self._steps[account])])
 
     # -- releases ------------------------------------------------------------------------------------------------
 
@@ -134,7 +146,7 @@ class Book:
         missing = [name for name in ("encryption", "masks", *policy.require) if not active.get(name, False)]
         if missing:
             raise InternalError(f"{missing[0]} is not active at site {self._setup.site}; nothing was sent")
-        check_members(self._setup.site, policy, len(members))
+        check_members(self._setup.site, self._setup.experiment, policy, len(members))
         attempts = self._contributions[round_, account] = self._contributions.get((round_, account), 0) + 1
         if attempts > policy.attempts:
             raise PrivflError(

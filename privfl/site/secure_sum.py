@@ -84,8 +84,12 @@ class SecureSum:
             PrivflError: at all ranks, if one rank's vector does not fit or it can sum nothing more; nothing of any vector has left then.
             MismatchError: the sum is not what the ranks sent; this object sums nothing more.
         """
+        return self._sum(vector, "")
+
+    def _sum(self, vector: ArrayLike, state: str) -> NDArray[Any]:
+        """The sum, if ``state`` is the same at all ranks."""
         self._round += 1
-        given = self._agree(vector)
+        given = self._agree(vector, state)
         flat = given.reshape(-1)
         one = self._sums.open(self._round, 1, len(flat), self._quantiser, [])
         layout = Layout(len(flat), self.parameters)
@@ -98,7 +102,27 @@ class SecureSum:
             one.collect(block)
         return self._finish(one).reshape(given.shape)
 
-    def _agree(self, vector: ArrayLike) -> NDArray[Any]:
+    def tell(self, text: str) -> tuple[str, ...]:
+        """What every rank says, in the clear, by rank. Collective.
+
+        Raises:
+            PrivflError: a rank does not answer.
+        """
+        self._round += 1
+        if self._transport.rank:
+            self._send(0, messages.Told(texts=(text,)))
+            body = self._expect(Kind.TOLD).body
+            assert isinstance(body, messages.Told)
+            return body.texts
+        texts = [text]
+        for message in self._from_all(Kind.TOLD).values():
+            assert isinstance(message.body, messages.Told)
+            texts += message.body.texts
+        told = messages.Told(texts=tuple(texts))
+        self._to_all(told)
+        return told.texts
+
+    def _agree(self, vector: ArrayLike, state: str) -> NDArray[Any]:
         """The vector as an array, once every rank has said that its own fits; the same sentence at all ranks if one does not."""
         problem, given = "", np.empty(0)
         try:
@@ -107,7 +131,7 @@ class SecureSum:
             problem = str(error)
         except Exception as error:  # whatever numpy makes of it, the other ranks must not wait
             problem = in_one_line(f"no vector of numbers was given ({type(error).__name__}: {error})")
-        answer = messages.Failed(error=problem, exit_code=2) if problem else messages.Ready(shape=given.shape)
+        answer = messages.Failed(error=problem, exit_code=2) if problem else messages.Ready(shape=given.shape, state=state)
         if self._transport.rank:
             self._send(0, answer)
             self._expect(Kind.ROUND)
@@ -123,7 +147,13 @@ class SecureSum:
             if isinstance(body, messages.Failed):
                 problem = problem or f"rank {rank}: {body.error}"
         for rank, body in answers.items():
-            if isinstance(body, messages.Ready) and body != answers[0]:
+            first = answers[0]
+            if isinstance(body, messages.Ready) and isinstance(first, messages.Ready) and body.state != first.state:
+                problem = problem or (
+                    f"the model of rank {rank} is not that of rank 0: start all from the same parameters (torch.manual_seed before it is made), "
+                    "and change them by optimizer.step() only"
+                )
+            if isinstance(body, messages.Ready) and body != first:
                 problem = problem or f"rank {rank} has a vector of shape {body.shape}, rank 0 another one; they must be alike"
         self._to_all(messages.Failed(error=problem, exit_code=2) if problem else go)
         if problem:

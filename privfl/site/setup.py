@@ -54,7 +54,8 @@ class SiteSetup:
             "device": self.file.device,
             "threads": threads,
             "log": log,
-            "noise_multiplier": self.noise_multiplier,
+            # With distributed noise the agent adds this site's share.
+            "noise_multiplier": None if self.experiment.privacy.noise == "distributed" else self.noise_multiplier,
             "run": run,
         }
 
@@ -92,7 +93,7 @@ def parameters_of(experiment: Experiment) -> Parameters:
     chosen = experiment.secure_aggregation
     try:
         parameters = parameters_for(len(experiment.sites), chosen.value_bits, chosen.path)
-        if chosen.range != "agreed":
+        if isinstance(chosen.range, float) and experiment.algorithm == "fedavg":
             Grid(parameters, chosen.range)
     except PrivflError as error:
         raise PrivflError(f"secure_aggregation: {error}") from error

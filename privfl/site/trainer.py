@@ -116,6 +116,7 @@ class _Trainer:
             if not isinstance(pair, tuple | list) or len(pair) != 2:
                 raise PrivflError(f"data ({experiment.data}) must return a pair (train, held_out)")
         train, self._held_out = pair
+        self._sums = experiment.algorithm == "fedsgd"
         seed = experiment.insecure_test_seed
         recipe = Recipe(
             sampling_rate=experiment.rate(site),
@@ -148,6 +149,8 @@ class _Trainer:
         match request["do"]:
             case "train":
                 return self._train()
+            case "follow":
+                return self._follow()
             case "measure":
                 self._load()
                 return {"measured": self._measure()}
@@ -161,10 +164,16 @@ class _Trainer:
         return replica
 
     def _train(self) -> dict[str, Any]:
+        """fedavg: an update with noise; fedsgd: the sum of clipped gradients of one batch, to which the agent adds this site's share."""
         with _user_code("training"):
-            update = self._training.train_round(self._load())
-        self._update.write(update)
-        return {"draws": self._training.optimizer.noise_draws}
+            work = self._training.sum_gradients if self._sums else self._training.train_round
+            self._update.write(work(self._load()))
+        return {"draws": self._training.draws}
+
+    def _follow(self) -> dict[str, Any]:
+        gradient = self._replica.read(self._training.parameters, np.float64)
+        self._update.write(self._training.follow(gradient))
+        return {"followed": True}
 
     def _measure(self) -> dict[str, tuple[list[float], list[float]]]:
         from privfl.dp.evaluation import measure, measure_each

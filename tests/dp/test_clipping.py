@@ -14,8 +14,9 @@ from torch import nn
 from torch.utils.data import TensorDataset
 
 from privfl.dp import training
-from privfl.dp.optimizer import SENSITIVITY_MARGIN, SystemNoiseOptimizer
+from privfl.dp.optimizer import SystemNoiseOptimizer
 from privfl.dp.randomness import SystemRandomness
+from privfl.dp.shares import CLIP_MARGIN
 from privfl.dp.training import LocalTraining
 from tests.dp.helpers import local, records, train_once, zero_linear
 
@@ -34,7 +35,7 @@ def test_noise_has_the_accounted_standard_deviation():
         local_steps=12,
     )
     update = trainer.train_round(trainer.flat())
-    expected = sigma * clip * (1 + SENSITIVITY_MARGIN) / (q * n) * math.sqrt(12)
+    expected = sigma * clip * (1 + CLIP_MARGIN) / (q * n) * math.sqrt(12)
     z = (np.var(update) / expected**2 - 1) / math.sqrt(2 / len(update))
     assert abs(z) < 5
     assert trainer.optimizer.noise_draws == 12
@@ -77,13 +78,13 @@ HOSTILE = [
 def test_no_example_contributes_more_than_the_clipping_norm(row: list[float]):
     total = _sums(SystemNoiseOptimizer, torch.tensor([row], dtype=torch.float32), randomness=SystemRandomness())
     assert torch.isfinite(total).all()
-    assert total.norm().item() <= 1.0 + SENSITIVITY_MARGIN
+    assert total.norm().item() <= 1.0 + CLIP_MARGIN
 
 
 def test_random_examples_never_exceed_the_margin():
     rows = torch.randn(300, 40) * 10 ** torch.empty(300, 1).uniform_(-3, 6)
     worst = max(_sums(SystemNoiseOptimizer, row[None], randomness=SystemRandomness()).norm().item() for row in rows)
-    assert worst <= 1.0 + SENSITIVITY_MARGIN
+    assert worst <= 1.0 + CLIP_MARGIN
 
 
 @pytest.mark.parametrize("row", [torch.full((1, 10_000_000), 0.1), torch.randn(1, 10_000_000)], ids=["equal", "random"])
@@ -92,7 +93,7 @@ def test_norms_of_large_gradients_are_not_understated(row: torch.Tensor):
     ours = _sums(SystemNoiseOptimizer, row, randomness=SystemRandomness()).double().norm().item()
     assert ours <= 1.0 + 1e-5
     if row[0, 0] == row[0, 1]:
-        assert _sums(DPOptimizer, row).double().norm().item() > 1.0 + SENSITIVITY_MARGIN, (
+        assert _sums(DPOptimizer, row).double().norm().item() > 1.0 + CLIP_MARGIN, (
             "Opacus has become exact; ours may be superfluous"
         )
 
@@ -123,7 +124,7 @@ def _interrupted_then_next_step(trainer: LocalTraining) -> float:
     optimizer.step()
     optimizer.zero_grad()
     before = trainer.flat()
-    trainer._step(np.arange(trainer.records))
+    trainer._go_through(np.arange(trainer.records), trainer.optimizer.step)
     return float(np.linalg.norm(trainer.flat() - before))
 
 
@@ -133,7 +134,7 @@ def test_an_interrupted_batch_does_not_double_the_next_sum(monkeypatch: pytest.M
 
     reference = fresh()
     before = reference.flat()
-    reference._step(np.arange(reference.records))
+    reference._go_through(np.arange(reference.records), reference.optimizer.step)
     alone = float(np.linalg.norm(reference.flat() - before))
     assert _interrupted_then_next_step(fresh()) == pytest.approx(alone, rel=1e-3)
     sabotaged = fresh()

@@ -24,6 +24,7 @@ def plan(**changes: Any) -> lead.Plan:
         "rounds": 2,
         "evaluate_every": 1,
         "weights": "uniform",
+        "shared_noise": False,
         "blocks": lambda vector, numbers: BLOCKS,
     }
     return lead.Plan(**fields | changes)

@@ -1,0 +1,279 @@
+"""Opacus' PrivacyEngine with sound sampling, noise from the operating system, and a place for a ledger and for sums over sites."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+import numpy as np
+import opacus
+import torch
+from numpy.typing import NDArray
+from opacus.accountants.accountant import IAccountant
+from torch import nn
+from torch.utils.data import DataLoader
+
+from privfl.accounting import DiscreteGaussian, Event, PoissonGaussian, epsilon_of, event_from_dict, least_noise_multiplier
+from privfl.dp.checks import check_model
+from privfl.dp.ghost import GhostModule
+from privfl.dp.optimizer import SecureSumGhostOptimizer, SecureSumOptimizer, SystemNoiseGhostOptimizer, SystemNoiseOptimizer
+from privfl.dp.randomness import Randomness
+from privfl.dp.sampling import PoissonBatches, poisson_loader, rate_of
+from privfl.dp.shares import SENSITIVITY
+from privfl.errors import PrivflError
+
+_MODES = ("hooks", "functorch", "ghost")
+
+
+@dataclass(frozen=True)
+class Loop:
+    """What is public about a training loop: ``steps`` is how many a pass over the loader has, ``parameters`` how many are trained."""
+
+    records: int
+    sampling_rate: float
+    steps: int
+    parameters: int
+
+
+class Home(Protocol):
+    """Where an engine's steps are written down, and where the other sites are."""
+
+    shared: bool
+
+    def agree(self, loop: Loop) -> Loop:
+        """The loop as all sites run it: a pass must have the same number of steps everywhere."""
+        ...
+
+    def begin(self, loop: Loop, model: str, data: str, delta: float, plan: Event, max_grad_norm: float) -> Event:
+        """Write down that a run begins; the plan with the noise on which the sites agree."""
+        ...
+
+    def charge(self, event: Event) -> None:
+        """Debit one step; when this returns the charge is safe, and only then anything may be made of the step."""
+        ...
+
+    def sum(self, total: NDArray[np.float64], replica: bytes) -> NDArray[np.float64]:
+        """The noisy sum over all sites of vectors of shape (parameters,), over the expected number of records."""
+        ...
+
+
+class EventAccountant(IAccountant):  # type: ignore[misc]
+    """Opacus' interface over privfl's events: Renyi accounting over a grid of orders, an upper bound."""
+
+    def __init__(self) -> None:
+        self.history: list[tuple[float, float, int]] = []
+        self.events: dict[Event, int] = {}
+
+    def add(self, event: Event) -> None:
+        """Count one step."""
+        self.events[event] = self.events.get(event, 0) + 1
+        self.history = [(e.sigma, e.rate, steps) for e, steps in self.events.items()]
+
+    def step(self, *, noise_multiplier: float, sample_rate: float) -> None:
+        self.add(PoissonGaussian(sampling_rate=sample_rate, noise_multiplier=noise_multiplier))
+
+    def get_epsilon(self, delta: float, *args: Any, **kwargs: Any) -> float:
+        return epsilon_of([event.times(steps) for event, steps in self.events.items()], delta).upper
+
+    def __len__(self) -> int:
+        return sum(self.events.values())
+
+    @classmethod
+    def mechanism(cls) -> str:
+        return "privfl"
+
+    def state_dict(self, destination: Any = None) -> Any:
+        found = super().state_dict(destination)
+        found["events"] = [event.times(steps).to_dict() for event, steps in self.events.items()]
+        return found
+
+    def load_state_dict(self, state_dict: Any) -> None:
+        """What was saved is counted on top of what this object has counted itself: loading never makes anything forgotten."""
+        super().load_state_dict(state_dict)
+        for fields in state_dict["events"]:
+            event = event_from_dict(fields)
+            self.events[event.once()] = self.events.get(event.once(), 0) + event.steps
+        self.history = [(e.sigma, e.rate, steps) for e, steps in self.events.items()]
+
+
+class Engine(opacus.PrivacyEngine):  # type: ignore[misc]
+    """Opacus' engine at a :class:`Home`."""
+
+    def __init__(self, home: Home, randomness: Randomness) -> None:
+        # Not Opacus' own __init__: it would warn of randomness that is not used here, and of a secure mode that has been dead since torch 1.8.
+        self.accountant = EventAccountant()
+        self.secure_mode, self.secure_rng, self.dataset = False, None, None
+        self._home, self._randomness = home, randomness
+
+    def make_private(self, *, noise_multiplier: float, **arguments: Any) -> Any:
+        """As Opacus' ``make_private``, with the same arguments and results.
+
+        The loader's batch size is the expected size of Poisson batches. With other sites this is collective, as every ``optimizer.step()``.
+
+        Raises:
+            PrivflError: an argument, the model or the loader would break the guarantee.
+        """
+        if not 0.0 < noise_multiplier < float("inf"):
+            raise PrivflError(f"noise_multiplier must be positive, got {noise_multiplier}")
+        return self._make(_Arguments(**arguments), lambda _: noise_multiplier, delta=None)
+
+    def make_private_with_epsilon(self, *, target_epsilon: float, target_delta: float, epochs: int, **arguments: Any) -> Any:
+        """As Opacus' ``make_private_with_epsilon``: with the least noise that keeps ``epochs`` passes within (target_epsilon, target_delta).
+
+        Raises:
+            PrivflError: as :meth:`make_private`, or no noise is enough.
+        """
+
+        def noise(loop: Loop) -> float:
+            found = least_noise_multiplier(
+                lambda sigma: epsilon_of([self._event(loop, sigma).times(epochs * loop.steps)], target_delta).upper,
+                target_epsilon,
+            )
+            if found is None:
+                raise PrivflError(
+                    f"target_epsilon {target_epsilon:g} cannot be reached; raise it, or lower epochs or the batch size"
+                )
+            return found
+
+        return self._make(_Arguments(**arguments), noise, delta=target_delta, epochs=epochs)
+
+    def _event(self, loop: Loop, noise_multiplier: float) -> PoissonGaussian | DiscreteGaussian:
+        """One step, as it is charged."""
+        common: dict[str, Any] = {"sampling_rate": loop.sampling_rate, "noise_multiplier": noise_multiplier}
+        return DiscreteGaussian(**common, sensitivity=SENSITIVITY) if self._home.shared else PoissonGaussian(**common)
+
+    def _make(self, given: _Arguments, noise: Callable[[Loop], float], *, delta: float | None, epochs: int = 0) -> Any:
+        given.check()
+        module, inner = given.module, given.inner_optimizer()
+        plain = getattr(module, "_module", module)
+        check_model(plain)
+        records, rate, steps = rate_of(given.data_loader)
+        parameters = [p for group in inner.param_groups for p in group["params"] if p.requires_grad]
+        if {id(p) for p in parameters} != {id(p) for p in plain.parameters() if p.requires_grad}:
+            raise PrivflError("optimizer must have the trainable parameters of module, all of them and no others")
+        loop = self._home.agree(Loop(records, rate, steps, sum(p.numel() for p in parameters)))
+        plan = self._event(loop, noise(loop)).times(epochs * loop.steps)
+        names = (type(plain).__name__, type(given.data_loader.dataset).__name__)
+        event = self._home.begin(loop, *names, delta or _usual_delta(records), plan, given.max_grad_norm).once()
+
+        batches = PoissonBatches(records, rate, loop.steps, self._randomness)
+        loader = poisson_loader(given.data_loader, batches, given.batch_first)
+        wrapped = self._wrap(given)
+        wrapped.forbid_grad_accumulation()
+        optimizer = self._optimizer(given, inner, event, loop)
+        batches.begun = optimizer.forget_unfinished_step
+        if given.grad_sample_mode != "ghost":
+            return wrapped, optimizer, loader
+        criterion = self._prepare_criterion(
+            module=wrapped, optimizer=optimizer, criterion=given.criterion, loss_reduction=given.loss_reduction
+        )
+        return wrapped, optimizer, criterion, loader
+
+    def _wrap(self, given: _Arguments) -> Any:
+        common: dict[str, Any] = {"batch_first": given.batch_first, "loss_reduction": given.loss_reduction}
+        # torch warns of hooks on modules whose inputs need no gradient; Opacus' hooks are made for just that.
+        warnings.filterwarnings("ignore", message="Full backward hook is firing")
+        try:
+            if given.grad_sample_mode != "ghost":
+                return self._prepare_model(
+                    given.module, **common, grad_sample_mode=given.grad_sample_mode, wrap_model=given.wrap_model
+                )
+            if isinstance(given.module, GhostModule):
+                return given.module
+            return GhostModule(given.module, max_grad_norm=given.max_grad_norm, **common)
+        except (NotImplementedError, ValueError) as error:
+            raise PrivflError(f"module cannot be trained with DP-SGD: {error}") from error
+
+    def _optimizer(self, given: _Arguments, inner: torch.optim.Optimizer, event: Any, loop: Loop) -> Any:
+        ghost = given.grad_sample_mode == "ghost"
+        common: dict[str, Any] = {
+            "noise_multiplier": event.noise_multiplier,
+            "max_grad_norm": given.max_grad_norm,
+            "expected_batch_size": loop.sampling_rate * loop.records,
+            "loss_reduction": given.loss_reduction,
+        }
+
+        def charge() -> None:
+            # The optimizer's own numbers are the user's to change (a scheduler may); what is charged is what will be done.
+            now = self._event(loop, float(optimizer.noise_multiplier))
+            if self._home.shared and (now != event or optimizer.max_grad_norm != given.max_grad_norm):
+                raise PrivflError(
+                    "noise_multiplier and max_grad_norm were agreed on by all sites and cannot change during training"
+                )
+            self._home.charge(now)
+            self.accountant.add(now)
+
+        if self._home.shared:
+
+            def exchange(total: NDArray[np.float64]) -> NDArray[np.float64]:
+                charge()
+                replica = b"".join(p.detach().cpu().numpy().tobytes() for p in optimizer.params)
+                return self._home.sum(total, replica)
+
+            optimizer = (SecureSumGhostOptimizer if ghost else SecureSumOptimizer)(inner, exchange=exchange, **common)
+        else:
+            kind = SystemNoiseGhostOptimizer if ghost else SystemNoiseOptimizer
+            optimizer = kind(inner, randomness=self._randomness, charge=charge, **common)
+        return optimizer
+
+
+@dataclass(frozen=True)
+class _Arguments:
+    """Opacus' arguments of ``make_private``, with its defaults."""
+
+    module: Any
+    optimizer: torch.optim.Optimizer
+    data_loader: DataLoader[Any]
+    max_grad_norm: float
+    criterion: Any = None
+    batch_first: bool = True
+    loss_reduction: str = "mean"
+    poisson_sampling: bool = True
+    clipping: str = "flat"
+    noise_generator: Any = None
+    grad_sample_mode: str = "hooks"
+    wrap_model: bool = True
+    rand_on_empty: bool = False
+
+    def __post_init__(self) -> None:
+        if self.criterion is None:
+            object.__setattr__(self, "criterion", nn.CrossEntropyLoss())
+
+    def inner_optimizer(self) -> torch.optim.Optimizer:
+        inner: torch.optim.Optimizer = getattr(self.optimizer, "original_optimizer", self.optimizer)
+        return inner
+
+    def check(self) -> None:
+        """Refuse what Opacus takes and what would break the guarantee."""
+        refused = {
+            "poisson_sampling=False": (
+                not self.poisson_sampling,
+                "shuffled batches cost far more than Poisson accounting says; leave it out",
+            ),
+            "noise_generator": (self.noise_generator is not None, "whoever knows its seed can take the noise away; leave it out"),
+            "rand_on_empty=True": (
+                self.rand_on_empty,
+                "a made-up record in place of none doubles what a record can change; leave it out",
+            ),
+            f"clipping={self.clipping!r}": (self.clipping != "flat", "only 'flat' clipping is accounted for; leave it out"),
+            f"grad_sample_mode={self.grad_sample_mode!r}": (
+                self.grad_sample_mode not in _MODES,
+                f"choose one of {', '.join(_MODES)}",
+            ),
+            "wrap_model=False": (
+                not self.wrap_model and self.grad_sample_mode == "ghost",
+                "ghost clipping wraps the model; leave it out",
+            ),
+        }
+        for name, (holds, why) in refused.items():
+            if holds:
+                raise PrivflError(f"make_private does not take {name}: {why}")
+        if not isinstance(self.max_grad_norm, int | float) or not 0.0 < self.max_grad_norm < float("inf"):
+            raise PrivflError(f"max_grad_norm must be one positive number, got {self.max_grad_norm!r}")
+
+
+def _usual_delta(records: int) -> float:
+    """For a report where nobody said which: well below one over the number of records, and a power of ten."""
+    return min(1e-5, 10.0 ** -(len(str(records)) + 1))

@@ -1,0 +1,123 @@
+"""A site's part of distributed noise: gradient sums on an integer grid, each with a share of discrete Gaussian noise. Torch-free.
+
+In every step each of n sites adds an independent share of standard deviation sigma C / sqrt(n - t) to its sum of clipped gradients; of any t
+sites that pool what they see, the sum keeps noise of at least sigma C. What one record changes in a rounded sum is at most
+C (1 + CLIP_MARGIN) + g sqrt(d) in Euclidean length: clipping overshoots by rounding, and rounding two vectors of d elements to a grid g moves
+their difference by at most g in each.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+
+from privfl.dp.discrete_gaussian import DiscreteGaussian
+from privfl.dp.randomness import Randomness
+from privfl.errors import PrivflError
+
+# Norms are taken in float64; what is left is the rounding of the clip factor, of its product with the gradient and of sums in float32,
+# together below 1e-5 for clipping and below 1e-3 for the sums of batches of 10^4 records.
+CLIP_MARGIN = 2.0**-10
+# What one record can change in a site's rounded sum, in units of the clipping norm; charged whatever the grid is, so that it is known beforehand.
+SENSITIVITY = 1.01
+# A share narrower than this many grid steps is refused: below, sums of discrete Gaussians are not quite discrete Gaussians.
+_LEAST_DEVIATION = 8.0
+# Wider than this and int64 sums of shares would come near their end.
+_LARGEST_DEVIATION = 2.0**40
+# The probability that some sum of a run leaves the derived range.
+_WRAP = 2.0**-40
+
+
+@dataclass(frozen=True)
+class StepGrid:
+    """The grid of one run's sums, the same at all sites.
+
+    Attributes:
+        step: g, a power of two, so that scaling by it is exact.
+        deviation: standard deviation of one share, in grid steps.
+    """
+
+    step: float
+    deviation: float
+
+
+def step_grid(
+    *,
+    span: float,
+    largest_total: int,
+    parameters: int,
+    noise_multiplier: float,
+    max_grad_norm: float,
+    members: int,
+    collusion: int,
+) -> StepGrid:
+    """The finest grid on which a sum between -``span`` and ``span`` fits integers up to ``largest_total``.
+
+    Raises:
+        PrivflError: so coarse a grid would change more than the accounted sensitivity, or the shares are too narrow for it.
+    """
+    step = 2.0 ** math.ceil(math.log2(span / largest_total))
+    moved = step * math.sqrt(parameters) / max_grad_norm
+    if CLIP_MARGIN + moved > SENSITIVITY - 1.0:
+        raise PrivflError(
+            f"sums of up to {span:.3g} (clipping norm {max_grad_norm:g}) with {parameters} parameters need a finer grid than the bits of a value "
+            f"allow: rounding would move a sum by {moved:.2g} clipping norms; raise secure_aggregation.value_bits (28 at most: one value in a "
+            "word), lower sampling_rate, or set secure_aggregation.range to what sums of gradients really reach"
+        )
+    deviation = noise_multiplier * max_grad_norm / math.sqrt(members - collusion) / step
+    if not _LEAST_DEVIATION <= deviation <= _LARGEST_DEVIATION:
+        raise PrivflError(
+            f"a share of the noise would have a standard deviation of {deviation:.3g} grid steps, between {_LEAST_DEVIATION:g} and "
+            f"{_LARGEST_DEVIATION:.3g} are needed; change the noise multiplier, or secure_aggregation.value_bits or range"
+        )
+    return StepGrid(step, deviation)
+
+
+def derived_span(
+    *,
+    expected: float,
+    most: int,
+    parameters: int,
+    steps: int,
+    noise_multiplier: float,
+    max_grad_norm: float,
+    members: int,
+    collusion: int,
+) -> float:
+    """A bound on the elements of all sums of a run, which fails with probability below 2^-40; from public numbers alone.
+
+    At most B records take part in a step, each adding at most the clipping norm to an element: B is a binomial sum of mean ``expected`` and
+    never above ``most``, bounded by Bernstein's inequality. The noise of an element is sub-Gaussian with the variance of all shares together
+    (Canonne, Kamath, Steinke 2020, Lemma 22 for a single one). A union bound over ``steps`` and ``parameters`` gives the rest.
+    """
+    log = math.log(2.0 * steps / _WRAP)
+    records = min(float(most), expected + log / 3.0 + math.sqrt(log * log / 9.0 + 2.0 * expected * log))
+    deviation = noise_multiplier * max_grad_norm * math.sqrt(members / (members - collusion))
+    noise = deviation * math.sqrt(2.0 * math.log(4.0 * steps * parameters / _WRAP))
+    return (1.0 + CLIP_MARGIN) * max_grad_norm * records + noise
+
+
+class Shares:
+    """Rounds a site's sums to the grid and adds its share of the noise, anew for every step."""
+
+    def __init__(self, grid: StepGrid, randomness: Randomness) -> None:
+        self._grid = grid
+        self._noise = DiscreteGaussian(grid.deviation, randomness)
+        self._ahead: NDArray[np.int64] | None = None
+        self.drawn = 0
+
+    def draw_ahead(self, count: int) -> None:
+        """Draw the next share now, while there is time."""
+        self._ahead = self._noise.draw(count)
+
+    def add(self, total: NDArray[np.float64]) -> NDArray[np.int64]:
+        """``total`` of shape (parameters,), rounded to the nearest grid steps, plus a share that is used once; same shape."""
+        if self._ahead is None or len(self._ahead) != len(total):
+            self.draw_ahead(len(total))
+        share, self._ahead = self._ahead, None
+        assert share is not None
+        self.drawn += 1
+        return np.rint(total / self._grid.step).astype(np.int64) + share

@@ -1,0 +1,236 @@
+"""`privfl.PrivacyEngine`: the protection of a site in a training loop of the user's own, alone or with the other ranks of a communicator."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from privfl.accounting import DiscreteGaussian, Event, Gaussian, RenyiFilter
+from privfl.dp.engine import Engine, Home, Loop
+from privfl.dp.randomness import SystemRandomness
+from privfl.dp.shares import Shares, StepGrid
+from privfl.errors import PrivflError
+from privfl.ledger import Ledger
+from privfl.secagg import derive
+from privfl.secagg.parameters import MOST_BITS
+from privfl.secagg.quantise import Rounding, Whole
+from privfl.site.secure_sum import SecureSum
+from privfl.site.updates import grid_of
+
+# The range of sums is made for so many steps; a loop of one's own does not say how many it will make.
+_STEPS = 1 << 20
+
+
+class PrivacyEngine(Engine):
+    """Opacus' ``PrivacyEngine`` with a ledger, sound sampling and system randomness; with ``comm`` every step is a secure sum over all ranks.
+
+    Example:
+        >>> engine = privfl.PrivacyEngine(site="zurich", comm=MPI.COMM_WORLD, ledger="zurich.ledger", collusion=1)
+        >>> model, optimizer, loader = engine.make_private(
+        ...     module=model, optimizer=optimizer, data_loader=loader, noise_multiplier=1.1, max_grad_norm=1.0
+        ... )
+
+    With ``comm`` every rank is a site; rank 0 also adds, and holds the key like all others: what any ``collusion`` ranks pool shows them only sums
+    with at least the noise that is accounted for. All ranks start from the same parameters and make the same number of steps. Nothing is ever
+    refunded in a loop of the user's own.
+
+    Args:
+        site: whose records these are; the name in the ledger.
+        comm: an mpi4py communicator of at least ``collusion`` + 2 ranks, or a privfl transport; None to train alone.
+        ledger: the file of this site's book, which is begun where there is none. Every step is charged there before it is made.
+        budget: (epsilon, delta) that a ledger begun here may spend; an existing one keeps its own.
+        collusion: how many ranks may pool what they see.
+
+    Raises:
+        PrivflError: arguments that do not fit, or a ledger that cannot be used.
+    """
+
+    def __init__(
+        self,
+        *,
+        site: str,
+        comm: Any = None,
+        ledger: str | os.PathLike[str] | None = None,
+        budget: tuple[float, float] | None = None,
+        collusion: int = 1,
+    ) -> None:
+        if budget is not None and ledger is None:
+            raise PrivflError("PrivacyEngine has a budget but no ledger to keep it in; name a file as ledger")
+        book = _Book(site, None if ledger is None else Path(ledger), budget)
+        home: Home = _Alone(book) if comm is None else _Together(book, comm, collusion)
+        super().__init__(home, SystemRandomness())
+        self._book = book
+
+    def close(self) -> None:
+        """Close the ledger, for another program to use."""
+        self._book.close()
+
+
+class _Book:
+    """The ledger of an engine, if it has one; opened when the first run begins."""
+
+    def __init__(self, site: str, path: Path | None, budget: tuple[float, float] | None) -> None:
+        self.site, self._path, self._budget = site, path, budget
+        self._ledger: Ledger | None = None
+        self._steps = 0
+
+    def begin(self, facts: dict[str, Any], plan: Event) -> None:
+        self._run, self._steps = os.urandom(16).hex(), 0
+        if self._path is None:
+            return
+        if self._ledger is None:
+            self._ledger = Ledger.write(self._path, self.site, self._limits(plan))
+        self._ledger.begin_run(self._run, facts)
+
+    def _limits(self, plan: Event) -> dict[Any, RenyiFilter]:
+        if self._budget is None:
+            return {}
+        try:
+            return {
+                "training": RenyiFilter.planned(*self._budget, plan),
+                "evaluation": RenyiFilter.planned(*self._budget, Gaussian(noise_multiplier=1.0)),
+            }
+        except (ValueError, TypeError) as error:
+            raise PrivflError(f"PrivacyEngine's budget must be (epsilon, delta): {error}") from error
+
+    def charge(self, event: Event) -> None:
+        """Debit one step; once this returns it stays, whatever happens."""
+        self._steps += 1
+        if self._ledger is not None:
+            self._ledger.leaves(self._ledger.charge("training", event, self._run, self._steps))
+
+    def close(self) -> None:
+        if self._ledger is not None:
+            self._ledger.close()
+            self._ledger = None
+
+
+def _facts(members: Sequence[str], collusion: int, model: str, data: str, delta: float, plan: Event) -> dict[str, Any]:
+    """What a report reads about a run."""
+    return {
+        "experiment": "",
+        "model": model,
+        "data": data,
+        "rounds": plan.steps,
+        "noise": "distributed" if collusion else "site",
+        "collusion": collusion,
+        "delta": delta,
+        "target_epsilon": None,
+        "private": True,
+        "plans": {"training": plan.to_dict()},
+        "exact_metrics": [],
+        "records_per_person": 1,
+        "identity": "",
+        "pinned": False,
+        "kept": True,
+        "members": dict.fromkeys(members, ""),
+    }
+
+
+class _Alone:
+    """No other sites: every step gets all of its noise here."""
+
+    shared = False
+
+    def __init__(self, book: _Book) -> None:
+        self._book = book
+
+    def agree(self, loop: Loop) -> Loop:
+        return loop
+
+    def begin(self, loop: Loop, model: str, data: str, delta: float, plan: Event, max_grad_norm: float) -> Event:
+        self._book.begin(_facts([self._book.site], 0, model, data, delta, plan), plan)
+        return plan
+
+    def charge(self, event: Event) -> None:
+        self._book.charge(event)
+
+    def sum(self, total: NDArray[np.float64], replica: bytes) -> NDArray[np.float64]:
+        raise NotImplementedError
+
+
+class _StepSum(SecureSum):
+    """Sums of integers that may wrap, at ranks with the same model."""
+
+    def _choose(self, value_bits: int | None, span: float | None, rounding: Rounding) -> None:
+        super()._choose(value_bits, span, rounding)
+        self._quantiser = Whole()
+
+    def sum_at(self, vector: NDArray[np.int64], replica: bytes) -> NDArray[np.int64]:
+        """The sum, if the replicas of all ranks are the same to the last bit."""
+        return self._sum(vector, hashlib.sha256(replica).hexdigest())
+
+
+class _Together:
+    """The ranks of a communicator: every step is a secure sum, and this site adds its share of the noise."""
+
+    shared = True
+
+    def __init__(self, book: _Book, comm: Any, collusion: int) -> None:
+        self._book, self._comm, self._collusion = book, comm, collusion
+        self._sums = _StepSum(comm)
+        members = self._sums.parameters.members
+        if not 1 <= collusion <= members - 2:
+            raise PrivflError(
+                f"collusion {collusion} of {members} ranks cannot be withstood: it must be at least 1 and at most {members - 2} (ranks less two)"
+            )
+
+    def agree(self, loop: Loop) -> Loop:
+        self._names = self._sums.tell(self._book.site)
+        if len(set(self._names)) < len(self._names):
+            raise PrivflError(f"every rank must have a site of its own, but they are {', '.join(self._names)}")
+        self._loops = [Loop(**json.loads(text)) for text in self._sums.tell(json.dumps(loop.__dict__))]
+        if len({other.parameters for other in self._loops}) > 1:
+            raise PrivflError(
+                f"the model has another number of trainable parameters at some ranks ({', '.join(str(other.parameters) for other in self._loops)})"
+            )
+        return replace(loop, steps=max(other.steps for other in self._loops))
+
+    def begin(self, loop: Loop, model: str, data: str, delta: float, plan: Event, max_grad_norm: float) -> Event:
+        assert isinstance(plan, DiscreteGaussian)
+        asked = [
+            json.loads(text) for text in self._sums.tell(json.dumps([plan.noise_multiplier, max_grad_norm, self._collusion]))
+        ]
+        if len({tuple(other[1:]) for other in asked}) > 1:
+            raise PrivflError("max_grad_norm and collusion must be the same at all ranks")
+        plan = replace(plan, noise_multiplier=max(other[0] for other in asked))
+        expected = sum(other.records * other.sampling_rate for other in self._loops)
+        grid = self._grid(expected, loop, plan.noise_multiplier, max_grad_norm)
+        self._shares, self._scale = Shares(grid, SystemRandomness()), grid.step / expected
+        self._book.begin(_facts(self._names, self._collusion, model, data, delta, plan), plan)
+        return plan
+
+    def _grid(self, expected: float, loop: Loop, noise_multiplier: float, max_grad_norm: float) -> StepGrid:
+        """The grid of the sums, with one value in a word where two are too coarse."""
+        facts: dict[str, Any] = {
+            "span": None,
+            "expected": expected,
+            "records": sum(other.records for other in self._loops),
+            "length": loop.parameters,
+            "steps": _STEPS,
+            "noise_multiplier": noise_multiplier,
+            "max_grad_norm": max_grad_norm,
+            "collusion": self._collusion,
+        }
+        try:
+            return grid_of(self._sums.parameters, **facts)
+        except PrivflError:
+            finer = derive(self._sums.parameters.members, MOST_BITS)
+            grid = grid_of(finer, **facts)
+            self._sums.close()
+            self._sums = _StepSum(self._comm, value_bits=MOST_BITS)
+            return grid
+
+    def charge(self, event: Event) -> None:
+        self._book.charge(event)
+
+    def sum(self, total: NDArray[np.float64], replica: bytes) -> NDArray[np.float64]:
+        return np.multiply(self._sums.sum_at(self._shares.add(total), replica), self._scale, dtype=np.float64)
