@@ -36,7 +36,7 @@ class StepGrid:
     """The grid of one run's sums, the same at all sites.
 
     Attributes:
-        step: g, a power of two, so that scaling by it is exact.
+        step: g, a number of 16 significant bits, so that sites whose logarithms differ in the last bit still agree on it.
         deviation: standard deviation of one share, in grid steps.
     """
 
@@ -59,7 +59,8 @@ def step_grid(
     Raises:
         PrivflError: so coarse a grid would change more than the accounted sensitivity, or the shares are too narrow for it.
     """
-    step = 2.0 ** math.ceil(math.log2(span / largest_total))
+    fraction, exponent = math.frexp(span / largest_total)
+    step = math.ldexp(math.ceil(math.ldexp(fraction, 16)), exponent - 16)
     moved = step * math.sqrt(parameters) / max_grad_norm
     if CLIP_MARGIN + moved > SENSITIVITY - 1.0:
         raise PrivflError(

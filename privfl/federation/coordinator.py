@@ -29,6 +29,7 @@ from privfl.federation.leading import (
     end,
     expect,
     fail,
+    rank_of,
     ranks,
     to_all,
 )
@@ -41,6 +42,7 @@ from privfl.federation.messages import (
     Finished,
     Hello,
     Kind,
+    Lend,
     Measured,
     Message,
     Prepared,
@@ -100,6 +102,8 @@ def step(plan: Plan, state: State, rank: int, message: Message) -> Result:
             return state, outputs
         state, opening = _open_round(plan, state)
         return state, (*outputs, *opening)
+    if message.kind is Kind.REPLICA:
+        return _relay_replica(plan, state, rank, message)
     if message.kind is Kind.CONTRIBUTION:
         return _contribute(plan, state, rank, message)
     if isinstance(body, Trained | Applied | Measured | Finished):
@@ -108,7 +112,7 @@ def step(plan: Plan, state: State, rank: int, message: Message) -> Result:
 
 
 def _open_round(plan: Plan, state: State) -> Result:
-    state = replace(state, phase=Phase.TRAINING, round=state.round + 1, attempt=0, answers={}, trained={})
+    state = replace(state, phase=Phase.TRAINING, round=state.round + 1, attempt=0, answers={}, trained={}, adopting=())
     return state, to_all(plan, state, Round())
 
 
@@ -184,7 +188,14 @@ def _answer(plan: Plan, state: State, rank: int, body: Body) -> Result:
 
 
 def _applied(plan: Plan, state: State) -> Result:
-    if len({b.tag for b in state.answers.values() if isinstance(b, Applied)}) > 1:
+    tags = {rank: b.tag for rank, b in state.answers.items() if isinstance(b, Applied)}
+    lender = rank_of(state, plan.sites[0])
+    differ = tuple(state.site(rank) for rank, tag in sorted(tags.items()) if tag != tags[lender])
+    if differ and plan.shared_noise and not state.adopting:
+        # An optimizer step need not come out the same to the last bit on unlike processors: the others take the first site's, if it is near.
+        state = replace(state, phase=Phase.SETTLING, adopting=differ)
+        return state, (Send(lender, Message.of(Lend(), plan.run, state.round, state.attempt)),)
+    if differ:
         raise PrivflError(
             f"the sites' replicas differ after round {state.round}: a sum was altered on the way, or the sites' processors compute differently",
         )
@@ -193,6 +204,15 @@ def _applied(plan: Plan, state: State) -> Result:
     if due and _begun(state).layout:
         return _open_sum(plan, state, "metrics")
     return _close_round(plan, state, {}, {})
+
+
+def _relay_replica(plan: Plan, state: State, rank: int, message: Message) -> Result:
+    expect(state, rank, Phase.SETTLING, "a replica")
+    if rank != rank_of(state, plan.sites[0]):
+        raise ProtocolError(f"site {state.site(rank)} sent a replica that is not its to lend")
+    others = [rank_of(state, site) for site in state.adopting]
+    answers = {r: body for r, body in state.answers.items() if r not in others}
+    return replace(state, phase=Phase.APPLYING, answers=answers), tuple(Send(other, message) for other in others)
 
 
 def _measured(plan: Plan, state: State) -> Result:
@@ -216,7 +236,8 @@ def _close_round(plan: Plan, state: State, metrics: Mapping[str, float], measure
         | _evaluation(measured.get(site))
         for site in plan.sites
     }
-    told = Tell("round", {"round": state.round, "members": list(plan.sites), "metrics": dict(metrics), "sites": sites})
+    adopted = {"adopted": list(state.adopting)} if state.adopting else {}
+    told = Tell("round", {"round": state.round, "members": list(plan.sites), "metrics": dict(metrics), "sites": sites, **adopted})
     if state.round < plan.rounds:
         state, outputs = _open_round(plan, state)
         return state, (told, *outputs)

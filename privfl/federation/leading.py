@@ -29,6 +29,7 @@ class Phase(enum.Enum):
     TRAINING = "training"
     SUMMING = "summing"
     APPLYING = "applying"
+    SETTLING = "settling"
     MEASURING = "measuring"
     FINISHING = "finishing"
     ENDED = "ended"
@@ -72,6 +73,7 @@ class State:
     parts_in: Mapping[int, int] = field(default_factory=dict)
     answers: Mapping[int, Body] = field(default_factory=dict)
     trained: Mapping[int, Trained] = field(default_factory=dict)
+    adopting: tuple[str, ...] = ()
 
     def site(self, rank: int) -> str:
         """The name under which the rank introduced itself, or a description if it has not."""

@@ -32,6 +32,9 @@ from privfl.federation.messages import (
     Welcome,
     vector_length,
 )
+from privfl.federation.messages import (
+    Lend as LendBody,
+)
 
 
 class Phase(enum.Enum):
@@ -52,13 +55,17 @@ class Phase(enum.Enum):
 
 @dataclass(frozen=True)
 class State:
-    """Where this site stands. ``sites`` to ``evaluate_every`` are from its own copy of the experiment (0: metrics never leave)."""
+    """Where this site stands. ``sites`` to ``evaluate_every`` are from its own copy of the experiment (0: metrics never leave).
+
+    ``steps`` tells that every round is one step of an optimizer at each site, whose replicas may come out a little different.
+    """
 
     site: str
     digest: str
     sites: tuple[str, ...]
     rounds: int
     evaluate_every: int
+    steps: bool = False
     phase: Phase = Phase.GREETED
     run: bytes = NO_RUN
     has_key: bool = False
@@ -67,6 +74,7 @@ class State:
     attempt: int = 0
     vector: Vector = "update"
     measured: int = 0
+    settled: int = 0
     parts_in: int = 0
 
 
@@ -120,13 +128,23 @@ class Combine(NamedTuple):
     vector: Vector
 
 
+class Lend(NamedTuple):
+    """Seal this site's replica for the others."""
+
+
+class Adopt(NamedTuple):
+    """Take the replica that another site sealed, if it is near enough."""
+
+    sealed: bytes | memoryview
+
+
 class Write(NamedTuple):
     """Write the model, and down the last ``heads`` of all ledgers."""
 
     heads: dict[str, SignedHead]
 
 
-Action = Prepare | Verify | Unseal | Start | Train | Contribute | Collect | Combine | Write
+Action = Prepare | Verify | Unseal | Start | Train | Contribute | Collect | Combine | Lend | Adopt | Write
 
 
 def step(state: State, message: Message, blocks_of: dict[Vector, int]) -> tuple[State, tuple[Action, ...]]:
@@ -163,6 +181,8 @@ def step(state: State, message: Message, blocks_of: dict[Vector, int]) -> tuple[
         return _open_sum(state, message, body)
     if message.kind is Kind.TOTAL:
         return _take_total(state, message, blocks_of)
+    if isinstance(body, LendBody) or message.kind is Kind.REPLICA:
+        return _settle_replicas(state, message)
     if isinstance(body, Finish):
         _expect(state, message, Phase.IDLE)
         if (
@@ -261,6 +281,21 @@ def _open_sum(state: State, message: Message, body: Sum) -> tuple[State, tuple[A
     measured = state.round if body.vector == "metrics" else state.measured
     state = replace(state, phase=Phase.CONTRIBUTING, attempt=message.attempt, vector=body.vector, measured=measured, parts_in=0)
     return state, (Contribute(body.vector, body.spans, body.heads),)
+
+
+def _settle_replicas(state: State, message: Message) -> tuple[State, tuple[Action, ...]]:
+    """After a step that all applied, and once: the first site lends its replica, the others may take it."""
+    _expect(state, message, Phase.IDLE)
+    here = (message.round, message.attempt) == (state.round, state.attempt) and state.vector == "update" and state.round > 0
+    if not (here and state.steps) or state.settled == state.round:
+        raise ProtocolError("the coordinator wants replicas to be settled where that is not due")
+    lends = state.site == state.sites[0]
+    if lends != isinstance(message.body, LendBody):
+        raise ProtocolError("the coordinator sent a replica, or asked for one, at the wrong site")
+    state = replace(state, settled=state.round)
+    if lends:
+        return state, (Lend(),)
+    return replace(state, phase=Phase.WORKING), (Adopt(message.bulk),)
 
 
 def _take_total(state: State, message: Message, blocks_of: dict[Vector, int]) -> tuple[State, tuple[Action, ...]]:

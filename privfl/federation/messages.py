@@ -168,6 +168,10 @@ class Applied(Body):
     tag: str
 
 
+class Lend(Body):
+    """Coordinator to one site: replicas differ after this step; seal yours for the others."""
+
+
 class Measured(Body):
     """Site to coordinator: the summed held-out metrics, exact or with noise, and what this site's part of them cost its held-out records.
 
@@ -247,6 +251,8 @@ class Kind(enum.IntEnum):
     BYE = 19
     READY = 20
     TOLD = 21
+    LEND = 22
+    REPLICA = 23
 
 
 _BODIES: dict[Kind, type[Body]] = {
@@ -268,6 +274,7 @@ _BODIES: dict[Kind, type[Body]] = {
     Kind.BYE: Bye,
     Kind.READY: Ready,
     Kind.TOLD: Told,
+    Kind.LEND: Lend,
 }
 _KINDS = {body: kind for kind, body in _BODIES.items()}
 

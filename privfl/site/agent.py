@@ -21,15 +21,14 @@ from numpy.typing import NDArray
 from privfl.errors import EXIT_OURS, EXIT_USER, InternalError, PrivflError, ProtocolError, in_one_line
 from privfl.federation import member, messages, metrics
 from privfl.federation.messages import Body, Kind, Message
-from privfl.secagg import Exact, ExchangeKey
+from privfl.secagg import Exact
 from privfl.secagg.probe import prove
 from privfl.secagg.quantise import Quantiser
-from privfl.site import sums
-from privfl.site.agreement import Agreement
+from privfl.site import replicas, sums
 from privfl.site.book import Book
 from privfl.site.child import Trainer, threads_for
 from privfl.site.evaluation import noised, randomness_of
-from privfl.site.keys import RunKeys, open_keys, seal_keys
+from privfl.site.joining import Joining
 from privfl.site.outbox import Outbox
 from privfl.site.outputs import places, share_model
 from privfl.site.setup import SiteSetup, account, versions
@@ -58,12 +57,9 @@ def serve(transport: Transport, prepare: Callable[[], SiteSetup]) -> int:
 class _Agent:
     def __init__(self, transport: Transport) -> None:
         self._transport = transport
-        self._exchange = ExchangeKey()
-        self._agreement: Agreement | None = None
-        self._sums: sums.Sums | None = None
+        self._joining = Joining()
         self._sum: sums.OneSum | None = None
         self._outbox: Outbox | None = None
-        self._keys: RunKeys | None = None
         self._trainer: Trainer | None = None
         self._facts: dict[str, Any] | None = None
         self._log: TextIO | None = None
@@ -118,6 +114,7 @@ class _Agent:
                 sites=experiment.sites,
                 rounds=experiment.rounds,
                 evaluate_every=experiment.evaluate_every,
+                steps=experiment.algorithm == "fedsgd",
             )
         except Exception as error:
             self._failed_at = time.monotonic()
@@ -130,7 +127,7 @@ class _Agent:
                     site=setup.site,
                     digest=experiment.digest(),
                     versions=versions(),
-                    exchange_key=self._exchange.public.hex(),
+                    exchange_key=self._joining.exchange.public.hex(),
                     identity=setup.identity.public,
                     account=account(),
                 )
@@ -210,6 +207,10 @@ class _Agent:
                 self._our_sum().collect(action.block)
             case member.Combine():
                 self._combine(action.vector)
+            case member.Lend():
+                self._lend()
+            case member.Adopt():
+                self._adopt(action.sealed)
             case member.Write():
                 state = self._state
                 self._our_book().keep_heads(state.round, state.attempt if state.measured == state.round else 0, action.heads)
@@ -221,39 +222,26 @@ class _Agent:
         self._output, self._log_path, self._log = places(file.output, file.log, folder, setup.site)
         self._note(f"run {self._welcome.run}, site {setup.site}")
         self._sign()
-        self._book = Book(setup, self._our_agreement(), self._welcome.run, self._output)
+        self._book = Book(setup, self._joining.agreement, self._welcome.run, self._output)
         threads = threads_for(self._transport.sites_here, dict(os.environ))
         settings = setup.for_trainer(self._welcome.run, threads, str(self._log_path))
         self._trainer = Trainer(setup.site, threads, self._log, settings)
         self._words_add = prove()
 
     def _sign(self) -> None:
-        """Sign what the members must agree on, after a look at whether the relay tells the truth about this site and its pinned peers."""
-        setup, welcome = self._setup, self._welcome
-        agreement = Agreement.relayed(welcome, setup.experiment.digest(), setup.parameters)
-        agreement.check(setup.site, self._exchange, setup.identity, setup.file.peers)
-        self._agreement = agreement
-        keys = ", ".join(f"{party.site} {party.identity}" for party in agreement.members)
+        setup = self._setup
+        signature = self._joining.sign(setup, self._welcome)
+        keys = ", ".join(f"{party.site} {party.identity}" for party in self._joining.agreement.members)
         self._note(f"keys: {keys}; {'pinned' if setup.pinned else 'not pinned'}")
-        self._report(messages.Signed(signature=setup.identity.sign(agreement.digest).hex()))
+        self._report(messages.Signed(signature=signature.hex()))
 
     def _verify(self, action: member.Verify) -> None:
-        """Check all signatures; only then a key is used. The first site makes the keys of this run and seals them to each other one."""
-        self._our_agreement().check_signatures(action.signatures)
-        if not action.make_key:
-            return
-        keys = RunKeys.make(self._setup.parameters)
-        for index, sealed in seal_keys(keys, self._exchange, self._our_agreement()):
+        for index, sealed in self._joining.verify(action.signatures, make_key=action.make_key):
             self._send(Message(Kind.SEALED_KEY, self._state.run, part=index, parts=len(self._state.sites), bulk=sealed))
-        self._take_keys(keys)
+        self._report_prepared()
 
     def _open_key(self, sealed: bytes | memoryview) -> None:
-        agreement, parameters = self._our_agreement(), self._setup.parameters
-        self._take_keys(open_keys(bytes(sealed), self._exchange, agreement, self._setup.site, parameters))
-
-    def _take_keys(self, keys: RunKeys) -> None:
-        self._keys = keys
-        self._sums = sums.Sums(self._our_agreement(), self._exchange, keys)
+        self._joining.open(bytes(sealed))
         self._report_prepared()
 
     def _take_answer(self, answer: dict[str, Any]) -> None:
@@ -272,7 +260,7 @@ class _Agent:
 
     def _report_prepared(self) -> None:
         """Once both the trainer and the keys are here."""
-        if self._facts is None or self._keys is None:
+        if self._facts is None or not self._joining.ready:
             return
         self._replica_tag = self._tag()
         self._report(self._setup.prepared(self._facts, self._replica_tag, self._words_add))
@@ -307,7 +295,7 @@ class _Agent:
                 steps=book.steps("training"),
                 epsilon=epsilon,
                 head=book.head(self._state.round, 0),
-                span=updates.note(self._our_keys(), self._span_context(self._setup.site)),
+                span=updates.note(self._joining.keys, self._span_context(self._setup.site)),
             )
         )
 
@@ -328,7 +316,7 @@ class _Agent:
         book.keep_heads(self._state.round, 0, action.heads)
         book.check_release("training", self._state.round, self._state.sites, self._protections(), costs=True)
         updates = self._our_updates()
-        quantiser, span = updates.grid(self._our_keys(), action.spans, self._state.sites, self._span_context)
+        quantiser, span = updates.grid(self._joining.keys, action.spans, self._state.sites, self._span_context)
         self._open_sum(len(self._replica), quantiser, span)
         self._send_blocks(self._our_sum().contribution(updates.vector()))
 
@@ -353,19 +341,13 @@ class _Agent:
         self._send_blocks(self._our_sum().wide_contribution(integers))
 
     def _protections(self) -> dict[str, bool]:
-        """What is in place at this moment, from the objects that do it."""
-        found = self._sums
-        return {
-            "encryption": found is not None and self._keys is not None and found.key is self._keys.sums,
-            "masks": found is not None and found.masked_members == len(self._state.sites),
-            "pinned_keys": self._setup.pinned,
-        }
+        return self._joining.protections(len(self._state.sites))
 
     def _open_sum(self, length: int, quantiser: Quantiser, span: float | None) -> None:
         state = self._state
         # Sites that were told of other records or weights, or whose replicas differ, do not decode, whoever was to compare them.
         facts = [state.vector, span, self._begin().model_dump(mode="json"), self._replica_tag]
-        self._sum = _there(self._sums, "the run's keys").open(state.round, state.attempt, length, quantiser, facts)
+        self._sum = self._joining.sums.open(state.round, state.attempt, length, quantiser, facts)
 
     def _send_blocks(self, blocks: Iterator[NDArray[np.uint64]]) -> None:
         after = member.contributed(self._state)
@@ -394,13 +376,27 @@ class _Agent:
         self._replica_tag = self._tag()
         self._report(messages.Applied(tag=self._replica_tag))
 
+    def _lend(self) -> None:
+        sealed = replicas.seal(self._joining.keys, self._replica, self._replica_context())
+        state = self._state
+        self._send(Message(Kind.REPLICA, state.run, state.round, state.attempt, bulk=sealed))
+
+    def _adopt(self, sealed: bytes | memoryview) -> None:
+        """Take the replica of another site, whose processor computes a little differently."""
+        lent = replicas.open_near(self._joining.keys, bytes(sealed), self._replica, self._replica_context())
+        self._note(f"round {self._state.round}: took the replica of site {self._state.sites[0]}, which differed by rounding")
+        self._move_to(lent)
+
+    def _replica_context(self) -> bytes:
+        return b"privfl replica 1" + self._state.run + self._state.round.to_bytes(4, "big")
+
     def _tag(self) -> str:
         """A keyed digest of all that must be the same at every site: the agreement, the constants of the model, the replica."""
         facts = _there(self._facts, "the model")
         begin = self._state.begin
         agreement = begin.model_dump(mode="json") if begin is not None else None
         text = json.dumps([self._welcome.run, self._state.round, facts["constants"], agreement])
-        return self._our_keys().tag(text, self._replica.tobytes())
+        return self._joining.keys.tag(text, self._replica.tobytes())
 
     def _write_model(self) -> None:
         self._our_trainer().replica.write(self._replica)
@@ -425,12 +421,6 @@ class _Agent:
 
     def _our_updates(self) -> Updates:
         return _there(self._updates, "the beginning of the run")
-
-    def _our_keys(self) -> RunKeys:
-        return _there(self._keys, "the run's keys")
-
-    def _our_agreement(self) -> Agreement:
-        return _there(self._agreement, "the members' agreement")
 
     def _our_sum(self) -> sums.OneSum:
         return _there(self._sum, "an open sum")

@@ -33,6 +33,7 @@ _CLOCKS = {
     Phase.TRAINING: "training",
     Phase.SUMMING: "aggregation",
     Phase.APPLYING: "aggregation",
+    Phase.SETTLING: "aggregation",
     Phase.MEASURING: "evaluation",
     Phase.FINISHING: "writing",
 }

@@ -42,7 +42,7 @@ def refused(path: Path, *settings: str) -> str:
         ("privacy.noise_multiplier=0", "privacy.noise_multiplier must be greater than or equal to 0.01, got 0"),
         ("privacy.noise_multiplier=.inf", "privacy.noise_multiplier must be less than or equal to 16384, got inf"),
         ("privacy.target_epsilon=1", "privacy needs exactly one of target_epsilon and noise_multiplier"),
-        ("privacy.noise=none", "privacy.noise must be 'site', got 'none'"),
+        ("privacy.noise=none", "privacy.noise must be 'site' or 'distributed', got 'none'"),
         ("algorithm=fedsgd", "algorithm must be 'fedavg', got 'fedsgd'"),
         ("optimizer.lr=-1", "optimizer.lr must be greater than 0, got -1"),
         ("optimizer={name: adam, lr: 1, momentum: 0.9}", "optimizer has momentum, which only sgd takes"),
