@@ -9,13 +9,18 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from privfl.errors import OutsideGuarantee
     from privfl.site.engine import PrivacyEngine
     from privfl.site.secure_sum import SecureSum
 
 __version__ = "0.1.0"
-__all__ = ["PrivacyEngine", "SecureSum", "__version__"]
+__all__ = ["OutsideGuarantee", "PrivacyEngine", "SecureSum", "__version__"]
 
-_HOMES = {"PrivacyEngine": "privfl.site.engine", "SecureSum": "privfl.site.secure_sum"}
+_HOMES = {
+    "OutsideGuarantee": "privfl.errors",
+    "PrivacyEngine": "privfl.site.engine",
+    "SecureSum": "privfl.site.secure_sum",
+}
 
 
 def __getattr__(name: str) -> Any:

@@ -29,6 +29,13 @@ class ProtocolError(InternalError):
     """A message that the protocol does not allow at this point; nothing of it is used."""
 
 
+class OutsideGuarantee(UserWarning):
+    """What a data() function warns with when it uses records in a way that no epsilon covers: `warnings.warn("...", privfl.OutsideGuarantee)`.
+
+    The text goes to the coordinator and into every report, in the clear: it must say nothing about records.
+    """
+
+
 _LONGEST = 600
 
 

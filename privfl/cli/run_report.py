@@ -86,6 +86,7 @@ def _history(
                 private=experiment.private,
                 trust=trust,
                 exact_metrics=tuple(sorted(experiment.evaluation.metrics)) if experiment.evaluation.records == "public" else (),
+                outside=tuple(facts["outside"]),
                 records_per_person=1,
                 plans=plans,
             )

@@ -325,6 +325,7 @@ class _Leader:
                 "weight": facts["weight"],
                 "accountant": facts["accountant"],
                 "book": facts["book"],
+                "outside": facts["outside"],
             }
             | self._evaluation_of(name)
             for name, facts in self._sites.items()

@@ -120,6 +120,7 @@ def prepare(plan: Plan, state: State, rank: int, body: Prepared) -> Result:
             "metrics_noise": p.metrics_noise,
             "accountant": p.accountant,
             "book": p.book,
+            "outside": list(p.outside),
         }
         for site in plan.sites
         for p in [state.prepared[rank_of(state, site)]]

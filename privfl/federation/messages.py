@@ -81,7 +81,8 @@ class Prepared(Body):
     ``tag`` is the keyed digest of the replica; ``layout`` the number of ratios in each metric (empty: no held-out records); ``pinned`` whether
     this site has pinned the identities of all others; ``words_add`` whether its self-proof allows to add ciphertexts as words; ``accountant``
     how its epsilons are meant; ``book`` whether it keeps one across runs, and whether that begins now; ``evaluation_epsilon`` what all
-    releases of metrics will have cost the held-out records, whose noise is ``metrics_noise`` times what one record can change.
+    releases of metrics will have cost the held-out records, whose noise is ``metrics_noise`` times what one record can change; ``outside`` what its
+    data() says that no epsilon covers.
     """
 
     records: int = Field(ge=1)
@@ -97,6 +98,7 @@ class Prepared(Body):
     tag: str
     pinned: bool
     words_add: bool
+    outside: tuple[str, ...]
 
 
 class Begin(Body):

@@ -91,6 +91,7 @@ class Run(_Part):
     trust: str
     private: bool
     exact_metrics: list[str]
+    outside: list[str]
     training: Cost | None
     evaluation: Cost | None
     adversaries: list[Adversary]

@@ -228,6 +228,7 @@ def _run(history: History, facts: RunFacts, charges: list[Charged], with_pld: bo
         trust=facts.trust,
         private=facts.private,
         exact_metrics=list(facts.exact_metrics),
+        outside=list(facts.outside),
         training=costs["training"],
         evaluation=costs["evaluation"],
         adversaries=_adversaries(history, facts, costs["training"], [c for c in charges if c.account == "training"]),

@@ -32,7 +32,9 @@ class Charged(NamedTuple):
 
 @dataclass(frozen=True)
 class RunFacts:
-    """What is known of a run. ``plans``: by account, what was to be charged; ``trust``: who could see what, in one phrase."""
+    """What is known of a run. ``plans``: by account, what was to be charged; ``trust``: who could see what, in one phrase; ``outside``: what data()
+    says that no epsilon covers.
+    """
 
     run: str
     begun: str
@@ -46,6 +48,7 @@ class RunFacts:
     private: bool
     trust: str
     exact_metrics: tuple[str, ...]
+    outside: tuple[str, ...]
     records_per_person: int
     plans: dict[AccountName, Event]
 

@@ -111,6 +111,15 @@ class Site:
         return found
 
     @property
+    def outside(self) -> dict[str, list[Run]]:
+        """What a run's data() says that no epsilon covers, and the runs."""
+        found: dict[str, list[Run]] = {}
+        for run in self.book.runs:
+            for text in run.outside:
+                found.setdefault(text, []).append(run)
+        return found
+
+    @property
     def unbounded(self) -> list[Account]:
         """Accounts with an infinite epsilon."""
         return [account for account in self.book.accounts if _infinite(account.spent)]

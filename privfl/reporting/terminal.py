@@ -82,6 +82,9 @@ class Terminal:
                 self.line(
                     f"WARNING: delta {delta:g} is not below 1 / records of {name}: it would allow publishing one of its records whole"
                 )
+        for text in sorted({text for site in sites.values() for text in site["outside"]}):
+            who = ", ".join(name for name, site in sites.items() if text in site["outside"])
+            self.line(f"WARNING: outside the guarantee at {who}: {text}")
         if not private:
             self.line("NOT PRIVATE: insecure_test_seed is set, so the noise can be recomputed by anybody who knows it")
         self.line()

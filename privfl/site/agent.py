@@ -277,7 +277,7 @@ class _Agent:
         shared = self._setup.experiment.privacy.noise == "distributed"
         noise_multiplier = begin.noise_multiplier if shared else self._setup.noise_multiplier
         self._updates = updates_for(self._setup, begin, noise_multiplier)
-        self._our_book().begin(noise_multiplier)
+        self._our_book().begin(noise_multiplier, own["outside"])
 
     def _train(self) -> None:
         self._our_book().charge_round(self._state.round)

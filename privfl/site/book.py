@@ -59,8 +59,11 @@ class Book:
                 f"the ledger {self._ledger.path} was changed or replaced while this run started; look at it, and start again"
             )
 
-    def begin(self, noise_multiplier: float) -> None:
+    def begin(self, noise_multiplier: float, outside: Sequence[str]) -> None:
         """Write down what this run is going to do, with the noise that the sites agreed on; before that nothing can be charged.
+
+        Args:
+            outside: what data() says that no epsilon covers.
 
         Raises:
             ProtocolError: it is less than this site needs.
@@ -80,6 +83,7 @@ class Book:
             "private": experiment.private,
             "plans": {account: event.to_dict() for account, event in self._plans.items()},
             "exact_metrics": sorted(experiment.evaluation.metrics) if experiment.evaluation.records == "public" else [],
+            "outside": list(outside),
             "records_per_person": self._setup.file.records_per_person,
             "identity": self._setup.identity.public,
             "pinned": self._setup.pinned,

@@ -127,6 +127,7 @@ def _facts(members: Sequence[str], collusion: int, model: str, data: str, delta:
         "private": True,
         "plans": {"training": plan.to_dict()},
         "exact_metrics": [],
+        "outside": [],
         "records_per_person": 1,
         "identity": "",
         "pinned": False,

@@ -76,6 +76,7 @@ class SiteSetup:
             tag=tag,
             pinned=self.pinned,
             words_add=words_add,
+            outside=tuple(facts["outside"]),
         )
 
     @property

@@ -14,14 +14,15 @@ import socket
 import sys
 import threading
 import traceback
-from collections.abc import Callable, Iterator
+import warnings
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from privfl.config import Experiment, load_function
-from privfl.errors import EXIT_OURS, EXIT_USER, PrivflError, in_one_line
+from privfl.errors import EXIT_OURS, EXIT_USER, OutsideGuarantee, PrivflError, in_one_line
 from privfl.site.link import Closed, Link, SharedVector
 
 _PACKAGE = str(Path(__file__).parents[1])
@@ -112,7 +113,10 @@ class _Trainer:
             model = functions["model"]()
         _check_arguments(experiment.data, functions["data"], site, setup["data_options"])
         with _user_code(f"data ({experiment.data})"):
-            pair = functions["data"](site, **setup["data_options"])
+            with warnings.catch_warnings(record=True) as caught:
+                warnings.simplefilter("always", OutsideGuarantee)
+                pair = functions["data"](site, **setup["data_options"])
+            self._outside = _said_outside(caught)
             if not isinstance(pair, tuple | list) or len(pair) != 2:
                 raise PrivflError(f"data ({experiment.data}) must return a pair (train, held_out)")
         train, self._held_out = pair
@@ -143,6 +147,7 @@ class _Trainer:
             "parameters": self._training.parameters,
             "layout": self._layout,
             "constants": self._training.constants_digest(),
+            "outside": self._outside,
         }
 
     def serve(self, request: dict[str, Any]) -> dict[str, Any]:
@@ -209,6 +214,14 @@ def _check_arguments(reference: str, data: Callable[..., Any], site: str, option
         ) from None
     except ValueError:
         return  # a callable without a signature
+
+
+def _said_outside(caught: Sequence[warnings.WarningMessage]) -> list[str]:
+    """What data() itself says is outside the guarantee, meant for everybody; all other warnings go to the site's log as ever."""
+    for warning in caught:
+        if not issubclass(warning.category, OutsideGuarantee):
+            warnings.showwarning(warning.message, warning.category, warning.filename, warning.lineno)
+    return sorted({in_one_line(w.message)[:200] for w in caught if issubclass(w.category, OutsideGuarantee)})
 
 
 def _public_seed(experiment: Experiment, run: str) -> int:

@@ -54,6 +54,7 @@ def prepared(**changes: Any) -> messages.Prepared:
         "tag": "t",
         "pinned": False,
         "words_add": True,
+        "outside": (),
     }
     return messages.Prepared(**fields | changes)
 

@@ -111,6 +111,7 @@ def book(
             trust="keys of the other sites not pinned: single trust domain",
             private=private,
             exact_metrics=["accuracy", "recall"] if name == names[0] else [],
+            outside=["scaling reads every record without noise"] if name == names[0] else [],
             training=cost("infinite" if infinite else 1.23456, kept=kept),
             evaluation=cost(0.34567, kept=kept, kind="metric_release"),
             adversaries=found if members > 1 else [],
