@@ -1,29 +1,32 @@
 """Samples of the discrete Gaussian on the integers, exact up to a proven distance, many at a time. Torch-free.
 
-P(x) is proportional to exp(-x^2 / (2 s^2)) for integer x (Canonne, Kamath, Steinke 2020). Sampling is by rejection from a staircase: the integers
-within 12 s of zero are cut into bins of 2^k, a bin j is chosen with probability W_j / (N 2^54) for integer weights W_j, a place in it uniformly,
-and x is accepted with probability
+P(x) is proportional to h(x) = exp(-x^2 / (2 s^2)) for integer x (Canonne, Kamath, Steinke 2020). Sampling is by rejection from a staircase: the
+integers within 12 s of zero are cut into bins of 2^k, bin j is chosen with probability W_j / (N 2^54) for integer weights W_j, a place in it
+uniformly, and x is accepted with probability
 
-    a(x) = c 2^k exp(-x^2 / (2 s^2)) / W_j <= 1,
+    a(x) = C h(x) / W_j <= 1
 
-so that every x within range is put out with probability proportional to exp(-x^2 / (2 s^2)), whatever the weights are.
+for an integer C, so that every x within range is put out with probability proportional to h(x), whatever the weights are: rounding, in the choice of
+W_j and C, costs candidates and never exactness. Distance from the exact distribution, in total variation per sample, for uniform bits:
 
-Distance from the exact distribution, in total variation per sample:
-
-- beyond 12 s: at most 2 exp(-72) < 2^-102 (the discrete Gaussian is sub-Gaussian with parameter s, ibid.);
+- beyond 12 s: at most 2 exp(-72) < 2^-102, since conditioning on a range is as far as the probability outside. E exp(tX) is exp(t^2 s^2 / 2) times
+  sum h(x - t s^2) / sum h(x), and that ratio is at most 1 (both are the same Fourier series with positive coefficients, at t s^2 and at 0), so
+  P(|X| >= m) <= 2 exp(-m^2 / (2 s^2)) by Chernoff.
 - the bin: none. Weights are integers that add up to N 2^54, and the alias method (Walker 1977) splits them exactly, so 64 uniform bits choose a
-  bin with exactly its probability; k more bits choose the place;
-- acceptance: a(x) is known as a float64 whose error is below 2^-40 (an exponent of size at most 150 with a relative error of a few 2^-53, and exp).
-  Uniform bits that are further away from it decide; the others, one in 2^28 or fewer, get 128 more bits and are compared with a(x) to 60 digits,
-  which leaves at most 2^-128.
+  bin with exactly its probability; k more bits choose the place.
+- a(x) <= 1: C is below W_j / h(x) of the highest x of every bin by at least 1/2, computed to 60 digits, which no rounding makes up for.
+- acceptance: x is accepted if f + 128 uniform bits, read as U in [0, 1), are below a(x) to 80 digits (relative error below 10^-76), which is
+  within 2^-155 of a(x) as f >= 28. Nine candidates in ten or more are accepted, so it adds less than 2^-154.
+- floating point: none. A float64 of a(x) only decides where the first f bits leave no doubt (`_FLOAT_ERROR`), as all f + 128 would.
 
 Together below 2^-100 per sample, so below 2^-50 for 10^15 samples: what a run adds to delta (times at most 1 + e^epsilon) is smaller than what
-floating-point arithmetic prints of it.
+floating-point arithmetic prints of it. The number of rejections before a sample is independent of the sample.
 """
 
 from __future__ import annotations
 
 import math
+import sys
 from decimal import Context, Decimal, localcontext
 
 import numpy as np
@@ -35,10 +38,34 @@ _COLUMN_BITS, _COLUMNS = 54, 1 << 10
 _REACH = 12.0
 # Bins to one standard deviation: between this and twice as many, so that nearly all candidates are accepted and all bins fit the table.
 _FINENESS = 16
+# How far the float64 of a(x) is off, at most. With u = 2^-53 and x^2 / (2 s^2) <= (12 + 2)^2 / 2 < 100: its four roundings make 401 u, that of the
+# logarithm (below 64) 32 u, that of the sum 64 u; exp turns these 2^-43.9 into as much or less, as a(x) <= 1, and may itself be off by 2^-45, or 256
+# units in the last place (libraries stay below 4; the tests look). Subtracting the uniform number adds u: below 2^-43.
 _FLOAT_ERROR = 2.0**-40
 _EXTRA_BITS = 128
+_TABLES, _DECISION = Context(prec=60), Context(prec=80)
 # Work on pieces that stay in the processor's cache.
 _PIECE = 1 << 14
+
+
+def convolution_distance(deviation: float, members: int) -> float:
+    """How far the sum of ``members`` independent samples is from a discrete Gaussian of variance members deviation^2, at most.
+
+    The logarithm of the two probabilities' ratio is, for every integer, within 10 sum_{0 < k < n} exp(-2 pi^2 s^2 k / (k + 1)) of zero (Kairouz, Liu,
+    Steinke 2021, arXiv 2102.06387; s >= 1/2), so what holds for the discrete Gaussian with (epsilon, delta) holds for a sum of d coordinates with
+    2 d times this added to epsilon, and delta times e to the power of d times this. At s = 8 it is below 10^-272.
+
+    Rounded up, also where it is below the smallest float; 0 for a single member.
+
+    Raises:
+        ValueError: a deviation below 1/2, for which the theorem does not stand, or no member.
+    """
+    if not deviation >= 0.5 or members < 1:
+        raise ValueError(f"needs a deviation of at least 0.5 and at least one member, got {deviation} and {members}")
+    exponent = -2.0 * (math.pi * deviation) ** 2
+    terms = [10.0 * math.exp(exponent * k / (k + 1)) for k in range(1, members)]
+    # An exponent of at most 745 with a relative error of a few 2^-53 is off by less than 2^-40; terms that underflow are below the smallest normal.
+    return math.fsum(terms) * (1.0 + 2.0**-30) + (members - 1) * sys.float_info.min
 
 
 class DiscreteGaussian:
@@ -46,6 +73,11 @@ class DiscreteGaussian:
 
     Args:
         deviation: s, from 0.5 to 2^40; the standard deviation, but for the narrowest.
+        randomness: 16 bytes for each candidate, and 16 more for about one in 2^38 (in 2^26 at the widest).
+
+    Attributes:
+        starts, weights: the first integer and the weight W_j of every bin.
+        scale: C.
 
     Raises:
         ValueError: another deviation.
@@ -54,17 +86,19 @@ class DiscreteGaussian:
     def __init__(self, deviation: float, randomness: Randomness) -> None:
         if not 0.5 <= deviation <= 2.0**40:
             raise ValueError(f"the deviation of a discrete Gaussian must be between 0.5 and 2^40, got {deviation}")
-        self._deviation, self._randomness = deviation, randomness
+        self._deviation, self._randomness = float(deviation), randomness
         self._bits = max(0, math.floor(math.log2(deviation / _FINENESS)))
         # Uniform bits for the acceptance; float64 holds 53.
         self._fine_bits = min(53, 64 - self._bits)
         width = 1 << self._bits
         reach = math.ceil(_REACH * deviation / width)
         self.starts = [place * width for place in range(-reach, reach)]
-        self.weights, self.scale = _staircase(self.starts, width, deviation)
+        self.weights, self.scale = _staircase(self.starts, width, self._deviation)
         own, other = _alias(self.weights)
-        logs = [math.log(self.scale) + self._bits * math.log(2.0) - math.log(weight) for weight in self.weights]
+        with localcontext(_TABLES):
+            logs = [float((Decimal(self.scale) / weight).ln()) for weight in self.weights]
         self._thresholds = np.array(own, dtype=np.uint64)
+        # Columns beyond the last bin have no part of their own.
         columns = [min(column, len(self.weights) - 1) for column in range(_COLUMNS)] + other
         self._bins = np.array(columns, dtype=np.int64)
         self._offsets = np.array(self.starts, dtype=np.int64)[self._bins]
@@ -77,7 +111,7 @@ class DiscreteGaussian:
         found = np.empty(count, dtype=np.int64)
         done = 0
         while done < count:
-            # Some more than are missing: about one in thirty is rejected.
+            # Some more than are missing: about one in forty is rejected. The surplus is thrown away, whatever it is.
             wanted = min(_PIECE, count - done + (count - done) // 16 + 16)
             accepted = self._candidates(wanted)[: count - done]
             found[done : done + len(accepted)] = accepted
@@ -92,40 +126,48 @@ class DiscreteGaussian:
         rest = choice & np.uint64((1 << _COLUMN_BITS) - 1)
         entry = column + _COLUMNS * (rest >= self._thresholds[column])
         x = self._offsets[entry] + (place & np.uint64((1 << self._bits) - 1)).view(np.int64)
-        chance = x.astype(np.float64)
-        chance *= chance
-        chance *= -self._steepness
-        chance += self._logs[entry]
-        np.exp(chance, out=chance)
         uniform = (place >> np.uint64(64 - self._fine_bits)).astype(np.float64)
         uniform *= 2.0**-self._fine_bits
+        chance = self._chances(x, entry)
         chance -= uniform
+        # U is at most 2^-f above its first f bits.
         accepted = chance > self._tolerance
         open_ones = np.flatnonzero(np.abs(chance) <= self._tolerance)
         for i in open_ones.tolist():
             accepted[i] = self._accepts(int(x[i]), int(self._bins[entry[i]]), int(place[i]) >> (64 - self._fine_bits))
         return x[accepted]
 
+    def _chances(self, x: NDArray[np.int64], entry: NDArray[np.int64]) -> NDArray[np.float64]:
+        """a(x) within 2^-40, for places of shape (count,) in the bins of these entries of the table."""
+        chance = x.astype(np.float64)
+        chance *= chance
+        chance *= -self._steepness
+        chance += self._logs[entry]
+        return np.exp(chance, out=chance)
+
     def _accepts(self, x: int, place: int, first_bits: int) -> bool:
-        """Whether a uniform number that begins with ``first_bits`` is below a(x), by 128 more bits and 60 digits."""
+        """Whether a uniform number that begins with ``first_bits`` is below a(x), by 128 more bits and 80 digits."""
         more = int.from_bytes(self._randomness.bytes(_EXTRA_BITS // 8), "little")
         uniform = (first_bits << _EXTRA_BITS) + more
-        with localcontext(Context(prec=80)):
-            exponent = -(Decimal(x) ** 2) / (2 * Decimal(self._deviation) ** 2)
-            chance = Decimal(self.scale) * (1 << self._bits) / self.weights[place] * exponent.exp()
+        with localcontext(_DECISION):
+            chance = _height(x, self._deviation) * self.scale / self.weights[place]
             return Decimal(uniform) < chance * (1 << (self._fine_bits + _EXTRA_BITS))
 
 
-def _staircase(starts: list[int], width: int, deviation: float) -> tuple[list[int], float]:
-    """Integer weights of the bins, adding up to the size of the table, and c: a(x) is then at most 1 everywhere."""
-    nearest = [start if start >= 0 else start + width - 1 for start in starts]
-    heights = [math.exp(-0.5 * (x / deviation) ** 2) for x in nearest]
-    size, total = _COLUMNS << _COLUMN_BITS, math.fsum(heights)
-    weights = [max(1, math.ceil(height / total * size)) for height in heights]
-    weights[weights.index(max(weights))] -= sum(weights) - size
-    # Heights are off by rounding, far less than what is taken off here.
-    scale = min(weight / (height * width) for weight, height in zip(weights, heights, strict=True) if height > 0.0)
-    return weights, scale * (1.0 - _FLOAT_ERROR)
+def _height(x: int, deviation: float) -> Decimal:
+    """exp(-x^2 / (2 deviation^2)) to the digits of the context; the float is taken for what it is."""
+    return (-(Decimal(x) ** 2) / (2 * Decimal(deviation) ** 2)).exp()
+
+
+def _staircase(starts: list[int], width: int, deviation: float) -> tuple[list[int], int]:
+    """Integer weights of the bins, adding up to the size of the table, and C: a(x) is then at most 1 everywhere."""
+    size = _COLUMNS << _COLUMN_BITS
+    with localcontext(_TABLES):
+        heights = [_height(start if start >= 0 else start + width - 1, deviation) for start in starts]
+        total = sum(heights)
+        weights = [int(height / total * size) + 1 for height in heights]
+        weights[weights.index(max(weights))] -= sum(weights) - size
+        return weights, int(min(weight / height for weight, height in zip(weights, heights, strict=True))) - 1
 
 
 def _alias(weights: list[int]) -> tuple[list[int], list[int]]:

@@ -15,8 +15,18 @@ from cryptography.hazmat.primitives.ciphers import Cipher, algorithms, modes
 from numpy.typing import NDArray
 
 _ZEROS = bytes(1 << 20)
-# What one key of the stream cipher gives.
-_KEY_BYTES = 64 << 20
+# What one key of the stream cipher gives. Few enough that blocks which never repeat cannot be told from random ones (2^-93 for a key, Bellare,
+# Kilian, Rogaway 1994) and that little can be repeated by whoever comes to see a key; enough that new keys cost nothing.
+_KEY_BYTES = 4 << 20
+_forks = 0
+
+
+def _count_fork() -> None:
+    global _forks
+    _forks += 1
+
+
+os.register_at_fork(after_in_child=_count_fork)
 
 
 class Randomness(Protocol):
@@ -32,20 +42,23 @@ class Randomness(Protocol):
 class SystemRandomness:
     """The operating system's cryptographic generator, through a stream cipher: AES-256 in counter mode under keys from it.
 
-    A key serves for 64 MiB and is then forgotten; a process that was forked off takes a new one.
+    A key serves for 4 MiB and is then forgotten; a process that was forked off takes a new one. Its number tells forks that Python does not see, the
+    count those after which a number is met again.
     """
 
     private = True
 
     def __init__(self) -> None:
-        self._process = self._left = -1
+        self._left, self._process = 0, (0, 0)
 
     def bytes(self, count: int) -> bytes:
         pieces = []
+        process = os.getpid(), _forks
         while count > 0:
-            if self._left <= 0 or self._process != os.getpid():
+            if self._left <= 0 or self._process != process:
+                # The counter begins at zero because every key serves a single stream.
                 self._cipher = Cipher(algorithms.AES256(os.urandom(32)), modes.CTR(bytes(16))).encryptor()
-                self._left, self._process = _KEY_BYTES, os.getpid()
+                self._left, self._process = _KEY_BYTES, process
             length = min(count, self._left, len(_ZEROS))
             pieces.append(self._cipher.update(memoryview(_ZEROS)[:length]))
             self._left -= length
