@@ -290,7 +290,7 @@ def test_one_record_changes_the_integers_by_at_most_the_charged_sensitivity(para
     torch.manual_seed(parameters)
     step = coarsest(parameters)
     most, reached = SENSITIVITY * CLIP / step, 0.0
-    base = torch.randn(20, parameters) * 3
+    base = torch.randn(8, parameters) * 3
     before = rounded(clipped_sum(base), step)
     for row in hostile(parameters):
         after = rounded(clipped_sum(torch.cat([base, row[None]])), step)

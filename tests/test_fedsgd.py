@@ -1,0 +1,511 @@
+"""Whole runs of fedsgd: what is added, what it is charged, that all sites hold one model, and that it is plain SGD but for the noise."""
+
+from __future__ import annotations
+
+import json
+import math
+import threading
+from collections import defaultdict
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from numpy.typing import NDArray
+from safetensors.torch import load_file
+from scipy import stats
+
+from privfl.dp.discrete_gaussian import DiscreteGaussian
+from privfl.dp.shares import Shares
+from privfl.dp.training import LocalTraining
+from privfl.federation import messages
+from privfl.federation.messages import Kind, decode
+from privfl.site import agent
+from privfl.site.book import Book
+from privfl.site.updates import Steps
+from privfl.transport import Recorded, Recording
+from tests.books import read, run_books
+from tests.conftest import TASK, Twin, edit, run_twin
+from tests.test_run import user_module
+from tests.trainers import trainers_as_threads
+
+__all__ = ["trainers_as_threads"]
+
+SITES = ("aa", "bbb", "cccc")
+RANKS = len(SITES) + 1
+FEDSGD = """
+sites: [aa, bbb, cccc]
+rounds: 60
+algorithm: fedsgd
+local_steps: 1
+sampling_rate: 0.1
+model: task.py:model
+data: task.py:data
+loss: task.py:loss
+optimizer: {name: sgd, lr: 0.2}
+privacy: {noise: distributed, noise_multiplier: 1.5, delta: 1.0e-5, max_grad_norm: 1.0}
+output: runs
+"""
+
+
+def write(folder: Path) -> Path:
+    (folder / "task.py").write_text(TASK)
+    path = folder / "experiment.yaml"
+    path.write_text(FEDSGD)
+    return path
+
+
+@pytest.fixture
+def steps(tmp_path: Path) -> Path:
+    """Three sites with generated data, one step a round; the path of the experiment."""
+    return write(tmp_path)
+
+
+# -- a run, looked at from inside -----------------------------------------------------------------------------------------
+
+
+@dataclass
+class Seen:
+    """What every site did, round by round."""
+
+    sums: dict[str, list[NDArray[np.float64]]] = field(default_factory=lambda: defaultdict(list))
+    noise: dict[str, list[NDArray[np.int64]]] = field(default_factory=lambda: defaultdict(list))
+    integers: dict[str, list[NDArray[np.int64]]] = field(default_factory=lambda: defaultdict(list))
+    totals: dict[str, list[NDArray[np.int64]]] = field(default_factory=lambda: defaultdict(list))
+    replicas: dict[str, list[NDArray[np.float32]]] = field(default_factory=lambda: defaultdict(list))
+    updates: dict[str, Steps] = field(default_factory=dict)
+    wire: list[Recorded] = field(default_factory=list)
+    lock: Any = field(default_factory=threading.Lock)
+
+    def wrap(self, transport: Any) -> Recording:
+        return Recording(transport, self._keep)
+
+    def _keep(self, recorded: Recorded) -> None:
+        with self.lock:
+            self.wire.append(recorded)
+
+    def contributions(self, rank: int) -> list[tuple[int, int]]:
+        """(round, attempt) of all that a site gave to a sum."""
+        heads = [decode(r.head, r.bulk) for r in self.wire if r.sent and r.rank == rank]
+        return [(m.round, m.attempt) for m in heads if m.kind is Kind.CONTRIBUTION]
+
+
+def watch(monkeypatch: pytest.MonkeyPatch) -> Seen:
+    """Keep copies of what goes through the places where sums, noise, totals and replicas are made."""
+    seen, owners, drawing = Seen(), {}, threading.local()
+    begin, ask, apply, add, draw, move = (
+        Steps.__init__,
+        Steps.ask,
+        Steps.apply,
+        Shares.add,
+        DiscreteGaussian.draw,
+        agent._Agent._move_to,
+    )
+
+    def begun(self: Steps, setup: Any, *rest: Any) -> None:
+        begin(self, setup, *rest)
+        owners[id(self)] = owners[id(self._shares)] = setup.site
+        seen.updates[setup.site] = self
+
+    def asked(self: Steps, trainer: Any, replica: NDArray[np.float32]) -> None:
+        if not seen.replicas[owners[id(self)]]:
+            seen.replicas[owners[id(self)]].append(replica.copy())
+        ask(self, trainer, replica)
+
+    def drawn(self: DiscreteGaussian, count: int) -> NDArray[np.int64]:
+        # All ranks are threads, so what a thread drew last is what its site will use.
+        found = draw(self, count)
+        drawing.last = found.copy()
+        return found
+
+    def added(self: Shares, total: NDArray[np.float64]) -> NDArray[np.int64]:
+        site, before = owners[id(self)], total.copy()
+        found = add(self, total)
+        seen.sums[site].append(before)
+        seen.noise[site].append(drawing.last)
+        seen.integers[site].append(found.copy())
+        return found
+
+    def applied(self: Steps, trainer: Any, replica: Any, total: NDArray[np.int64]) -> Any:
+        seen.totals[owners[id(self)]].append(total.copy())
+        return apply(self, trainer, replica, total)
+
+    def moved(self: Any, replica: NDArray[np.float32]) -> None:
+        seen.replicas[self._setup.site].append(replica.copy())
+        move(self, replica)
+
+    monkeypatch.setattr(Steps, "__init__", begun)
+    monkeypatch.setattr(Steps, "ask", asked)
+    monkeypatch.setattr(Steps, "apply", applied)
+    monkeypatch.setattr(Shares, "add", added)
+    monkeypatch.setattr(DiscreteGaussian, "draw", drawn)
+    monkeypatch.setattr(agent._Agent, "_move_to", moved)
+    return seen
+
+
+@pytest.fixture(scope="module")
+def observed(tmp_path_factory: pytest.TempPathFactory) -> tuple[Twin, Seen]:
+    """Sixty steps of three sites, each with a trainer that is a process of its own."""
+    folder = tmp_path_factory.mktemp("fedsgd")
+    with pytest.MonkeyPatch.context() as monkeypatch:
+        seen = watch(monkeypatch)
+        twin = run_twin(write(folder), output=folder / "runs", ranks=RANKS, wrap=seen.wrap)
+    assert twin.codes == [0] * RANKS, twin.err
+    return twin, seen
+
+
+def test_decrypted_sums_are_the_sums_of_the_integers(observed: tuple[Twin, Seen]):
+    _, seen = observed
+    every = np.array([seen.integers[site] for site in SITES])
+    assert every.shape == (3, 60, 12)
+    for site in SITES:
+        assert np.array_equal(np.array(seen.totals[site]), every.sum(axis=0))
+    assert len({total.tobytes() for total in seen.totals["aa"]}) == 60
+
+
+def test_what_a_site_gives_is_its_rounded_sum_and_a_fresh_share(observed: tuple[Twin, Seen]):
+    _, seen = observed
+    for site in SITES:
+        grid = seen.updates[site]._grid
+        for total, share, integers in zip(seen.sums[site], seen.noise[site], seen.integers[site], strict=True):
+            assert np.array_equal(integers - share, np.rint(total / grid.step).astype(np.int64))
+    shares = np.array([seen.noise[site] for site in SITES], dtype=np.float64)
+    # Against sigma C / sqrt(n - t) with 1.5, 1, 3 and 1.
+    squares = float(((shares * grid.step) ** 2).sum() / (1.5**2 / 2))
+    assert 1e-7 < stats.chi2(shares.size).cdf(squares) < 1 - 1e-7
+    assert len({share.tobytes() for share in shares.reshape(180, 12)}) == 180
+
+
+def test_all_sites_hold_one_model_to_the_last_bit(observed: tuple[Twin, Seen]):
+    twin, seen = observed
+    assert {site: len(seen.replicas[site]) for site in SITES} == dict.fromkeys(SITES, 61)
+    for number, replica in enumerate(seen.replicas["aa"]):
+        assert len({seen.replicas[site][number].tobytes() for site in SITES}) == 1
+        assert number == 0 or not np.array_equal(replica, seen.replicas["aa"][number - 1])
+    files = {path.read_bytes() for path in twin.folder.rglob("model.safetensors")}
+    assert len(list(twin.folder.rglob("model.safetensors"))) == 4
+    assert len(files) == 1
+    tensors = load_file(twin.folder / "model.safetensors")
+    assert np.array_equal(torch.cat([tensors["weight"].reshape(-1), tensors["bias"]]).numpy(), seen.replicas["aa"][-1])
+
+
+def test_steps_charged_are_sums_given_to_are_shares_drawn(observed: tuple[Twin, Seen]):
+    twin, seen = observed
+    summary = json.loads((twin.folder / "summary.json").read_text())
+    rounds = [json.loads(line) for line in (twin.folder / "rounds.jsonl").read_text().splitlines()]
+    for rank, site in enumerate(SITES, 1):
+        book = read(run_books(twin)[site])
+        assert sum(book.steps("training").values()) == 60
+        assert [row.steps for row in book.charges()] == [1] * 60
+        assert seen.contributions(rank) == [(number, 1) for number in range(1, 61)]
+        assert seen.updates[site]._shares.drawn == 60
+        assert summary["sites"][site]["steps"] == 60
+        assert [record["sites"][site]["steps"] for record in rounds] == list(range(1, 61))
+        (event,) = (e for e in book.events.values() if e.kind == "discrete_gaussian" and e.steps == 1)
+        assert (event.sampling_rate, event.noise_multiplier, event.sensitivity) == (0.1, 1.5, 1.01)
+
+
+@pytest.mark.long
+@pytest.mark.parametrize("optimizer", ["{name: sgd, lr: 0.1, momentum: 0.9}", "{name: adam, lr: 0.01}"])
+def test_replicas_stay_one_over_500_steps(steps: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, optimizer: str):
+    seen = watch(monkeypatch)
+    twin = run_twin(steps, "rounds=500", f"optimizer={optimizer}", output=tmp_path / "runs", ranks=RANKS)
+    assert twin.codes == [0] * RANKS, twin.err
+    assert all(len(seen.replicas[site]) == 501 for site in SITES)
+    assert all(len({seen.replicas[site][n].tobytes() for site in SITES}) == 1 for n in range(501))
+    assert np.array_equal(np.array(seen.totals["bbb"]), np.sum([seen.integers[site] for site in SITES], axis=0))
+
+
+# -- but for the noise it is SGD ------------------------------------------------------------------------------------------
+
+
+def central(
+    task: Path, start: NDArray[np.float32], rounds: int, clip: float, lr: float, momentum: float
+) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
+    """SGD in one process over the records of all sites, each gradient clipped by itself, in float64 and by hand; all replicas and all norms.
+
+    The gradient of cross-entropy by the outputs of a linear layer is softmax minus the target.
+    """
+    trains = [user_module(task).data(site)[0].tensors for site in SITES]
+    x = np.concatenate([t[0].numpy() for t in trains]).astype(np.float64)
+    targets = np.eye(2)[np.concatenate([t[1].numpy() for t in trains])]
+    w, velocity = start.astype(np.float64), np.zeros(12)
+    path, norms = [w], []
+    for _ in range(rounds):
+        outputs = np.exp(x @ w[:10].reshape(2, 5).T + w[10:])
+        errors = outputs / outputs.sum(axis=1, keepdims=True) - targets
+        gradients = np.concatenate([(errors[:, :, None] * x[:, None, :]).reshape(len(x), 10), errors], axis=1)
+        norms.append(np.linalg.norm(gradients, axis=1))
+        clipped = gradients * np.minimum(1.0, clip / norms[-1])[:, None]
+        velocity = momentum * velocity + clipped.sum(axis=0) / len(x)
+        w = w - lr * velocity
+        path.append(w)
+    return np.array(path), np.array(norms)
+
+
+@pytest.mark.usefixtures("trainers_as_threads")
+def test_without_noise_it_is_sgd_over_all_records_in_one_place(steps: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(DiscreteGaussian, "draw", lambda self, count: np.zeros(count, dtype=np.int64))
+    seen = watch(monkeypatch)
+    settings = ("rounds=20", "sampling_rate=1.0", "privacy.max_grad_norm=0.5", "optimizer={name: sgd, lr: 0.5, momentum: 0.5}")
+    twin = run_twin(steps, *settings, "secure_aggregation.value_bits=28", output=tmp_path / "runs", ranks=RANKS)
+    assert twin.codes == [0] * RANKS, twin.err
+    path, norms = central(tmp_path / "task.py", seen.replicas["aa"][0], 20, clip=0.5, lr=0.5, momentum=0.5)
+    assert 0.1 < (norms > 0.5).mean() < 0.95, "clipping matters, and not to all"
+    assert np.abs(path[-1] - path[0]).max() > 0.2
+    assert np.abs(np.array(seen.replicas["aa"]) - path).max() < 1e-5
+
+
+@pytest.mark.usefixtures("trainers_as_threads")
+def test_a_step_is_divided_by_the_expected_batch_of_all_sites(steps: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    """Rates of their own, and never the batch that was drawn: that is private."""
+    seen = watch(monkeypatch)
+    rates = "sampling_rate={aa: 0.1, bbb: 0.2, cccc: 0.35}"
+    twin = run_twin(steps, "rounds=4", rates, output=tmp_path / "runs", ranks=RANKS)
+    assert twin.codes == [0] * RANKS, twin.err
+    step = seen.updates["aa"]._grid.step
+    for before, after, total in zip(seen.replicas["aa"], seen.replicas["aa"][1:], seen.totals["aa"], strict=False):
+        assert after - before == pytest.approx(-0.2 * total * step / (10 + 20 + 35), rel=1e-4, abs=1e-6)
+
+
+# -- what must not pass unnoticed -----------------------------------------------------------------------------------------
+
+
+def assert_stopped(twin: Twin, sentence: str) -> None:
+    assert twin.codes == [1] * RANKS, twin.err
+    assert sentence in twin.err
+    assert twin.err.count("privfl:") == 1
+    assert "round 2/" not in twin.out
+
+
+@pytest.mark.usefixtures("trainers_as_threads")
+def test_a_trainer_that_draws_two_batches_for_one_charged_step(steps: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    once, seen = LocalTraining.sum_gradients, watch(monkeypatch)
+    monkeypatch.setattr(LocalTraining, "sum_gradients", lambda self, replica: once(self, replica) + once(self, replica))
+    twin = run_twin(steps, "rounds=3", output=tmp_path / "runs", ranks=RANKS)
+    assert_stopped(twin, "2 batches and 0 shares of noise were drawn for 1 charged steps; nothing is sent")
+    assert not seen.integers, "nothing was even rounded"
+
+
+@pytest.mark.usefixtures("trainers_as_threads")
+def test_a_trainer_that_sends_an_old_batch_again(steps: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    once, kept = LocalTraining.sum_gradients, {}
+
+    def again(self: LocalTraining, replica: NDArray[np.float32]) -> NDArray[np.float64]:
+        if self not in kept:
+            kept[self] = once(self, replica)
+        return kept[self]
+
+    monkeypatch.setattr(LocalTraining, "sum_gradients", again)
+    twin = run_twin(steps, "rounds=3", output=tmp_path / "runs", ranks=RANKS)
+    assert_stopped(twin, "1 batches and 1 shares of noise were drawn for 2 charged steps; nothing is sent")
+
+
+@pytest.mark.usefixtures("trainers_as_threads")
+def test_a_share_that_was_not_drawn(steps: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(Shares, "add", lambda self, total: np.rint(total / self._grid.step).astype(np.int64))
+    twin = run_twin(steps, "rounds=3", output=tmp_path / "runs", ranks=RANKS)
+    assert_stopped(twin, "2 batches and 0 shares of noise were drawn for 2 charged steps; nothing is sent")
+
+
+@pytest.mark.usefixtures("trainers_as_threads")
+def test_a_sum_that_would_be_sent_twice(steps: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    vector = Steps.vector
+    monkeypatch.setattr(Steps, "vector", lambda self: vector(self) + vector(self))
+    twin = run_twin(steps, "rounds=3", output=tmp_path / "runs", ranks=RANKS)
+    assert_stopped(twin, "a sum of gradients was to be sent twice")
+    assert "round 1/" not in twin.out
+
+
+@pytest.mark.usefixtures("trainers_as_threads")
+def test_a_step_that_was_not_charged(steps: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    def forget(self: Book, round_: int) -> None:
+        self._steps["training"] += 1
+
+    monkeypatch.setattr(Book, "charge_round", forget)
+    seen = watch(monkeypatch)
+    twin = run_twin(steps, "rounds=3", output=tmp_path / "runs", ranks=RANKS, wrap=seen.wrap)
+    assert_stopped(twin, "round 1 was not charged to the training records; nothing was sent")
+    assert not any(seen.contributions(rank) for rank in (1, 2, 3))
+
+
+@pytest.mark.usefixtures("trainers_as_threads")
+def test_a_sum_that_is_not_finite(steps: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(LocalTraining, "follow", lambda self, gradient: self.flat())
+    once = LocalTraining.sum_gradients
+    monkeypatch.setattr(LocalTraining, "sum_gradients", lambda self, replica: once(self, replica) * math.nan)
+    twin = run_twin(steps, "rounds=3", output=tmp_path / "runs", ranks=RANKS)
+    assert_stopped(twin, "sum of gradients contains NaN or infinite values; nothing of this round is sent")
+
+
+@pytest.mark.usefixtures("trainers_as_threads")
+@pytest.mark.parametrize("told", [True, False], ids=["and are compared", "and the coordinator hides it"])
+def test_replicas_that_drift_apart_end_the_run(steps: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, told: bool):
+    """One last bit at one site: a sum of gradients at different models is no gradient, and nothing more is said about any record."""
+    move = agent._Agent._move_to
+
+    def drift(self: Any, replica: NDArray[np.float32]) -> None:
+        if self._setup.site == "bbb":
+            replica = replica.copy()
+            replica[3] = np.nextafter(replica[3], np.float32(np.inf))
+        move(self, replica)
+
+    report = agent._Agent._report
+
+    def hide(self: Any, body: Any) -> None:
+        report(self, messages.Applied(tag="alike") if isinstance(body, messages.Applied) else body)
+
+    monkeypatch.setattr(agent._Agent, "_move_to", drift)
+    if not told:
+        monkeypatch.setattr(agent._Agent, "_report", hide)
+    seen = watch(monkeypatch)
+    twin = run_twin(steps, "rounds=3", output=tmp_path / "runs", ranks=RANKS)
+    assert twin.codes != [0] * RANKS
+    assert "round 2/" not in twin.out
+    assert ("replicas differ after round 1" if told else "not the sum of what the sites sent") in twin.err
+    assert len(twin.err.splitlines()) == 1
+    assert len(seen.totals["aa"]) == 1, "no sum of the second round was decrypted"
+
+
+# -- what is refused ------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("settings", "sentence"),
+    [
+        (["local_steps=2"], "local_steps is 2, but in fedsgd every step is a sum over all sites; set local_steps: 1"),
+        (["privacy.collusion=0"], "privacy.collusion is 0, but each site could subtract its own share"),
+        (
+            ["privacy.collusion=2"],
+            "privacy.collusion is 2 of 3 sites: so many could see another site's gradients alone; at most 1",
+        ),
+        (["sites=[aa, bbb]"], "privacy.collusion is 1 of 2 sites"),
+        (["privacy.noise=site"], "privacy.noise is site, but algorithm fedsgd needs distributed"),
+        (["algorithm=fedavg"], "privacy.noise is distributed, but algorithm fedavg needs site"),
+        (["weights=records"], "weights: records is for fedavg"),
+        (["secure_aggregation.range=agreed"], "secure_aggregation.range agreed does not fit algorithm fedsgd"),
+        (["secure_aggregation.rounding=stochastic"], "secure_aggregation.rounding is for fedavg"),
+    ],
+)
+def test_experiments_that_do_not_fit(steps: Path, tmp_path: Path, settings: list[str], sentence: str):
+    twin = run_twin(steps, *settings, output=tmp_path / "runs", ranks=RANKS)
+    assert twin.codes == [2] * RANKS
+    assert sentence in twin.err
+    assert len(twin.err.splitlines()) == 1
+    assert not (tmp_path / "runs").exists()
+
+
+@pytest.mark.usefixtures("trainers_as_threads")
+def test_batch_norm_is_refused(steps: Path, tmp_path: Path):
+    edit(tmp_path / "task.py", "return nn.Linear(5, 2)", "return nn.Sequential(nn.BatchNorm1d(5), nn.Linear(5, 2))")
+    twin = run_twin(steps, output=tmp_path / "runs", ranks=RANKS)
+    assert twin.codes == [2] * RANKS
+    assert "is a BatchNorm1d" in twin.err
+    assert len(twin.err.splitlines()) == 1
+
+
+@pytest.mark.usefixtures("trainers_as_threads")
+def test_values_of_few_bits_are_refused_for_their_grid(steps: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    seen = watch(monkeypatch)
+    twin = run_twin(steps, "secure_aggregation.value_bits=12", output=tmp_path / "runs", ranks=RANKS)
+    assert twin.codes == [2] * RANKS
+    assert "12 parameters need a finer grid than the bits of a value allow" in twin.err
+    assert "raise secure_aggregation.value_bits (28 at most" in twin.err
+    assert len(twin.err.splitlines()) == 1
+    assert not seen.integers
+
+
+@pytest.mark.usefixtures("trainers_as_threads")
+def test_a_policy_about_colluders_and_what_would_pass(steps: Path, tmp_path: Path):
+    folder = tmp_path / "sites"
+    folder.mkdir()
+    for site in (*SITES, "d"):
+        (folder / f"{site}.yaml").write_text("least_collusion: 2\n" if site == "bbb" else "{}\n")
+    four = ("sites=[aa, bbb, cccc, d]", "rounds=1")
+    twin = run_twin(steps, *four, output=tmp_path / "runs", ranks=5, sites=folder)
+    assert twin.codes == [2] * 5
+    assert "the policy of site bbb refuses this experiment (least_collusion in its site file): privacy.collusion is 1" in twin.err
+    assert "privacy.collusion 2 would pass" in twin.err
+    assert len(twin.err.splitlines()) == 1
+    twin = run_twin(steps, *four, "privacy.collusion=2", output=tmp_path / "runs", ranks=5, sites=folder)
+    assert twin.codes == [0] * 5, twin.err
+
+
+# -- what trains ----------------------------------------------------------------------------------------------------------
+
+TIED = """
+class Tied(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.embedding = nn.Embedding(6, 4)
+        self.output = nn.Linear(4, 6, bias=False)
+        self.output.weight = self.embedding.weight
+
+    def forward(self, x):
+        return self.output(self.embedding(x.abs().long().clamp(max=5)).mean(dim=1))
+
+
+def model():
+    return Tied()
+"""
+GROUPS = """
+def model():
+    return nn.Sequential(nn.Linear(5, 8), nn.GroupNorm(2, 8), nn.ReLU(), nn.Dropout(0.2), nn.Linear(8, 2))
+"""
+FROZEN = """
+def model():
+    layers = nn.Sequential(nn.Linear(5, 4), nn.ReLU(), nn.Linear(4, 2))
+    layers[0].weight.requires_grad = False
+    with torch.no_grad():
+        layers[0].weight.fill_(0.25)
+    return layers
+"""
+
+
+@pytest.mark.usefixtures("trainers_as_threads")
+@pytest.mark.parametrize(("model", "parameters"), [(TIED, 24), (GROUPS, 82), (FROZEN, 14)], ids=["tied", "GroupNorm", "frozen"])
+def test_models_that_train(steps: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, model: str, parameters: int):
+    (tmp_path / "task.py").write_text(TASK + model)
+    seen = watch(monkeypatch)
+    twin = run_twin(steps, "rounds=5", "optimizer={name: adam, lr: 0.05}", output=tmp_path / "runs", ranks=RANKS)
+    assert twin.codes == [0] * RANKS, twin.err
+    for site in SITES:
+        assert np.array_equal(np.array(seen.replicas[site]), np.array(seen.replicas["aa"]))
+        assert seen.totals[site][0].shape == (parameters,)
+        assert all(np.abs(total).max() > 0 for total in seen.sums[site])
+    tensors = load_file(twin.folder / "model.safetensors")
+    again = user_module(tmp_path / "task.py").model()
+    again.load_state_dict(tensors, strict=True)
+    trained = torch.cat([p.detach().reshape(-1) for p in again.parameters() if p.requires_grad]).numpy()
+    assert np.array_equal(trained, seen.replicas["aa"][-1])
+    assert (seen.replicas["aa"][0] != trained).mean() > 0.9
+    if "fill_" in model:
+        assert (tensors["0.weight"] == 0.25).all()
+
+
+@pytest.mark.usefixtures("trainers_as_threads")
+def test_a_batch_without_records_is_a_step_like_any_other(steps: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    seen = watch(monkeypatch)
+    twin = run_twin(steps, "rounds=30", "sampling_rate=0.01", output=tmp_path / "runs", ranks=RANKS)
+    assert twin.codes == [0] * RANKS, twin.err
+    empty = {site: np.array([not total.any() for total in seen.sums[site]]) for site in SITES}
+    # 0.99^100 = 0.37 of all: none in 90 would come once in 10^18 runs.
+    assert 0 < sum(int(found.sum()) for found in empty.values()) < 90
+    for site in SITES:
+        assert all(np.abs(integers).max() > 0 for integers in seen.integers[site]), "an empty batch cannot be told by its noise"
+        assert sum(read(run_books(twin)[site]).steps("training").values()) == 30
+        assert json.loads((twin.folder / "summary.json").read_text())["sites"][site]["steps"] == 30
+
+
+@pytest.mark.usefixtures("trainers_as_threads")
+def test_a_target_epsilon_gives_noise_that_keeps_to_it(steps: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    seen = watch(monkeypatch)
+    target = "privacy={noise: distributed, target_epsilon: 2.0, delta: 1.0e-5, max_grad_norm: 1.0}"
+    twin = run_twin(steps, "rounds=5", target, output=tmp_path / "runs", ranks=RANKS)
+    assert twin.codes == [0] * RANKS, twin.err
+    for site, facts in json.loads((twin.folder / "summary.json").read_text())["sites"].items():
+        assert 1.9 < facts["epsilon"] <= 2.0
+        grid = seen.updates[site]._grid
+        assert grid.deviation * grid.step == pytest.approx(facts["noise_multiplier"] / math.sqrt(2))
