@@ -26,7 +26,6 @@ floating-point arithmetic prints of it. The number of rejections before a sample
 from __future__ import annotations
 
 import math
-import sys
 from decimal import Context, Decimal, localcontext
 
 import numpy as np
@@ -46,26 +45,6 @@ _EXTRA_BITS = 128
 _TABLES, _DECISION = Context(prec=60), Context(prec=80)
 # Work on pieces that stay in the processor's cache.
 _PIECE = 1 << 14
-
-
-def convolution_distance(deviation: float, members: int) -> float:
-    """How far the sum of ``members`` independent samples is from a discrete Gaussian of variance members deviation^2, at most.
-
-    The logarithm of the two probabilities' ratio is, for every integer, within 10 sum_{0 < k < n} exp(-2 pi^2 s^2 k / (k + 1)) of zero (Kairouz, Liu,
-    Steinke 2021, arXiv 2102.06387; s >= 1/2), so what holds for the discrete Gaussian with (epsilon, delta) holds for a sum of d coordinates with
-    2 d times this added to epsilon, and delta times e to the power of d times this. At s = 8 it is below 10^-272.
-
-    Rounded up, also where it is below the smallest float; 0 for a single member.
-
-    Raises:
-        ValueError: a deviation below 1/2, for which the theorem does not stand, or no member.
-    """
-    if not deviation >= 0.5 or members < 1:
-        raise ValueError(f"needs a deviation of at least 0.5 and at least one member, got {deviation} and {members}")
-    exponent = -2.0 * (math.pi * deviation) ** 2
-    terms = [10.0 * math.exp(exponent * k / (k + 1)) for k in range(1, members)]
-    # An exponent of at most 745 with a relative error of a few 2^-53 is off by less than 2^-40; terms that underflow are below the smallest normal.
-    return math.fsum(terms) * (1.0 + 2.0**-30) + (members - 1) * sys.float_info.min
 
 
 class DiscreteGaussian:

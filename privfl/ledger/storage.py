@@ -147,6 +147,8 @@ class Storage:
         """Close the file and let others write."""
         self._connection.close()
         if self._lock is not None:
+            # Not by closing alone: a process that was forked meanwhile, as a loader's worker is, has the descriptor too.
+            fcntl.flock(self._lock, fcntl.LOCK_UN)
             os.close(self._lock)
             self._lock = None
 

@@ -77,7 +77,9 @@ MICROSOFT = [
 def test_the_table(case: str):
     rows, delta, rdp, pld = TABLE[case]
     assert epsilon_of(history(rows), delta).upper == pytest.approx(float(rdp), abs=printed(rdp))
-    assert epsilon_of(history(rows), delta, "pld", FINE).upper == pytest.approx(float(pld), abs=printed(pld))
+    # Fourier transforms in double precision are off by 1e-12 or so of delta, and differ between processors: at 1e-10 that shows.
+    noise = 1e-12 / delta
+    assert epsilon_of(history(rows), delta, "pld", FINE).upper == pytest.approx(float(pld), abs=max(printed(pld), noise))
 
 
 @pytest.mark.parametrize(("name", "q", "sigma", "steps", "epsilon"), PUBLISHED, ids=[row[0] for row in PUBLISHED])

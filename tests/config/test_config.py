@@ -43,7 +43,7 @@ def refused(path: Path, *settings: str) -> str:
         ("privacy.noise_multiplier=.inf", "privacy.noise_multiplier must be less than or equal to 16384, got inf"),
         ("privacy.target_epsilon=1", "privacy needs exactly one of target_epsilon and noise_multiplier"),
         ("privacy.noise=none", "privacy.noise must be 'site' or 'distributed', got 'none'"),
-        ("algorithm=fedsgd", "algorithm must be 'fedavg', got 'fedsgd'"),
+        ("algorithm=fedprox", "algorithm must be 'fedavg' or 'fedsgd', got 'fedprox'"),
         ("optimizer.lr=-1", "optimizer.lr must be greater than 0, got -1"),
         ("optimizer={name: adam, lr: 1, momentum: 0.9}", "optimizer has momentum, which only sgd takes"),
         ("optimizer.name=lion", "optimizer.name must be 'sgd', 'adam' or 'adamw', got 'lion'"),

@@ -146,12 +146,13 @@ def test_every_share_is_used_once(monkeypatch: pytest.MonkeyPatch):
 
 @pytest.mark.parametrize("span", [50.0, 64.0, 0.37, 1e-9, 3e7])
 @pytest.mark.parametrize("bits", [12, 16, 22, 27])
-def test_the_grid_is_the_finest_power_of_two_that_holds_the_range(span: float, bits: int):
+def test_the_grid_is_the_finest_of_16_bits_that_holds_the_range(span: float, bits: int):
     largest = 2 ** (bits - 1) - 1
     found = grid(span=span, largest_total=largest, max_grad_norm=span, noise_multiplier=1.0, parameters=1)
-    assert math.frexp(found.step)[0] == 0.5
+    fraction, exponent = math.frexp(found.step)
+    assert math.ldexp(fraction, 16).is_integer()
     assert span <= found.step * largest
-    assert span > found.step / 2 * largest
+    assert span > (found.step - math.ldexp(1.0, exponent - 16)) * largest
     assert found.deviation == pytest.approx(span / math.sqrt(SITES - COLLUSION) / found.step)
 
 

@@ -68,6 +68,22 @@ def test_a_second_writer_is_refused_until_the_first_closes(path: Path):
     open_book(path).close()
 
 
+def test_a_process_that_was_forked_does_not_keep_a_closed_book(path: Path):
+    """As the workers of a data loader are."""
+    book = open_book(path)
+    reading, writing = os.pipe()
+    child = os.fork()
+    if child == 0:
+        os.read(reading, 1)
+        os._exit(0)
+    try:
+        book.close()
+        open_book(path).close()
+    finally:
+        os.write(writing, b"x")
+        os.waitpid(child, 0)
+
+
 def test_a_second_writer_by_another_name_is_refused(path: Path):
     alias = path.with_name("alias")
     alias.symlink_to(path)
