@@ -8,8 +8,10 @@ import sys
 from pathlib import Path
 
 import pytest
+import yaml
 
 from privfl.cli import _COMMANDS
+from privfl.config import load_experiment
 from tests.conftest import MPIEXEC, PRIVFL, ROOT, Job, run_job
 
 README = (ROOT / "README.md").read_text()
@@ -59,6 +61,46 @@ def test_the_sum_alone_runs_as_shown(tmp_path: Path):
     (tmp_path / "program.py").write_text(snippet + "assert total.tolist() == [3 * n for n in range(10)]\n")
     job = run_job(3, [sys.executable, str(tmp_path / "program.py")])
     assert job.code == 0, job.err
+
+
+BEFORE = """
+import privfl
+import torch
+from mpi4py import MPI
+from torch.utils.data import DataLoader, TensorDataset
+
+torch.manual_seed(0)
+model = torch.nn.Linear(4, 2)
+loader = DataLoader(TensorDataset(torch.randn(40, 4), torch.zeros(40, dtype=torch.long)), batch_size=10)
+optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+"""
+AFTER = """
+for x, y in loader:
+    optimizer.zero_grad()
+    torch.nn.functional.cross_entropy(model(x), y).backward()
+    optimizer.step()
+weights = next(model.parameters()).flatten().tolist()
+assert MPI.COMM_WORLD.allgather(weights) == [weights] * 3
+assert 0 < engine.get_epsilon(1e-5) < 10
+"""
+
+
+def test_the_engine_runs_as_shown(tmp_path: Path):
+    (snippet,) = [b for b in blocks("python") if "PrivacyEngine" in b]
+    # Every rank is a site with a ledger of its own.
+    snippet = snippet.replace('"zurich"', 'f"site{MPI.COMM_WORLD.rank}"').replace('"zurich.', 'f"{MPI.COMM_WORLD.rank}.')
+    (tmp_path / "program.py").write_text(BEFORE + snippet + AFTER)
+    job = run_job(3, [sys.executable, str(tmp_path / "program.py")], cwd=tmp_path)
+    assert job.code == 0, job.err
+    assert len(list(tmp_path.glob("*.ledger"))) == 3
+
+
+def test_an_experiment_becomes_secure_dp_sgd_by_the_keys_shown(tmp_path: Path):
+    (shown,) = [yaml.safe_load(b) for b in blocks("yaml") if "fedsgd" in b]
+    values = yaml.safe_load((ROOT / "privfl" / "demo" / "experiment.yaml").read_text()) | shown | {"local_steps": 1}
+    (tmp_path / "experiment.yaml").write_text(yaml.safe_dump(values))
+    experiment = load_experiment(tmp_path / "experiment.yaml")
+    assert (experiment.algorithm, experiment.privacy.noise, experiment.collusion) == ("fedsgd", "distributed", 1)
 
 
 def test_make_targets_exist():
