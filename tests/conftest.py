@@ -31,6 +31,16 @@ def heart_disease() -> Path:
     return folder
 
 
+@pytest.fixture
+def trainers_as_threads(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Sites of a twin train in threads of the test's process: torch is loaded once, and a test can change what a trainer does."""
+    from privfl.site import agent
+    from tests.trainers import ThreadTrainer
+
+    monkeypatch.setattr(agent, "Trainer", ThreadTrainer)
+    monkeypatch.setattr(sys, "path", sys.path.copy())
+
+
 @dataclass(frozen=True)
 class Job:
     """What a finished job left: its exit code, both streams, and the run folder if it named one."""

@@ -17,10 +17,13 @@ from privfl.federation.messages import Kind, decode
 from privfl.ledger import Ledger
 from privfl.reporting.budget import Report
 from tests.books import PRIVATE, read, run_books
-from tests.conftest import ROOT, edit, run_twin, train
+from tests.conftest import ROOT, Twin, edit, run_twin
 
 
-def test_the_heart_example_is_refused_when_the_budget_is_spent(heart_disease: Path, tmp_path: Path):
+@pytest.mark.usefixtures("trainers_as_threads")
+def test_the_heart_example_is_refused_when_the_budget_is_spent(
+    heart_disease: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
     """The issue's own case: two runs on one ledger; the second is refused with the rounds that still fit, and runs with those."""
     folder = tmp_path / "sites"
     folder.mkdir()
@@ -29,33 +32,33 @@ def test_the_heart_example_is_refused_when_the_budget_is_spent(heart_disease: Pa
             f"ledger: ../{site}.ledger\nbudget: {{epsilon: 1.2, delta: 1.0e-4}}\nexact_metrics: [accuracy, balanced_accuracy, auc]\n"
         )
     example = ROOT / "examples" / "heart_disease" / "fedavg.yaml"
-    env = {"HEART_DISEASE_DIR": str(heart_disease)}
+    monkeypatch.setenv("HEART_DISEASE_DIR", str(heart_disease))
 
-    def run(*settings: str) -> Any:
-        extra = [part for setting in settings for part in ("--set", setting)]
-        return train(5, example, "--sites", folder, "--output", tmp_path / "runs", *extra, env=env)
+    def run(*settings: str) -> Twin:
+        return run_twin(example, *settings, output=tmp_path / "runs", ranks=5, sites=folder)
 
     first = run()
-    assert first.code == 0, first.err
+    assert first.codes == [0] * 5, first.err
     assert "a book is kept across runs by cleveland (begins with this run)" in first.out
     assert "no book is kept" not in first.out
     second = run()
-    assert second.code == 2
+    assert second.codes == [2] * 5
     (fit,) = {int(n) for n in re.findall(r"(\d+) of the 15 rounds of this experiment would fit", second.err)}
     noise = re.search(r"would fit at noise multiplier ([\d.]+)", second.err)[1]
     assert second.err.count("privfl:") == 1, "once per job"
     assert not any("run folder" in line for line in second.out.splitlines())
     before = read(tmp_path / "va.ledger").head
     same_noise = f"privacy={{noise_multiplier: {noise}, delta: 1.0e-4, max_grad_norm: 0.1}}"
-    assert run(same_noise, f"rounds={fit + 1}").code == 2
+    assert run(same_noise, f"rounds={fit + 1}").codes == [2] * 5
     assert read(tmp_path / "va.ledger").head == before, "a refused run charges nothing"
     last = run(same_noise, f"rounds={fit}")
-    assert last.code == 0, last.err
+    assert last.codes == [0] * 5, last.err
     book = read(tmp_path / "va.ledger")
     assert 1.15 < book.filters["training"].epsilon_of(book.spent("training")) <= 1.2
     assert not any("evaluation" in row.account for row in book.charges()), "public records are not charged"
 
 
+@pytest.mark.usefixtures("trainers_as_threads")
 def test_a_run_leaves_its_report(small: Path, tmp_path: Path, sites: Path):
     twin = run_twin(small, output=tmp_path / "runs", ranks=3, sites=sites)
     assert twin.codes == [0, 0, 0], twin.err
@@ -76,6 +79,7 @@ def test_a_run_leaves_its_report(small: Path, tmp_path: Path, sites: Path):
     assert (tmp_path / "aa.report.html").exists()
 
 
+@pytest.mark.usefixtures("trainers_as_threads")
 def test_without_site_files_the_book_covers_the_run_alone(small: Path, tmp_path: Path):
     twin = run_twin(small, output=tmp_path / "runs", ranks=3)
     assert twin.codes == [0, 0, 0], twin.err
@@ -91,6 +95,7 @@ def test_without_site_files_the_book_covers_the_run_alone(small: Path, tmp_path:
         assert not limit.admits(book.spent("training") + limit.cost(event))
 
 
+@pytest.mark.usefixtures("trainers_as_threads")
 def test_a_seeded_run_is_not_private_in_the_book_either(small: Path, tmp_path: Path):
     twin = run_twin(small, "insecure_test_seed=3", output=tmp_path / "runs", ranks=3)
     for path in run_books(twin).values():
@@ -119,6 +124,7 @@ def test_every_round_is_charged_before_the_trainer_hears_of_it(small: Path, tmp_
     assert all(count >= 3 for count in seen)
 
 
+@pytest.mark.usefixtures("trainers_as_threads")
 @pytest.mark.parametrize("forgotten", ["charge_round", "charge_metrics"])
 def test_a_charge_that_is_forgotten_stops_the_run(small: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, forgotten: str):
     """The releases are checked against the ledger itself, also if the count of noise draws is fooled."""
@@ -134,6 +140,7 @@ def test_a_charge_that_is_forgotten_stops_the_run(small: Path, tmp_path: Path, m
     assert not list((tmp_path / "runs").rglob("summary.json"))
 
 
+@pytest.mark.usefixtures("trainers_as_threads")
 def test_protections_are_looked_at_before_every_release(small: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     from privfl.site.sums import Sums
 
@@ -173,6 +180,7 @@ def wait_or_fail(target):
     assert sum(aa.steps("training").values()) < sum(bbb.steps("training").values())
 
 
+@pytest.mark.usefixtures("trainers_as_threads")
 @pytest.mark.parametrize("trick", ["deleted", "emptied", "charged"])
 def test_a_ledger_that_changes_while_the_run_starts(
     small: Path, tmp_path: Path, sites: Path, monkeypatch: pytest.MonkeyPatch, trick: str
@@ -200,6 +208,7 @@ def test_a_ledger_that_changes_while_the_run_starts(
     assert "aa.ledger was changed or replaced while this run started" in twin.err
 
 
+@pytest.mark.usefixtures("trainers_as_threads")
 def test_what_left_is_not_refunded_whatever_ends_the_run(small: Path, tmp_path: Path):
     """Rank 0 lies to one site in the end; the other one is stopped with everything released."""
     from privfl.transport import Transport
@@ -224,6 +233,7 @@ def test_what_left_is_not_refunded_whatever_ends_the_run(small: Path, tmp_path: 
     assert [row.kind for row in read(path).charges()] == ["charge"] * 4
 
 
+@pytest.mark.usefixtures("trainers_as_threads")
 def test_a_book_without_limits_is_no_budget(small: Path, tmp_path: Path, sites: Path):
     twin = run_twin(small, "insecure_test_seed=3", output=tmp_path / "runs", ranks=3)
     shutil.copy(run_books(twin)["aa"], tmp_path / "aa.ledger")
@@ -266,6 +276,7 @@ def _noise(seen: dict[str, list[Any]]) -> np.ndarray:
     return np.sort(sent) - np.sort(true) if len(sent) == len(true) else np.zeros(0)
 
 
+@pytest.mark.usefixtures("trainers_as_threads")
 def test_metrics_of_private_records_leave_with_noise_and_are_charged(
     small: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ):
@@ -287,6 +298,7 @@ def test_metrics_of_private_records_leave_with_noise_and_are_charged(
     assert rounds[-1]["metrics"]["accuracy"] == pytest.approx(total[0] / total[1], abs=1e-6)
 
 
+@pytest.mark.usefixtures("trainers_as_threads")
 def test_that_check_sees_when_the_noise_is_missing(small: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     from privfl.site import agent
 

@@ -29,9 +29,6 @@ from privfl.transport import Recorded, Recording
 from tests.books import read, run_books
 from tests.conftest import TASK, Twin, edit, run_twin
 from tests.test_run import user_module
-from tests.trainers import trainers_as_threads
-
-__all__ = ["trainers_as_threads"]
 
 SITES = ("aa", "bbb", "cccc")
 RANKS = len(SITES) + 1

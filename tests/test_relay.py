@@ -21,6 +21,9 @@ from tests.conftest import Twin, edit, run_twin
 Tamper = Callable[[int, Message, list[Message]], list[Message]]
 
 
+pytestmark = pytest.mark.usefixtures("trainers_as_threads")
+
+
 class Relay:
     """Rank 0's transport: each message to a site goes through ``tamper(rank, message, earlier messages to that rank)``."""
 

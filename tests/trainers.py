@@ -4,14 +4,11 @@ from __future__ import annotations
 
 import contextlib
 import socket
-import sys
 import threading
 from typing import Any, TextIO
 
-import pytest
-
 from privfl.errors import EXIT_OURS, EXIT_USER, PrivflError, in_one_line
-from privfl.site import agent, child
+from privfl.site import child
 from privfl.site.link import Closed, Link, SharedVector
 from privfl.site.trainer import _Trainer
 
@@ -61,9 +58,3 @@ class ThreadTrainer(child.Trainer):
         self._link.close()
         self.replica.close()
         self.update.close()
-
-
-@pytest.fixture
-def trainers_as_threads(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(agent, "Trainer", ThreadTrainer)
-    monkeypatch.setattr(sys, "path", sys.path.copy())
