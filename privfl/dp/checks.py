@@ -2,13 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import hashlib
+from collections.abc import Callable, Mapping
+from typing import Any
 
 import torch
 from opacus.validators import ModuleValidator
 from torch import nn
+from torch.utils.data import DataLoader
 
 from privfl.errors import PrivflError, in_one_line
+
+# Records that are tried together and alone, before training.
+TRIED = 8
 
 
 def check_model(model: nn.Module) -> None:
@@ -33,6 +39,10 @@ def check_model(model: nn.Module) -> None:
             raise PrivflError(
                 f"{where} of model() keeps running statistics of the records without noise; set track_running_stats=False"
             )
+        if isinstance(module, nn.Embedding | nn.EmbeddingBag) and module.max_norm is not None:
+            raise PrivflError(
+                f"{where} of model() changes its weights by itself in every forward pass, without noise; leave max_norm out"
+            )
     if not any(p.requires_grad for p in model.parameters()):
         raise PrivflError("model() has no trainable parameter")
     if any(p.dtype != torch.float32 for p in model.parameters() if p.requires_grad):
@@ -51,6 +61,14 @@ def check_model(model: nn.Module) -> None:
 def constants(model: nn.Module) -> dict[str, torch.Tensor]:
     """Copies of everything in the model that is not trained: frozen parameters and buffers."""
     return {name: tensor.detach().clone() for name, tensor in _untrained(model).items()}
+
+
+def digest_of(tensors: Mapping[str, torch.Tensor]) -> str:
+    """SHA-256 over names, kinds, shapes and bytes."""
+    digest = hashlib.sha256()
+    for name, tensor in sorted(tensors.items()):
+        digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)} ".encode() + tensor.cpu().contiguous().numpy().tobytes())
+    return digest.hexdigest()
 
 
 def _untrained(model: nn.Module) -> dict[str, torch.Tensor]:
@@ -104,6 +122,41 @@ def check_isolation(
         raise PrivflError(
             "a record's gradient depends on the other records of its batch, so clipping does not bound it; look for statistics over the batch in "
             "model(), and in loss() for weight= of cross_entropy (multiply per-record losses by weights instead) or shapes that broadcast"
+        )
+
+
+def check_neighbours(model: nn.Module, loader: DataLoader[Any]) -> None:
+    """Refuse a model of a user's own loop whose outputs for a record depend on its neighbours, as far as that can be tried.
+
+    A few records together and alone; only where the first part of a batch is a tensor that is all the model wants. What the loop does with
+    outputs, its loss above all, is not seen here.
+
+    Raises:
+        PrivflError: they do.
+    """
+    records = [loader.dataset[i] for i in range(min(TRIED, len(loader.dataset)))]  # type: ignore[arg-type]
+    batch = loader.collate_fn(records) if records else None
+    inputs = batch[0] if isinstance(batch, tuple | list) and len(batch) else batch
+    if not isinstance(inputs, torch.Tensor) or len(inputs) != len(records):
+        return
+    where, training = next(model.parameters()).device, model.training
+    model.eval()
+    try:
+        with torch.no_grad():
+            inputs = inputs.to(where)
+            together = model(inputs)
+            alone = torch.cat([model(inputs[i : i + 1]) for i in range(len(inputs))])
+    except Exception:
+        return
+    finally:
+        model.train(training)
+    if not isinstance(together, torch.Tensor) or together.shape != alone.shape:
+        return
+    distance = (together - alone).abs().double()
+    if (distance > 1e-3 * (1e-3 + together.abs().double())).any():
+        raise PrivflError(
+            "module's output for a record depends on the other records of its batch, so clipping does not bound what one record changes; look for "
+            "statistics over the batch, as x - x.mean(0)"
         )
 
 

@@ -16,7 +16,7 @@ from torch import nn
 from torch.utils.data import DataLoader
 
 from privfl.accounting import DiscreteGaussian, Event, PoissonGaussian, epsilon_of, event_from_dict, least_noise_multiplier
-from privfl.dp.checks import check_model
+from privfl.dp.checks import check_constants, check_model, check_neighbours, constants, digest_of
 from privfl.dp.ghost import GhostModule
 from privfl.dp.optimizer import SecureSumGhostOptimizer, SecureSumOptimizer, SystemNoiseGhostOptimizer, SystemNoiseOptimizer
 from privfl.dp.randomness import Randomness
@@ -29,18 +29,27 @@ _MODES = ("hooks", "functorch", "ghost")
 
 @dataclass(frozen=True)
 class Loop:
-    """What is public about a training loop: ``steps`` is how many a pass over the loader has, ``parameters`` how many are trained."""
+    """What is public about a training loop: ``steps`` is how many a pass over the loader has, ``parameters`` how many are trained.
+
+    ``expected``: records of all sites together that take part in a step, on average. ``constants``: a digest of all in the model that is not trained.
+    """
 
     records: int
     sampling_rate: float
     steps: int
     parameters: int
+    constants: str
+    expected: float
 
 
 class Home(Protocol):
     """Where an engine's steps are written down, and where the other sites are."""
 
     shared: bool
+
+    def refuse(self, error: BaseException) -> None:
+        """Let the other sites know that this one cannot go on, where they would wait for it."""
+        ...
 
     def agree(self, loop: Loop) -> Loop:
         """The loop as all sites run it: a pass must have the same number of steps everywhere."""
@@ -55,7 +64,7 @@ class Home(Protocol):
         ...
 
     def sum(self, total: NDArray[np.float64], replica: bytes) -> NDArray[np.float64]:
-        """The noisy sum over all sites of vectors of shape (parameters,), over the expected number of records."""
+        """The noisy sum over all sites of vectors of shape (parameters,)."""
         ...
 
 
@@ -115,9 +124,13 @@ class Engine(opacus.PrivacyEngine):  # type: ignore[misc]
         Raises:
             PrivflError: an argument, the model or the loader would break the guarantee.
         """
-        if not 0.0 < noise_multiplier < float("inf"):
-            raise PrivflError(f"noise_multiplier must be positive, got {noise_multiplier}")
-        return self._make(_Arguments(**arguments), lambda _: noise_multiplier, delta=None)
+
+        def noise(loop: Loop) -> float:
+            if not 0.0 < noise_multiplier < float("inf"):
+                raise PrivflError(f"noise_multiplier must be positive, got {noise_multiplier}")
+            return noise_multiplier
+
+        return self._make(arguments, noise, delta=None)
 
     def make_private_with_epsilon(self, *, target_epsilon: float, target_delta: float, epochs: int, **arguments: Any) -> Any:
         """As Opacus' ``make_private_with_epsilon``: with the least noise that keeps ``epochs`` passes within (target_epsilon, target_delta).
@@ -137,39 +150,59 @@ class Engine(opacus.PrivacyEngine):  # type: ignore[misc]
                 )
             return found
 
-        return self._make(_Arguments(**arguments), noise, delta=target_delta, epochs=epochs)
+        return self._make(arguments, noise, delta=target_delta, epochs=epochs)
 
     def _event(self, loop: Loop, noise_multiplier: float) -> PoissonGaussian | DiscreteGaussian:
         """One step, as it is charged."""
         common: dict[str, Any] = {"sampling_rate": loop.sampling_rate, "noise_multiplier": noise_multiplier}
         return DiscreteGaussian(**common, sensitivity=SENSITIVITY) if self._home.shared else PoissonGaussian(**common)
 
-    def _make(self, given: _Arguments, noise: Callable[[Loop], float], *, delta: float | None, epochs: int = 0) -> Any:
-        given.check()
-        module, inner = given.module, given.inner_optimizer()
-        plain = getattr(module, "_module", module)
-        check_model(plain)
-        records, rate, steps = rate_of(given.data_loader)
-        parameters = [p for group in inner.param_groups for p in group["params"] if p.requires_grad]
-        if {id(p) for p in parameters} != {id(p) for p in plain.parameters() if p.requires_grad}:
-            raise PrivflError("optimizer must have the trainable parameters of module, all of them and no others")
-        loop = self._home.agree(Loop(records, rate, steps, sum(p.numel() for p in parameters)))
+    def _make(self, arguments: dict[str, Any], noise: Callable[[Loop], float], *, delta: float | None, epochs: int = 0) -> Any:
+        try:
+            given = _Arguments(**arguments)
+            given.check()
+            inner, plain = given.inner_optimizer(), getattr(given.module, "_module", given.module)
+            own = _loop_of(given, plain, inner)
+            noise(own)
+            wrapped = self._wrap(given)
+        except Exception as error:
+            self._home.refuse(error)
+            raise
+        untrained = constants(plain)
+        loop = self._home.agree(own)
         plan = self._event(loop, noise(loop)).times(epochs * loop.steps)
         names = (type(plain).__name__, type(given.data_loader.dataset).__name__)
-        event = self._home.begin(loop, *names, delta or _usual_delta(records), plan, given.max_grad_norm).once()
+        event = self._home.begin(loop, *names, delta or _usual_delta(loop.records), plan, given.max_grad_norm).once()
 
-        batches = PoissonBatches(records, rate, loop.steps, self._randomness)
+        ahead = given.data_loader.num_workers > 0
+        batches = PoissonBatches(loop.records, loop.sampling_rate, loop.steps, self._randomness, ahead=ahead)
         loader = poisson_loader(given.data_loader, batches, given.batch_first)
-        wrapped = self._wrap(given)
         wrapped.forbid_grad_accumulation()
-        optimizer = self._optimizer(given, inner, event, loop)
-        batches.begun = optimizer.forget_unfinished_step
+
+        def charge() -> None:
+            """All that must hold before anything is made of a step, and its debit."""
+            # The optimizer's own numbers are the user's to change (a scheduler may); what is charged is what will be done.
+            now = self._event(loop, float(optimizer.noise_multiplier))
+            if self._home.shared and (now != event or optimizer.max_grad_norm != given.max_grad_norm):
+                raise PrivflError(
+                    "noise_multiplier and max_grad_norm were agreed on by all sites and cannot change during training"
+                )
+            batches.use(optimizer.examples_in_step)
+            check_constants(plain, untrained)
+            self._home.charge(now)
+            self.accountant.add(now)
+
+        optimizer = self._optimizer(given, inner, wrapped, event, loop, charge)
+
+        def forget() -> None:
+            optimizer.forget_unfinished_step()
+            _forget_forward_passes(plain)
+
+        batches.begun = forget
         if given.grad_sample_mode != "ghost":
             return wrapped, optimizer, loader
-        criterion = self._prepare_criterion(
-            module=wrapped, optimizer=optimizer, criterion=given.criterion, loss_reduction=given.loss_reduction
-        )
-        return wrapped, optimizer, criterion, loader
+        # As Opacus returns it. One backward pass is enough here, so any criterion will do.
+        return wrapped, optimizer, given.criterion, loader
 
     def _wrap(self, given: _Arguments) -> Any:
         common: dict[str, Any] = {"batch_first": given.batch_first, "loss_reduction": given.loss_reduction}
@@ -182,41 +215,55 @@ class Engine(opacus.PrivacyEngine):  # type: ignore[misc]
                 )
             if isinstance(given.module, GhostModule):
                 return given.module
-            return GhostModule(given.module, max_grad_norm=given.max_grad_norm, **common)
+            return GhostModule(given.module, **common)
         except (NotImplementedError, ValueError) as error:
             raise PrivflError(f"module cannot be trained with DP-SGD: {error}") from error
 
-    def _optimizer(self, given: _Arguments, inner: torch.optim.Optimizer, event: Any, loop: Loop) -> Any:
+    def _optimizer(
+        self, given: _Arguments, inner: torch.optim.Optimizer, wrapped: Any, event: Any, loop: Loop, charge: Callable[[], None]
+    ) -> Any:
         ghost = given.grad_sample_mode == "ghost"
         common: dict[str, Any] = {
             "noise_multiplier": event.noise_multiplier,
             "max_grad_norm": given.max_grad_norm,
             "expected_batch_size": loop.sampling_rate * loop.records,
             "loss_reduction": given.loss_reduction,
-        }
-
-        def charge() -> None:
-            # The optimizer's own numbers are the user's to change (a scheduler may); what is charged is what will be done.
-            now = self._event(loop, float(optimizer.noise_multiplier))
-            if self._home.shared and (now != event or optimizer.max_grad_norm != given.max_grad_norm):
-                raise PrivflError(
-                    "noise_multiplier and max_grad_norm were agreed on by all sites and cannot change during training"
-                )
-            self._home.charge(now)
-            self.accountant.add(now)
-
-        if self._home.shared:
-
-            def exchange(total: NDArray[np.float64]) -> NDArray[np.float64]:
-                charge()
-                replica = b"".join(p.detach().cpu().numpy().tobytes() for p in optimizer.params)
-                return self._home.sum(total, replica)
-
-            optimizer = (SecureSumGhostOptimizer if ghost else SecureSumOptimizer)(inner, exchange=exchange, **common)
-        else:
+        } | ({"ghost": wrapped} if ghost else {})
+        if not self._home.shared:
             kind = SystemNoiseGhostOptimizer if ghost else SystemNoiseOptimizer
-            optimizer = kind(inner, randomness=self._randomness, charge=charge, **common)
+            return kind(inner, randomness=self._randomness, charge=charge, **common)
+
+        def exchange(total: NDArray[np.float64]) -> NDArray[np.float64]:
+            try:
+                charge()
+            except Exception as error:
+                self._home.refuse(error)
+                raise
+            replica = b"".join(p.detach().cpu().numpy().tobytes() for p in optimizer.params)
+            summed = self._home.sum(total, replica)
+            return summed / loop.expected if given.loss_reduction == "mean" else summed
+
+        optimizer = (SecureSumGhostOptimizer if ghost else SecureSumOptimizer)(
+            inner, exchange=exchange, refuse=self._home.refuse, **common
+        )
         return optimizer
+
+    def is_compatible(self, *, module: nn.Module, **arguments: Any) -> bool:
+        """Whether :meth:`make_private` takes ``module``."""
+        try:
+            check_model(getattr(module, "_module", module))
+        except PrivflError:
+            return False
+        return bool(super().is_compatible(module=module, **arguments))
+
+    def validate(self, *, module: nn.Module, **arguments: Any) -> None:
+        """Say why :meth:`make_private` would refuse ``module``.
+
+        Raises:
+            PrivflError, opacus.validators.errors.UnsupportedModuleError: it would.
+        """
+        super().validate(module=module, **arguments)
+        check_model(getattr(module, "_module", module))
 
 
 @dataclass(frozen=True)
@@ -272,6 +319,27 @@ class _Arguments:
                 raise PrivflError(f"make_private does not take {name}: {why}")
         if not isinstance(self.max_grad_norm, int | float) or not 0.0 < self.max_grad_norm < float("inf"):
             raise PrivflError(f"max_grad_norm must be one positive number, got {self.max_grad_norm!r}")
+
+
+def _loop_of(given: _Arguments, model: nn.Module, optimizer: torch.optim.Optimizer) -> Loop:
+    """What is public about the loop, if the model, the loader and the optimizer fit."""
+    check_model(model)
+    check_neighbours(model, given.data_loader)
+    records, rate, steps = rate_of(given.data_loader)
+    parameters = [p for group in optimizer.param_groups for p in group["params"] if p.requires_grad]
+    if {id(p) for p in parameters} != {id(p) for p in model.parameters() if p.requires_grad}:
+        raise PrivflError("optimizer must have the trainable parameters of module, all of them and no others")
+    return Loop(records, rate, steps, sum(p.numel() for p in parameters), digest_of(constants(model)), rate * records)
+
+
+def _forget_forward_passes(model: nn.Module) -> None:
+    """Drop what Opacus' hooks keep of a forward pass that no backward pass followed; it would be taken for the next one's."""
+    for layer in model.modules():
+        layer.__dict__.pop("activations", None)
+        layer.__dict__.pop("max_batch_len", None)
+    for p in model.parameters():
+        if hasattr(p, "_forward_counter"):
+            p._forward_counter = 0
 
 
 def _usual_delta(records: int) -> float:

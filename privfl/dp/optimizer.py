@@ -8,12 +8,13 @@ from typing import Any
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from opacus.optimizers import DPOptimizer, DPOptimizerFastGradientClipping
+from opacus.optimizers import DPOptimizer
 from opacus.optimizers.optimizer import _check_processed_flag, _mark_as_processed
 
+from privfl.dp.ghost import GhostModule, clipped_sums
 from privfl.dp.randomness import Randomness, gaussian
 from privfl.dp.shares import CLIP_MARGIN
-from privfl.errors import InternalError
+from privfl.errors import InternalError, PrivflError
 
 # From a site's sum of clipped gradients to what the optimizer is to follow: the noisy sum over all sites over the public number of records.
 Exchange = Callable[[NDArray[np.float64]], NDArray[np.float64]]
@@ -23,9 +24,33 @@ _PIECE = 1 << 22
 
 
 class _Whole:
-    """What all optimizers here do: an interrupted logical step leaves nothing behind."""
+    """What all optimizers here do: an interrupted logical step leaves nothing behind, and what is in a sum is counted.
+
+    Attributes:
+        examples_in_step: per-example gradients in the sum of the logical step so far.
+        examples_seen: per-example gradients clipped since the counter was last set to 0.
+        examples_dropped: how many of them were not finite and were replaced by zero.
+    """
 
     params: list[torch.nn.Parameter]
+    max_grad_norm: float
+    examples_in_step = examples_seen = examples_dropped = 0
+    _clipped_to: float | None = None
+
+    def _count(self, examples: int, dropped: int) -> None:
+        if self._clipped_to not in (None, self.max_grad_norm):
+            raise PrivflError("max_grad_norm was changed between the pieces of one step; change it between steps")
+        self._clipped_to = self.max_grad_norm
+        self.examples_in_step += examples
+        self.examples_seen += examples
+        self.examples_dropped += dropped
+
+    def step_is_complete(self) -> None:
+        """What follows belongs to another logical step."""
+        self.examples_in_step, self._clipped_to = 0, None
+
+    def __deepcopy__(self, memo: Any) -> Any:
+        raise PrivflError("an optimizer cannot be copied: both copies would step on one charge; keep its state_dict() instead")
 
     def forget_unfinished_step(self) -> None:
         """Drop what an interrupted logical step left behind.
@@ -33,6 +58,7 @@ class _Whole:
         Opacus keeps ``summed_grad`` of an unfinished step and adds it to the next one, whose sensitivity is then 2 C while one step
         is charged.
         """
+        self.step_is_complete()
         self._step_skip_queue: list[bool] = []
         self._is_last_step_skipped = False
         for p in self.params:
@@ -41,17 +67,9 @@ class _Whole:
 
 
 class _Clipping(_Whole):
-    """Clips example by example, from ``grad_sample``.
+    """Clips example by example, from ``grad_sample``."""
 
-    Attributes:
-        examples_seen: per-example gradients clipped since the counter was last set to 0.
-        examples_dropped: how many of them were not finite and were replaced by zero.
-    """
-
-    max_grad_norm: float
     _get_flat_grad_sample: Callable[[torch.nn.Parameter], torch.Tensor]
-    examples_seen = 0
-    examples_dropped = 0
     # Sums stay in the precision of the parameters, or are taken in float64.
     _exact_sums = False
 
@@ -63,12 +81,14 @@ class _Clipping(_Whole):
         changes the sum by at most the clipping norm, so the guarantee stands.
         """
         samples = [self._get_flat_grad_sample(p) for p in self.params]
+        # Of an empty batch Opacus' embeddings make one row of zeros.
+        rows = min(len(g) for g in samples)
+        samples = samples if rows else [g[:0] for g in samples]
         squares = torch.stack([torch.linalg.vector_norm(g.flatten(1), dim=1, dtype=torch.float64).square() for g in samples])
         norms = squares.sum(dim=0).sqrt()
         broken = ~torch.isfinite(norms)
         factors = torch.where(broken, 0.0, (self.max_grad_norm / norms.clamp(min=1e-12)).clamp(max=1.0))
-        self.examples_seen += len(norms)
-        self.examples_dropped += int(broken.sum())
+        self._count(len(norms), int(broken.sum()))
         for p, g in zip(self.params, samples, strict=True):
             _check_processed_flag(p.grad_sample)  # type: ignore[attr-defined]
             if broken.any():
@@ -77,6 +97,42 @@ class _Clipping(_Whole):
             before = p.summed_grad  # type: ignore[attr-defined]
             p.summed_grad = total if before is None else before + total  # type: ignore[attr-defined]
             _mark_as_processed(p.grad_sample)  # type: ignore[attr-defined]
+
+
+class _GhostClipping(_Whole):
+    """Clips example by example, from what a :class:`GhostModule` kept of the backward pass."""
+
+    def __init__(self, optimizer: torch.optim.Optimizer, *, ghost: GhostModule, **kwargs: Any) -> None:
+        super().__init__(optimizer, **kwargs)  # type: ignore[call-arg]
+        self._ghost = ghost
+
+    @property
+    def grad_samples(self) -> list[torch.nn.Parameter]:
+        """There are none; Opacus only asks whether anything is trained."""
+        return self.params
+
+    accumulated_iterations = 1
+
+    def forget_unfinished_step(self) -> None:
+        super().forget_unfinished_step()
+        self._ghost.forget()
+
+    def step_is_complete(self) -> None:
+        super().step_is_complete()
+        for p in self.params:
+            p.summed_grad = None  # type: ignore[attr-defined]
+
+    def zero_grad(self, set_to_none: bool = False) -> None:
+        self._ghost.forget()
+        super().zero_grad(set_to_none)  # type: ignore[misc]
+
+    def clip_and_accumulate(self) -> None:
+        """As that of :class:`_Clipping`, without per-example gradients."""
+        sums, examples, dropped = clipped_sums(self._ghost.take(), self.params, self.max_grad_norm)
+        self._count(examples, dropped)
+        for p, total in zip(self.params, sums, strict=True):
+            before = p.summed_grad  # type: ignore[attr-defined]
+            p.summed_grad = total if before is None else before + total  # type: ignore[attr-defined]
 
 
 def _sum_exactly(factors: torch.Tensor, samples: torch.Tensor) -> torch.Tensor:
@@ -115,16 +171,21 @@ class _SystemNoise:
 
     def add_noise(self) -> None:
         """``p.grad`` = sum of clipped gradients + noise of standard deviation sigma * C, over all parameters; charged before."""
-        self._charge()
+        try:
+            self._charge()
+        except BaseException:
+            self.forget_unfinished_step()  # type: ignore[attr-defined]
+            raise
         standard_deviation = self.noise_multiplier * self.max_grad_norm * (1.0 + CLIP_MARGIN)
         count = sum(p.numel() for p in self.params)
         noise = torch.from_numpy(gaussian(count, standard_deviation, self._randomness))
         start = 0
         for p in self.params:
             share = noise[start : start + p.numel()].to(device=p.device, dtype=p.dtype).view_as(p)
-            p.grad = p.summed_grad.view_as(p) + share  # type: ignore[attr-defined]
+            p.grad = p.summed_grad.view_as(p).to(p.dtype) + share  # type: ignore[attr-defined]
             start += p.numel()
         self.noise_draws += 1
+        self.step_is_complete()  # type: ignore[attr-defined]
 
 
 class _SecureSum:
@@ -137,17 +198,24 @@ class _SecureSum:
     original_optimizer: torch.optim.Optimizer
     step_hook: Callable[[Any], None] | None
     _check_skip_next_step: Callable[[], bool]
+    clip_and_accumulate: Callable[[], None]
+    step_is_complete: Callable[[], None]
+    forget_unfinished_step: Callable[[], None]
 
-    def __init__(self, optimizer: torch.optim.Optimizer, *, exchange: Exchange | None = None, **kwargs: Any) -> None:
+    def __init__(
+        self,
+        optimizer: torch.optim.Optimizer,
+        *,
+        exchange: Exchange | None = None,
+        refuse: Callable[[BaseException], None] = lambda _: None,
+        **kwargs: Any,
+    ) -> None:
         super().__init__(optimizer, **kwargs)  # type: ignore[call-arg]
-        self._exchange = exchange
-
-    def _accumulate(self) -> None:
-        raise NotImplementedError
+        self._exchange, self._refuse = exchange, refuse
 
     def collect(self) -> NDArray[np.float64] | None:
         """The sum of clipped gradients of the logical step, shape (parameters,); None if more of its batch is to come."""
-        self._accumulate()
+        self.clip_and_accumulate()
         self._is_last_step_skipped = self._check_skip_next_step()
         if self._is_last_step_skipped:
             return None
@@ -155,6 +223,7 @@ class _SecureSum:
 
     def follow(self, gradient: NDArray[np.float64]) -> None:
         """One step of the wrapped optimizer along ``gradient`` of shape (parameters,)."""
+        self.step_is_complete()
         vector, start = torch.from_numpy(gradient), 0
         for p in self.params:
             p.grad = vector[start : start + p.numel()].to(device=p.device, dtype=p.dtype).view_as(p)
@@ -168,19 +237,28 @@ class _SecureSum:
         if closure is not None:
             with torch.enable_grad():
                 closure()
-        total = self.collect()
+        try:
+            total = self.collect()
+        except Exception as error:
+            self._refuse(error)
+            raise
         if total is not None:
             if self._exchange is None:
                 raise InternalError("an optimizer without an exchange was to make a step by itself")
-            self.follow(self._exchange(total))
+            try:
+                gradient = self._exchange(total)
+            except BaseException:
+                self.forget_unfinished_step()
+                raise
+            self.follow(gradient)
 
 
 class SystemNoiseOptimizer(_SystemNoise, _Clipping, DPOptimizer):  # type: ignore[misc]
     """Opacus' DPOptimizer with noise of this site's own."""
 
 
-class SystemNoiseGhostOptimizer(_SystemNoise, _Whole, DPOptimizerFastGradientClipping):  # type: ignore[misc]
-    """The same for ghost clipping, whose loss has clipped already."""
+class SystemNoiseGhostOptimizer(_SystemNoise, _GhostClipping, DPOptimizer):  # type: ignore[misc]
+    """The same for ghost clipping."""
 
 
 class SecureSumOptimizer(_SecureSum, _Clipping, DPOptimizer):  # type: ignore[misc]
@@ -188,12 +266,6 @@ class SecureSumOptimizer(_SecureSum, _Clipping, DPOptimizer):  # type: ignore[mi
 
     _exact_sums = True
 
-    def _accumulate(self) -> None:
-        self.clip_and_accumulate()
 
-
-class SecureSumGhostOptimizer(_SecureSum, _Whole, DPOptimizerFastGradientClipping):  # type: ignore[misc]
-    """The same for ghost clipping, whose loss has clipped already."""
-
-    def _accumulate(self) -> None:
-        self.accumulate()
+class SecureSumGhostOptimizer(_SecureSum, _GhostClipping, DPOptimizer):  # type: ignore[misc]
+    """The same for ghost clipping."""

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+from collections import deque
 from collections.abc import Callable, Iterator
 from typing import Any
 
 from opacus.data_loader import wrap_collate_with_empty
 from opacus.utils.uniform_sampler import UniformWithReplacementSampler
-from torch.utils.data import DataLoader, IterableDataset
+from torch.utils.data import DataLoader, IterableDataset, RandomSampler, SequentialSampler
 
 from privfl.dp.randomness import Randomness, poisson_sample
 from privfl.errors import PrivflError
@@ -16,19 +17,47 @@ from privfl.errors import PrivflError
 class PoissonBatches(UniformWithReplacementSampler):  # type: ignore[misc]
     """``steps`` Poisson samples of ``records`` records; an empty one is a batch like any other.
 
-    A subclass of Opacus' sampler, so that its ``BatchMemoryManager`` knows it. ``begun`` is called whenever a new pass begins: what an earlier
-    one left unfinished is then to be forgotten.
+    A subclass of Opacus' sampler, so that its ``BatchMemoryManager`` knows it.
+
+    Args:
+        ahead: batches are asked for before they are used, as the workers of a loader do.
+
+    Attributes:
+        begun: called when what was left unfinished is to be forgotten: whenever a new pass begins, and, unless they are asked for ahead, before every
+            batch.
     """
 
-    def __init__(self, records: int, sampling_rate: float, steps: int, randomness: Randomness) -> None:
+    def __init__(self, records: int, sampling_rate: float, steps: int, randomness: Randomness, *, ahead: bool = False) -> None:
         super().__init__(num_samples=records, sample_rate=sampling_rate, steps=steps)
-        self._randomness = randomness
+        # What is charged; the attributes of Opacus' sampler are anybody's to change.
+        self.loop = (records, sampling_rate, steps)
+        self._randomness, self._ahead = randomness, ahead
+        self._sizes: deque[int] = deque()
         self.begun: Callable[[], None] = lambda: None
 
     def __iter__(self) -> Iterator[list[int]]:
-        self.begun()
-        for _ in range(self.steps):
-            yield poisson_sample(self.num_samples, self.sample_rate, self._randomness).tolist()
+        records, rate, steps = self.loop
+        for number in range(steps):
+            if number == 0 or not self._ahead:
+                self._sizes.clear()
+                self.begun()
+            sample = poisson_sample(records, rate, self._randomness).tolist()
+            self._sizes.append(len(sample))
+            yield sample
+
+    def use(self, examples: int) -> None:
+        """A step is to be made of so many per-example gradients: of a batch that was drawn, whole, and not used yet. Earlier ones are given up.
+
+        Raises:
+            PrivflError: no such batch was drawn.
+        """
+        while self._sizes:
+            if self._sizes.popleft() == examples:
+                return
+        raise PrivflError(
+            f"a step was to be made of {examples} per-example gradients, which is no batch of the loader that make_private returned: use each of "
+            "its batches once and whole, with one backward() and one optimizer.step(), and let every record have one row in all layers"
+        )
 
 
 def rate_of(loader: DataLoader[Any]) -> tuple[int, float, int]:
@@ -45,7 +74,12 @@ def rate_of(loader: DataLoader[Any]) -> tuple[int, float, int]:
         )
     sampler = loader.batch_sampler
     if isinstance(sampler, PoissonBatches):
-        return sampler.num_samples, sampler.sample_rate, sampler.steps
+        return sampler.loop
+    if type(loader.sampler) not in (SequentialSampler, RandomSampler):
+        raise PrivflError(
+            f"data_loader has a {type(loader.sampler).__name__}, whose choice of records Poisson sampling would replace; choose them in the data set "
+            "(torch.utils.data.Subset) and leave sampler out"
+        )
     records, batch = len(loader.dataset), loader.batch_size
     if records == 0:
         raise PrivflError("data_loader has no records")

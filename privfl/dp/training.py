@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import warnings
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -15,7 +14,7 @@ from opacus import GradSampleModule
 from torch import nn
 from torch.utils.data import TensorDataset, default_collate
 
-from privfl.dp.checks import check_constants, check_isolation, check_model, constants
+from privfl.dp.checks import TRIED, check_constants, check_isolation, check_model, constants, digest_of
 from privfl.dp.optimizer import SecureSumOptimizer, SystemNoiseOptimizer
 from privfl.dp.randomness import Randomness, poisson_sample
 from privfl.errors import PrivflError, in_one_line
@@ -23,8 +22,6 @@ from privfl.errors import PrivflError, in_one_line
 # Per-example gradients of one physical batch may take this much memory; larger Poisson batches are processed in pieces.
 _GRADIENT_BYTES = 512 << 20
 _EVALUATION_BATCH = 4096
-# Records that are tried together and alone, before training.
-_TRIED = 8
 # Fewer broken records than this never stop a round.
 _MANY = 20
 
@@ -110,10 +107,7 @@ class LocalTraining:
 
     def constants_digest(self) -> str:
         """SHA-256 over everything in the model that is not trained; it must be the same at all sites."""
-        digest = hashlib.sha256()
-        for name, tensor in sorted(self._constants.items()):
-            digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)} ".encode() + tensor.cpu().contiguous().numpy().tobytes())
-        return digest.hexdigest()
+        return digest_of(self._constants)
 
     def load(self, replica: NDArray[np.float32]) -> None:
         """Put a vector of shape (parameters,) into the model."""
@@ -212,14 +206,15 @@ class LocalTraining:
     def _backward(self, inputs: torch.Tensor, targets: torch.Tensor) -> None:
         """Per-example gradients of one physical batch, one for each record."""
         records = len(inputs)
-        versions = [p._version for p in self._parameters]
+        # Values and not torch's counters of changes, which do not see what goes through p.data.
+        before = [p.detach().clone() for p in self._parameters]
         loss = self._loss(self._wrapped(inputs), targets)
         if loss.ndim != 0:
             raise PrivflError(
                 f"loss() must return the mean over the batch, a single number; it returned shape {tuple(loss.shape)}"
             )
         loss.backward()  # type: ignore[no-untyped-call]
-        for name, p, version in zip(self._names, self._parameters, versions, strict=True):
+        for name, p, value in zip(self._names, self._parameters, before, strict=True):
             gradient = getattr(p, "grad_sample", None)
             if gradient is None:
                 raise PrivflError(
@@ -230,14 +225,14 @@ class LocalTraining:
                     f"parameter '{name}' of model() saw {len(gradient)} rows for {records} records: parts of a record are folded into the batch, "
                     "and each would be clipped by itself; keep the records in the first dimension"
                 )
-            if p._version != version:
+            if not torch.equal(p.detach().nan_to_num(), value.nan_to_num()):
                 raise PrivflError(
                     f"the forward pass of model() changes parameter '{name}' without clipping or noise (max_norm of an Embedding?)"
                 )
 
     def _try_isolation(self) -> None:
         """Check on a few records, spread over the data set, that each has its own gradient; nothing of it is kept."""
-        indices = np.unique(np.linspace(0, self.records - 1, _TRIED).astype(np.int64))
+        indices = np.unique(np.linspace(0, self.records - 1, TRIED).astype(np.int64))
         inputs, targets = self._batch(indices)
         self._try_shape(inputs)
 
@@ -291,7 +286,7 @@ class LocalTraining:
         Raises:
             PrivflError: the outputs of a few records of ``dataset`` depend on which others are in the batch.
         """
-        few = [dataset[int(i)] for i in np.unique(np.linspace(0, len(dataset) - 1, _TRIED).astype(np.int64))]
+        few = [dataset[int(i)] for i in np.unique(np.linspace(0, len(dataset) - 1, TRIED).astype(np.int64))]
         together = self.outputs(few)[0].double().flatten(1)
         alone = torch.cat([self.outputs([record])[0] for record in few]).double().flatten(1)
         differ = ~torch.isclose(together, alone, rtol=1e-3, atol=1e-5, equal_nan=True).all(dim=1)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
 import os
@@ -37,6 +38,8 @@ class PrivacyEngine(Engine):
         >>> model, optimizer, loader = engine.make_private(
         ...     module=model, optimizer=optimizer, data_loader=loader, noise_multiplier=1.1, max_grad_norm=1.0
         ... )
+
+    An engine serves one training run.
 
     With ``comm`` every rank is a site; rank 0 also adds, and holds the key like all others: what any ``collusion`` ranks pool shows them only sums
     with at least the noise that is accounted for. All ranks start from the same parameters and make the same number of steps. Nothing is ever
@@ -80,15 +83,27 @@ class _Book:
     def __init__(self, site: str, path: Path | None, budget: tuple[float, float] | None) -> None:
         self.site, self._path, self._budget = site, path, budget
         self._ledger: Ledger | None = None
-        self._steps = 0
+        self._run, self._steps, self._closed = "", 0, False
 
     def begin(self, facts: dict[str, Any], plan: Event) -> None:
-        self._run, self._steps = os.urandom(16).hex(), 0
-        if self._path is None:
-            return
-        if self._ledger is None:
+        if self._run or self._closed:
+            raise PrivflError("an engine serves one training run, and this one has had it; make another privfl.PrivacyEngine")
+        self._run = os.urandom(16).hex()
+        if self._path is not None:
             self._ledger = Ledger.write(self._path, self.site, self._limits(plan))
-        self._ledger.begin_run(self._run, facts)
+            self._check_budget(self._ledger)
+            self._ledger.begin_run(self._run, facts)
+
+    def _check_budget(self, ledger: Ledger) -> None:
+        """A book has the budget it was begun with."""
+        has = {(f.epsilon, f.delta) for f in ledger.filters.values()}
+        if self._budget is not None and has != {(float(self._budget[0]), float(self._budget[1]))}:
+            ledger.close()
+            own = " and ".join(f"({epsilon:g}, {delta:g})" for epsilon, delta in has) or "none"
+            raise PrivflError(
+                f"the ledger {self._path} has a budget of its own ({own}), not {self._budget}; leave budget out, or begin another ledger, "
+                "whose budget then adds to this one's"
+            )
 
     def _limits(self, plan: Event) -> dict[Any, RenyiFilter]:
         if self._budget is None:
@@ -103,11 +118,14 @@ class _Book:
 
     def charge(self, event: Event) -> None:
         """Debit one step; once this returns it stays, whatever happens."""
+        if self._closed:
+            raise PrivflError("this engine was closed: a step could not be charged to its ledger any more")
         self._steps += 1
         if self._ledger is not None:
             self._ledger.leaves(self._ledger.charge("training", event, self._run, self._steps))
 
     def close(self) -> None:
+        self._closed = True
         if self._ledger is not None:
             self._ledger.close()
             self._ledger = None
@@ -143,6 +161,9 @@ class _Alone:
 
     def __init__(self, book: _Book) -> None:
         self._book = book
+
+    def refuse(self, error: BaseException) -> None:
+        """Nobody waits."""
 
     def agree(self, loop: Loop) -> Loop:
         return loop
@@ -184,7 +205,13 @@ class _Together:
                 f"collusion {collusion} of {members} ranks cannot be withstood: it must be at least 1 and at most {members - 2} (ranks less two)"
             )
 
+    def refuse(self, error: BaseException) -> None:
+        text = str(error) if isinstance(error, PrivflError) else f"{type(error).__name__} was raised"
+        with contextlib.suppress(PrivflError):  # which says the same
+            self._sums.all_well(text)
+
     def agree(self, loop: Loop) -> Loop:
+        self._sums.all_well()
         self._names = self._sums.tell(self._book.site)
         if len(set(self._names)) < len(self._names):
             raise PrivflError(f"every rank must have a site of its own, but they are {', '.join(self._names)}")
@@ -193,7 +220,11 @@ class _Together:
             raise PrivflError(
                 f"the model has another number of trainable parameters at some ranks ({', '.join(str(other.parameters) for other in self._loops)})"
             )
-        return replace(loop, steps=max(other.steps for other in self._loops))
+        if len({other.constants for other in self._loops}) > 1:
+            raise PrivflError("what is not trained in the model (frozen parameters, buffers) is not the same at all ranks")
+        return replace(
+            loop, steps=max(other.steps for other in self._loops), expected=sum(other.expected for other in self._loops)
+        )
 
     def begin(self, loop: Loop, model: str, data: str, delta: float, plan: Event, max_grad_norm: float) -> Event:
         assert isinstance(plan, DiscreteGaussian)
@@ -203,17 +234,21 @@ class _Together:
         if len({tuple(other[1:]) for other in asked}) > 1:
             raise PrivflError("max_grad_norm and collusion must be the same at all ranks")
         plan = replace(plan, noise_multiplier=max(other[0] for other in asked))
-        expected = sum(other.records * other.sampling_rate for other in self._loops)
-        grid = self._grid(expected, loop, plan.noise_multiplier, max_grad_norm)
-        self._shares, self._scale = Shares(grid, SystemRandomness()), grid.step / expected
-        self._book.begin(_facts(self._names, self._collusion, model, data, delta, plan), plan)
+        grid = self._grid(loop, plan.noise_multiplier, max_grad_norm)
+        self._shares, self._step = Shares(grid, SystemRandomness()), grid.step
+        try:
+            self._book.begin(_facts(self._names, self._collusion, model, data, delta, plan), plan)
+        except Exception as error:
+            self.refuse(error)
+            raise
+        self._sums.all_well()
         return plan
 
-    def _grid(self, expected: float, loop: Loop, noise_multiplier: float, max_grad_norm: float) -> StepGrid:
+    def _grid(self, loop: Loop, noise_multiplier: float, max_grad_norm: float) -> StepGrid:
         """The grid of the sums, with one value in a word where two are too coarse."""
         facts: dict[str, Any] = {
             "span": None,
-            "expected": expected,
+            "expected": loop.expected,
             "records": sum(other.records for other in self._loops),
             "length": loop.parameters,
             "steps": _STEPS,
@@ -234,4 +269,4 @@ class _Together:
         self._book.charge(event)
 
     def sum(self, total: NDArray[np.float64], replica: bytes) -> NDArray[np.float64]:
-        return np.multiply(self._sums.sum_at(self._shares.add(total), replica), self._scale, dtype=np.float64)
+        return np.multiply(self._sums.sum_at(self._shares.add(total), replica), self._step, dtype=np.float64)

@@ -131,14 +131,25 @@ class SecureSum:
             problem = str(error)
         except Exception as error:  # whatever numpy makes of it, the other ranks must not wait
             problem = in_one_line(f"no vector of numbers was given ({type(error).__name__}: {error})")
-        answer = messages.Failed(error=problem, exit_code=2) if problem else messages.Ready(shape=given.shape, state=state)
+        self._all(messages.Failed(error=problem, exit_code=2) if problem else messages.Ready(shape=given.shape, state=state))
+        return given
+
+    def all_well(self, problem: str = "") -> None:
+        """Go on only if no rank has a problem. Collective; also where the others are about to make a sum.
+
+        Raises:
+            PrivflError: at all ranks, the first problem.
+        """
+        self._round += 1
+        self._all(messages.Failed(error=problem, exit_code=2) if problem else messages.Ready(shape=(), state=""))
+
+    def _all(self, answer: Body) -> None:
         if self._transport.rank:
             self._send(0, answer)
             self._expect(Kind.ROUND)
-            return given
+            return
         answers = {0: answer} | {rank: m.body for rank, m in self._from_all(Kind.READY, Kind.FAILED).items()}
         self._settle(answers, messages.Round())
-        return given
 
     def _settle(self, answers: Mapping[int, Body | None], go: Body) -> None:
         """On rank 0: tell all to go on, or, if not all answers are alike, why not."""

@@ -1,0 +1,351 @@
+"""What a loop of a user's own may do wrong: it is stopped, with one sentence, before more than what is charged could leave."""
+
+from __future__ import annotations
+
+import copy
+import itertools
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from opacus.utils.batch_memory_manager import BatchMemoryManager
+from torch import nn
+from torch.utils.data import DataLoader, SubsetRandomSampler, TensorDataset, WeightedRandomSampler
+
+import privfl
+from privfl.dp.optimizer import _SystemNoise
+from privfl.errors import PrivflError
+from privfl.ledger import Ledger
+from privfl.transport import connect
+from tests.conftest import in_threads
+from tests.test_engine import flat, linear, made, records, step, together
+
+NO_BATCH = "is no batch of the loader that make_private returned"
+MODES = pytest.mark.parametrize("mode", ["hooks", "ghost", "functorch"])
+
+
+def engine() -> privfl.PrivacyEngine:
+    return privfl.PrivacyEngine(site="a")
+
+
+def refused(sentence: str) -> Any:
+    return pytest.raises(PrivflError, match=sentence)
+
+
+# -- steps and batches ----------------------------------------------------------------------------------------------------
+
+
+@MODES
+def test_a_batch_is_one_step(mode: str):
+    model, optimizer, *_, loader = made(engine(), records(), grad_sample_mode=mode)
+    x, y = next(iter(loader))
+    step(model, optimizer, x, y)
+    before = flat(model)
+    with refused(NO_BATCH):
+        step(model, optimizer, x, y)
+    assert torch.equal(flat(model), before)
+
+
+def test_batches_of_an_earlier_pass_are_used_up():
+    model, optimizer, loader = made(engine(), records())
+
+    def loop() -> None:
+        for x, y in itertools.islice(itertools.cycle(loader), 10):
+            step(model, optimizer, x, y)
+
+    with refused(NO_BATCH):
+        loop()
+
+
+@MODES
+def test_a_loader_of_the_users_own(mode: str):
+    model, optimizer, *_ = made(engine(), records(), grad_sample_mode=mode)
+    x, y = next(iter(DataLoader(records(), batch_size=20)))
+    with refused(NO_BATCH):
+        step(model, optimizer, x, y)
+
+
+def test_a_sampling_rate_that_is_changed_afterwards_changes_nothing():
+    _, _, loader = made(engine(), records(count=1000), batch=50)
+    loader.batch_sampler.sample_rate, loader.batch_sampler.num_samples = 1.0, 10**6
+    assert all(len(batch) < 150 for batch in loader.batch_sampler)
+
+
+@MODES
+def test_a_record_with_several_rows(mode: str):
+    class Folded(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.layer = nn.Linear(1, 2)
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return self.layer(x.reshape(-1, 1)).reshape(len(x), 5, 2).mean(dim=1)
+
+    model, optimizer, *_, loader = made(engine(), records(), model=Folded(), batch=60, grad_sample_mode=mode)
+    with refused(NO_BATCH):
+        step(model, optimizer, *next(iter(loader)))
+
+
+def test_gradients_of_several_batches_do_not_become_one_step():
+    model, optimizer, loader = made(engine(), records(), batch=60)
+    model.allow_grad_accumulation()
+    optimizer.zero_grad()
+    kept = []
+    for _ in range(3):
+        x, y = next(iter(loader))
+        nn.functional.cross_entropy(model(x), y).backward()
+        kept.append((x, y))
+    nn.functional.cross_entropy(model(x), y).backward()
+    with refused(NO_BATCH):
+        optimizer.step()
+
+
+@pytest.mark.parametrize("mode", ["hooks", "ghost"])
+def test_a_piece_that_is_left_out_takes_its_batch_with_it(monkeypatch: pytest.MonkeyPatch, mode: str):
+    """As after a failure of one piece: the pieces of two batches must not become one step."""
+    monkeypatch.setitem(_SystemNoise.add_noise.__globals__, "gaussian", lambda count, *_: np.zeros(count))
+    model, optimizer, *_, loader = made(engine(), records(), batch=60, max_grad_norm=1e-3, grad_sample_mode=mode)
+    sums = []
+    monkeypatch.setattr(type(optimizer), "scale_grad", lambda self: sums.append(self.params[0].grad.clone()))
+    with BatchMemoryManager(data_loader=loader, max_physical_batch_size=25, optimizer=optimizer) as pieces:
+        for passes in range(2):
+            for number, (x, y) in enumerate(pieces):
+                if (passes, number) == (0, 2):
+                    continue
+                step(model, optimizer, x, y)
+    # 60 records of at most 1e-3 each, in one whole batch and no more.
+    assert len(sums) == 1
+    assert float(sums[0].norm()) <= 60 * 1e-3
+
+
+@pytest.mark.parametrize("mode", ["hooks", "ghost"])
+def test_a_clipping_norm_that_changes_in_the_middle_of_a_batch(mode: str):
+    model, optimizer, *_, loader = made(engine(), records(), batch=60, grad_sample_mode=mode)
+
+    def loop() -> None:
+        with BatchMemoryManager(data_loader=loader, max_physical_batch_size=25, optimizer=optimizer) as pieces:
+            for x, y in pieces:
+                step(model, optimizer, x, y)
+                optimizer.max_grad_norm = 1e-2
+
+    with refused("max_grad_norm was changed between the pieces of one step"):
+        loop()
+
+
+@pytest.mark.parametrize("mode", ["hooks", "ghost"])
+def test_a_charge_that_is_refused_leaves_nothing_to_the_next_step(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, mode: str):
+    monkeypatch.setitem(_SystemNoise.add_noise.__globals__, "gaussian", lambda count, *_: np.zeros(count))
+    book = privfl.PrivacyEngine(site="a", ledger=tmp_path / "l", budget=(2.0, 1e-5))
+    model, optimizer, *_, loader = made(
+        book, records(), batch=60, max_grad_norm=1e-3, grad_sample_mode=mode, noise_multiplier=10.0
+    )
+    optimizer.noise_multiplier = 0.3
+    sums = []
+    monkeypatch.setattr(type(optimizer), "scale_grad", lambda self: sums.append(self.params[0].grad.clone()))
+
+    def one_pass() -> None:
+        with BatchMemoryManager(data_loader=loader, max_physical_batch_size=25, optimizer=optimizer) as pieces:
+            for x, y in pieces:
+                step(model, optimizer, x, y)
+
+    with refused("does not admit"):
+        one_pass()
+    assert sums == []
+    optimizer.noise_multiplier = 10.0
+    one_pass()
+    assert float(sums[0].norm()) <= 60 * 1e-3
+
+
+@pytest.mark.parametrize("mode", ["hooks", "ghost"])
+def test_a_forward_pass_without_a_backward_pass_is_forgotten(mode: str):
+    model, optimizer, *_, loader = made(engine(), records(), grad_sample_mode=mode)
+    model(records().tensors[0])
+    for x, y in loader:
+        step(model, optimizer, x, y)
+    assert torch.isfinite(flat(model)).all()
+
+
+def test_an_optimizer_is_not_copied():
+    model, optimizer, loader = made(engine(), records())
+    with refused("an optimizer cannot be copied"):
+        copy.deepcopy(optimizer)
+    for x, y in loader:
+        step(model, optimizer, x, y)
+
+
+# -- models and loaders ---------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("sampler", [SubsetRandomSampler(range(10)), WeightedRandomSampler([1.0] * 60, 60)])
+def test_a_sampler_that_chooses_records(sampler: Any):
+    model = linear()
+    with refused(f"data_loader has a {type(sampler).__name__}, whose choice of records Poisson sampling would replace"):
+        engine().make_private(
+            module=model,
+            optimizer=torch.optim.SGD(model.parameters(), lr=0.1),
+            data_loader=DataLoader(records(), batch_size=20, sampler=sampler),
+            noise_multiplier=1.0,
+            max_grad_norm=1.0,
+        )
+
+
+class Centred(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.layer = nn.Linear(5, 2)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.layer(x - x.mean(dim=0))
+
+
+class Statistics(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.layer = nn.Linear(5, 2)
+        self.register_buffer("mean", torch.zeros(5))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        if self.training:
+            self.mean.copy_(x.detach().mean(dim=0))
+        return self.layer(x)
+
+
+def test_a_model_that_mixes_records():
+    with refused("output for a record depends on the other records of its batch"):
+        made(engine(), records(), model=Centred())
+
+
+def test_a_buffer_that_keeps_statistics():
+    model, optimizer, loader = made(engine(), records(), model=Statistics())
+    with refused("'mean' of model\\(\\) is not trained but changes"):
+        step(model, optimizer, *next(iter(loader)))
+
+
+def test_weights_that_a_forward_pass_changes():
+    words = TensorDataset(torch.randint(0, 6, (60, 3)), torch.zeros(60, dtype=torch.long))
+    with refused("leave max_norm out"):
+        made(engine(), words, model=nn.Sequential(nn.Embedding(6, 4, max_norm=0.1), nn.Flatten(), nn.Linear(12, 2)))
+
+
+def test_compatible_is_what_make_private_takes():
+    def parts(module: nn.Module) -> dict[str, Any]:
+        optimizer = torch.optim.SGD(module.parameters(), lr=0.1)
+        return {"module": module, "optimizer": optimizer, "data_loader": DataLoader(records(), batch_size=20)}
+
+    assert engine().is_compatible(**parts(linear()))
+    mixed = nn.Sequential(nn.Linear(5, 4), nn.BatchNorm1d(4, affine=False), nn.Linear(4, 2))
+    assert not engine().is_compatible(**parts(mixed))
+    with refused("use GroupNorm or LayerNorm"):
+        engine().validate(**parts(mixed))
+
+
+# -- books ----------------------------------------------------------------------------------------------------------------
+
+
+def test_an_engine_serves_one_run():
+    used = engine()
+    made(used, records())
+    with refused("an engine serves one training run"):
+        made(used, records())
+
+
+@pytest.mark.parametrize("begun", [None, (3.0, 1e-5)])
+def test_a_book_keeps_the_budget_it_was_begun_with(tmp_path: Path, begun: tuple[float, float] | None):
+    first = privfl.PrivacyEngine(site="a", ledger=tmp_path / "l", budget=begun)
+    made(first, records())
+    first.close()
+    other = privfl.PrivacyEngine(site="a", ledger=tmp_path / "l", budget=(1.0, 1e-5))
+    with refused("has a budget of its own .*, not \\(1.0, 1e-05\\)"):
+        made(other, records())
+    again = privfl.PrivacyEngine(site="a", ledger=tmp_path / "l", budget=begun)
+    made(again, records())
+
+
+# -- together -------------------------------------------------------------------------------------------------------------
+
+
+def _outcomes(part: Callable[[Any], Any]) -> list[str]:
+    return [str(found) for found in in_threads(connect(3), part)]
+
+
+def test_a_budget_that_ends_at_one_site_ends_the_step_at_all(tmp_path: Path):
+    def part(transport: Any) -> None:
+        budget = (8.0 if transport.rank == 1 else 100.0, 1e-5)
+        own = privfl.PrivacyEngine(
+            site=f"s{transport.rank}", comm=transport, ledger=tmp_path / f"{transport.rank}.l", budget=budget
+        )
+        model, optimizer, loader = made(own, records(transport.rank))
+        for x, y in itertools.chain.from_iterable(itertools.repeat(loader, 100)):
+            step(model, optimizer, x, y)
+
+    said = _outcomes(part)
+    assert all("does not admit 1 more steps" in text for text in said), said
+    charged = [sum(Ledger.read(tmp_path / f"{rank}.l").steps("training").values()) for rank in range(3)]
+    assert charged[0] == charged[2] == charged[1] + 1, "a refused step is not charged where it was refused"
+
+
+@pytest.mark.parametrize(
+    ("one", "sentence"),
+    [
+        ({"noise_multiplier": -1.0}, "noise_multiplier must be positive"),
+        ({"colour": "red"}, "TypeError was raised"),
+        ({"model": Centred()}, "output for a record depends on"),
+    ],
+)
+def test_what_is_wrong_at_one_rank_is_told_to_all(one: dict[str, Any], sentence: str):
+    said = _outcomes(
+        lambda t: made(privfl.PrivacyEngine(site=f"s{t.rank}", comm=t), records(t.rank), **(one if t.rank == 1 else {}))
+    )
+    assert all(sentence in text for text in (said[0], said[2])), said
+
+
+def test_a_book_that_cannot_be_written_at_one_rank_is_told_to_all(tmp_path: Path):
+    def part(transport: Any) -> None:
+        folder = tmp_path / "missing" if transport.rank == 1 else tmp_path
+        own = privfl.PrivacyEngine(site=f"s{transport.rank}", comm=transport, ledger=folder / f"{transport.rank}.l")
+        made(own, records(transport.rank))
+
+    said = _outcomes(part)
+    assert all(str(tmp_path / "missing") in text for text in said), said
+
+
+def test_a_step_that_fails_at_one_rank_ends_at_all():
+    def part(transport: Any) -> None:
+        model, optimizer, loader = made(privfl.PrivacyEngine(site=f"s{transport.rank}", comm=transport), records(transport.rank))
+        for x, y in loader:
+            optimizer.zero_grad()
+            if transport.rank != 2:
+                nn.functional.cross_entropy(model(x), y).backward()
+            optimizer.step()
+
+    said = _outcomes(part)
+    assert all("rank 2: ValueError was raised" in text for text in said[:2]), said
+
+
+def test_frozen_parameters_must_be_the_same_everywhere():
+    def model(rank: int) -> nn.Module:
+        layers = nn.Sequential(nn.Linear(5, 4), nn.Linear(4, 2))
+        nn.init.constant_(layers[0].weight, float(rank == 1)), nn.init.zeros_(layers[0].bias)
+        layers[0].requires_grad_(False)
+        return layers
+
+    said = _outcomes(lambda t: made(privfl.PrivacyEngine(site=f"s{t.rank}", comm=t), records(t.rank), model=model(t.rank)))
+    assert all("what is not trained in the model" in text for text in said), said
+
+
+def test_a_summed_loss_is_not_divided(monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr("privfl.dp.discrete_gaussian.DiscreteGaussian.draw", lambda self, count: np.zeros(count, dtype=np.int64))
+
+    def part(transport: Any, reduction: str) -> torch.Tensor:
+        own = privfl.PrivacyEngine(site=f"s{transport.rank}", comm=transport)
+        model, optimizer, loader = made(own, records(transport.rank), batch=60, loss_reduction=reduction)
+        x, y = next(iter(loader))
+        nn.functional.cross_entropy(model(x), y, reduction=reduction).backward()
+        optimizer.step()
+        return torch.cat([p.grad.reshape(-1) for p in optimizer.params])
+
+    mean, total = (together(lambda t, r=r: part(t, r))[0] for r in ("mean", "sum"))
+    assert torch.allclose(total, 180 * mean, rtol=1e-4)
