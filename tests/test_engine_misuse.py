@@ -349,3 +349,68 @@ def test_a_summed_loss_is_not_divided(monkeypatch: pytest.MonkeyPatch):
 
     mean, total = (together(lambda t, r=r: part(t, r))[0] for r in ("mean", "sum"))
     assert torch.allclose(total, 180 * mean, rtol=1e-4)
+
+
+# -- budgets of a book that exists ----------------------------------------------------------------------------------------
+
+
+def planned(own: privfl.PrivacyEngine, epsilon: float = 2.0, delta: float = 1e-5, epochs: int = 3) -> Any:
+    model = linear()
+    return own.make_private_with_epsilon(
+        module=model,
+        optimizer=torch.optim.SGD(model.parameters(), lr=0.1),
+        data_loader=DataLoader(records(), batch_size=6),
+        target_epsilon=epsilon,
+        target_delta=delta,
+        epochs=epochs,
+        max_grad_norm=1.0,
+    )
+
+
+def test_a_target_keeps_to_what_is_left_of_the_budget(tmp_path: Path):
+    """All passes that were asked for can be made, in two runs on one book."""
+    for epsilon in (1.2, 2.0):
+        own = privfl.PrivacyEngine(site="a", ledger=tmp_path / "l", budget=(2.0, 1e-5))
+        model, optimizer, loader = planned(own, epsilon)
+        for x, y in itertools.chain.from_iterable(itertools.repeat(loader, 3)):
+            step(model, optimizer, x, y)
+        assert own.get_epsilon(1e-5) <= epsilon
+        own.close()
+    with Ledger.read(tmp_path / "l") as book:
+        assert sum(book.steps("training").values()) == 60
+        assert 1.9 < book.filters["training"].epsilon_of(book.spent("training")) <= 2.0
+
+
+def test_a_target_at_a_larger_delta_than_the_budget_is_refused(tmp_path: Path):
+    with refused("target_delta 1e-05 is above the 1e-06 of the ledger's budget"):
+        planned(privfl.PrivacyEngine(site="a", ledger=tmp_path / "l", budget=(2.0, 1e-6)))
+
+
+@pytest.mark.parametrize("budget", [2.0, (2.0,)])
+def test_a_budget_is_a_pair(tmp_path: Path, budget: Any):
+    with refused("budget must be \\(epsilon, delta\\)"):
+        privfl.PrivacyEngine(site="a", ledger=tmp_path / "l", budget=budget)
+
+
+def test_a_book_that_this_process_has_open_says_so(tmp_path: Path):
+    first = privfl.PrivacyEngine(site="a", ledger=tmp_path / "l")
+    made(first, records())
+    with refused("in use in this process itself: close\\(\\) what has it open"):
+        made(privfl.PrivacyEngine(site="a", ledger=tmp_path / "l"), records())
+    first.close()
+    made(privfl.PrivacyEngine(site="a", ledger=tmp_path / "l"), records())
+
+
+@pytest.mark.parametrize("mode", ["hooks", "ghost"])
+def test_gradients_that_no_step_used_are_dropped_with_a_warning(mode: str):
+    model, optimizer, *_, loader = made(engine(), records(), grad_sample_mode=mode)
+
+    def loop() -> None:
+        for number, (x, y) in enumerate(loader):
+            nn.functional.cross_entropy(model(x), y).backward()
+            if number % 2:
+                optimizer.step()
+                optimizer.zero_grad()
+
+    with pytest.warns(UserWarning, match="gradients of a batch that no optimizer.step\\(\\) used were dropped"):
+        loop()

@@ -14,7 +14,7 @@ import pytest
 import yaml
 
 from privfl.config import SiteFile
-from tests.conftest import ROOT, run_cli, train
+from tests.conftest import ROOT, run_cli, run_twin, train
 
 HEART = ROOT / "examples" / "heart_disease"
 
@@ -75,10 +75,13 @@ def test_heart_disease(heart_disease: Path, tmp_path: Path, mode: str):
     assert not any(site["outside"] for site in summary["sites"].values()), "the default scaling reads no records"
 
 
-def test_flambys_preparation_is_said_to_be_outside_the_guarantee(heart_disease: Path, tmp_path: Path):
-    settings = ("--set", "data_options.scaling=flamby", "--set", "rounds=1")
-    job = train(5, HEART / "fedsgd.yaml", "--output", tmp_path, *settings, env={"HEART_DISEASE_DIR": str(heart_disease)})
-    assert job.code == 0, job.err
+@pytest.mark.usefixtures("trainers_as_threads")
+def test_flambys_preparation_is_said_to_be_outside_the_guarantee(
+    heart_disease: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    monkeypatch.setenv("HEART_DISEASE_DIR", str(heart_disease))
+    job = run_twin(HEART / "fedsgd.yaml", "data_options.scaling=flamby", "rounds=1", output=tmp_path, ranks=5)
+    assert job.codes == [0] * 5, job.err
     sentence = "scaling flamby standardises by the site's records, without noise"
     assert f"WARNING: outside the guarantee at cleveland, hungarian, switzerland, va: {sentence}" in " ".join(job.out.split())
     for file in ("summary.json", "report.json", "report.html"):

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.conftest import PRIVFL, Job, edit, processes, run_cli, run_job, start_job, train
+from tests.conftest import PRIVFL, Job, edit, processes, run_cli, run_job, run_twin, start_job, train
 
 
 def one_sentence(job: Job, *parts: str, code: int = 2) -> None:
@@ -191,8 +191,9 @@ def test_a_metric_that_raises_in_the_middle_of_a_sum_hangs_nobody(small: Path, t
 )
 def test_user_code_that_does_not_work(small: Path, tmp_path: Path, old: str, new: str, parts: tuple[str, ...]):
     edit(small.parent / "task.py", old, new)
-    job = timed(60, small, "--output", tmp_path / "o")
-    one_sentence(job, *parts)
+    twin = run_twin(small, output=tmp_path / "o", ranks=3)
+    assert twin.codes == [2, 2, 2]
+    one_sentence(Job(2, twin.out, twin.err), *parts)
     assert not list(tmp_path.rglob("summary.json"))
 
 

@@ -190,6 +190,7 @@ def facts_of(run: str, begun: str, facts: dict[str, Any]) -> RunFacts:
         else "keys of the other sites not pinned: single trust domain",
         exact_metrics=tuple(facts["exact_metrics"]),
         outside=tuple(facts.get("outside", ())),
+        coordinator=facts.get("coordinator", True),
         records_per_person=facts["records_per_person"],
         plans=plans,
     )

@@ -87,6 +87,7 @@ def _history(
                 trust=trust,
                 exact_metrics=tuple(sorted(experiment.evaluation.metrics)) if experiment.evaluation.records == "public" else (),
                 outside=tuple(facts["outside"]),
+                coordinator=True,
                 records_per_person=1,
                 plans=plans,
             )

@@ -51,6 +51,14 @@ class Home(Protocol):
         """Let the other sites know that this one cannot go on, where they would wait for it."""
         ...
 
+    def room(self, delta: float) -> Callable[[Event], bool]:
+        """Whether what is left of the budget admits a plan, all of it; runs are reported at ``delta``.
+
+        Raises:
+            PrivflError: the budget is at a smaller delta.
+        """
+        ...
+
     def agree(self, loop: Loop) -> Loop:
         """The loop as all sites run it: a pass must have the same number of steps everywhere."""
         ...
@@ -135,18 +143,24 @@ class Engine(opacus.PrivacyEngine):  # type: ignore[misc]
     def make_private_with_epsilon(self, *, target_epsilon: float, target_delta: float, epochs: int, **arguments: Any) -> Any:
         """As Opacus' ``make_private_with_epsilon``: with the least noise that keeps ``epochs`` passes within (target_epsilon, target_delta).
 
+        And within what is left of the ledger's budget, if it has one.
+
         Raises:
             PrivflError: as :meth:`make_private`, or no noise is enough.
         """
 
         def noise(loop: Loop) -> float:
-            found = least_noise_multiplier(
-                lambda sigma: epsilon_of([self._event(loop, sigma).times(epochs * loop.steps)], target_delta).upper,
-                target_epsilon,
-            )
+            admits = self._home.room(target_delta)
+
+            def spent(sigma: float) -> float:
+                plan = self._event(loop, sigma).times(epochs * loop.steps)
+                return epsilon_of([plan], target_delta).upper if admits(plan) else float("inf")
+
+            found = least_noise_multiplier(lambda sigma: spent(sigma) if sigma > 0.0 else float("inf"), target_epsilon)
             if found is None:
                 raise PrivflError(
-                    f"target_epsilon {target_epsilon:g} cannot be reached; raise it, or lower epochs or the batch size"
+                    f"target_epsilon {target_epsilon:g} cannot be reached with {epochs} epochs, or not with what is left of the ledger's budget; "
+                    "raise it, or lower epochs or the batch size"
                 )
             return found
 
@@ -195,6 +209,10 @@ class Engine(opacus.PrivacyEngine):  # type: ignore[misc]
         optimizer = self._optimizer(given, inner, wrapped, event, loop, charge)
 
         def forget() -> None:
+            if optimizer.has_unused_gradients():
+                warnings.warn(
+                    "gradients of a batch that no optimizer.step() used were dropped; step once for each batch", stacklevel=2
+                )
             optimizer.forget_unfinished_step()
             _forget_forward_passes(plain)
 

@@ -120,6 +120,11 @@ class GhostModule(GradSampleModule):  # type: ignore[misc]
         if not module.activations and hasattr(module, "max_batch_len"):
             del module.max_batch_len
 
+    @property
+    def holds_any(self) -> bool:
+        """Whether something was kept since the last :meth:`take`."""
+        return bool(self._pieces)
+
     def forget(self) -> None:
         """Drop what was kept."""
         self._pieces.clear()

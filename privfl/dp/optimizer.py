@@ -49,6 +49,11 @@ class _Whole:
         """What follows belongs to another logical step."""
         self.examples_in_step, self._clipped_to = 0, None
 
+    def has_unused_gradients(self) -> bool:
+        """Whether there are gradients of a backward pass that are in no sum yet."""
+        samples = [getattr(p, "grad_sample", None) for p in self.params]
+        return any(s is not None and not hasattr(s, "_processed") for s in samples)
+
     def __deepcopy__(self, memo: Any) -> Any:
         raise PrivflError("an optimizer cannot be copied: both copies would step on one charge; keep its state_dict() instead")
 
@@ -112,6 +117,9 @@ class _GhostClipping(_Whole):
         return self.params
 
     accumulated_iterations = 1
+
+    def has_unused_gradients(self) -> bool:
+        return self._ghost.holds_any
 
     def forget_unfinished_step(self) -> None:
         super().forget_unfinished_step()

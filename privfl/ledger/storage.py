@@ -245,7 +245,9 @@ def _lock(path: Path) -> int:
         holder = os.pread(lock, 200, 0).decode(errors="replace")
         os.close(lock)
         if isinstance(error.__cause__, BlockingIOError):
-            raise PrivflError(f"the ledger {path} is in use by another run ({holder}); wait for it to end") from None
+            own = holder == f"process {os.getpid()} on {socket.gethostname()}"
+            what = "in this process itself: close() what has it open" if own else f"by another run ({holder}); wait for it to end"
+            raise PrivflError(f"the ledger {path} is in use {what}") from None
         raise
     return lock
 

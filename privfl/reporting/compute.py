@@ -283,14 +283,14 @@ def _person(events: tuple[Event, ...], delta: float, records: int) -> float:
 def _adversaries(history: History, facts: RunFacts, cost: Cost | None, charges: list[Charged]) -> list[Adversary]:
     if cost is None or len(facts.members) < 2:
         return []
-    found = [
-        Adversary(
-            who="the coordinator alone",
-            sees="masked, encrypted updates; names of the sites, numbers of records, times",
-            epsilon=None,
-            because="encryption: it has no key and never sees the model",
-        )
-    ]
+    coordinator = Adversary(
+        who="the coordinator alone",
+        sees="masked, encrypted updates; names of the sites, numbers of records, times",
+        epsilon=None,
+        because="encryption: it has no key and never sees the model",
+    )
+    # In a loop of the user's own every rank is a site.
+    found = [coordinator] if facts.coordinator else []
     events = tuple(history.mechanisms[mechanism].times(count) for mechanism, count in _steps(charges).items())
     because = "noise: this site adds all of it itself, so it holds against everybody"
     for view in views(facts.noise, len(facts.members), facts.collusion):

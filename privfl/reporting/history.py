@@ -33,7 +33,7 @@ class Charged(NamedTuple):
 @dataclass(frozen=True)
 class RunFacts:
     """What is known of a run. ``plans``: by account, what was to be charged; ``trust``: who could see what, in one phrase; ``outside``: what data()
-    says that no epsilon covers.
+    says that no epsilon covers; ``coordinator``: whether one took part that is no site.
     """
 
     run: str
@@ -50,6 +50,7 @@ class RunFacts:
     exact_metrics: tuple[str, ...]
     outside: tuple[str, ...]
     records_per_person: int
+    coordinator: bool
     plans: dict[AccountName, Event]
 
 

@@ -6,7 +6,7 @@ import contextlib
 import hashlib
 import json
 import os
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -67,6 +67,8 @@ class PrivacyEngine(Engine):
     ) -> None:
         if budget is not None and ledger is None:
             raise PrivflError("PrivacyEngine has a budget but no ledger to keep it in; name a file as ledger")
+        if budget is not None and not (isinstance(budget, tuple | list) and len(budget) == 2):
+            raise PrivflError(f"PrivacyEngine's budget must be (epsilon, delta), got {budget!r}")
         book = _Book(site, None if ledger is None else Path(ledger), budget)
         home: Home = _Alone(book) if comm is None else _Together(book, comm, collusion)
         super().__init__(home, SystemRandomness())
@@ -87,12 +89,33 @@ class _Book:
 
     def begin(self, facts: dict[str, Any], plan: Event) -> None:
         if self._run or self._closed:
-            raise PrivflError("an engine serves one training run, and this one has had it; make another privfl.PrivacyEngine")
-        self._run = os.urandom(16).hex()
+            raise PrivflError("an engine serves one training run, and this one has had it; close() it and make another")
+        run = os.urandom(16).hex()
         if self._path is not None:
-            self._ledger = Ledger.write(self._path, self.site, self._limits(plan))
-            self._check_budget(self._ledger)
-            self._ledger.begin_run(self._run, facts)
+            ledger = Ledger.write(self._path, self.site, self._limits(plan))
+            self._check_budget(ledger)
+            ledger.begin_run(run, facts)
+            self._ledger = ledger
+        self._run = run
+
+    def room(self, delta: float) -> Callable[[Event], bool]:
+        """Whether what is left of the budget admits a plan."""
+        begun: tuple[RenyiFilter | None, Any] | None = None
+        if self._path is not None and self._path.exists():
+            with Ledger.read(self._path) as ledger:
+                begun = ledger.filters.get("training"), ledger.spent("training")
+
+        def admits(plan: Event) -> bool:
+            limit = begun[0] if begun else self._limits(plan).get("training")
+            if limit is None:
+                return True
+            if delta > limit.delta:
+                raise PrivflError(
+                    f"target_delta {delta:g} is above the {limit.delta:g} of the ledger's budget; use that or a smaller one"
+                )
+            return limit.admits_plan((begun[1] if begun else limit.nothing()) + limit.cost(plan))
+
+        return admits
 
     def _check_budget(self, ledger: Ledger) -> None:
         """A book has the budget it was begun with."""
@@ -146,6 +169,7 @@ def _facts(members: Sequence[str], collusion: int, model: str, data: str, delta:
         "plans": {"training": plan.to_dict()},
         "exact_metrics": [],
         "outside": [],
+        "coordinator": False,
         "records_per_person": 1,
         "identity": "",
         "pinned": False,
@@ -164,6 +188,9 @@ class _Alone:
 
     def refuse(self, error: BaseException) -> None:
         """Nobody waits."""
+
+    def room(self, delta: float) -> Callable[[Event], bool]:
+        return self._book.room(delta)
 
     def agree(self, loop: Loop) -> Loop:
         return loop
@@ -209,6 +236,9 @@ class _Together:
         text = str(error) if isinstance(error, PrivflError) else f"{type(error).__name__} was raised"
         with contextlib.suppress(PrivflError):  # which says the same
             self._sums.all_well(text)
+
+    def room(self, delta: float) -> Callable[[Event], bool]:
+        return self._book.room(delta)
 
     def agree(self, loop: Loop) -> Loop:
         self._sums.all_well()

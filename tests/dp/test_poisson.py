@@ -47,7 +47,7 @@ def from_sums(steps: int = STEPS, rate: float = RATE) -> NDArray[np.bool_]:
 def from_batches(steps: int = STEPS, rate: float = RATE) -> NDArray[np.bool_]:
     """The same of the loader for a user's own loop, in passes of a hundred."""
     passes, each = max(1, steps // 100), min(steps, 100)
-    batches = PoissonBatches(RECORDS, rate, each, SystemRandomness())
+    batches = PoissonBatches(RECORDS, rate, each, SystemRandomness(), ahead=True)
     begun: list[int] = []
     batches.begun = lambda: begun.append(1)
     taken = np.zeros((steps, RECORDS), dtype=np.int64)

@@ -211,11 +211,18 @@ def test_a_dash_comes_with_its_reason(pages: dict[str, str]):
 
 def test_a_page_about_one_run_says_that_the_site_keeps_a_book():
     """Rank 0 writes such a page: it knows that a site keeps a ledger, and not what is in it."""
-    alone = book().model_copy(update={"budget": None})
+    alone = book().model_copy(update={"budget": None, "rows": None, "head": None})
     text = to_html(report(alone))
     assert "which this page does not show" in text
     assert "in its ledger" in text
     assert "which this page does not show" not in to_html(report(book()))
+
+
+def test_a_page_made_from_a_ledger_without_a_budget_says_so():
+    text = to_html(report(book().model_copy(update={"budget": None, "rows": 12})))
+    assert "Its ledger has no budget: nothing limits what may be spent of these records." in text
+    assert "in its ledger" not in text
+    assert "which this page does not show" not in text
 
 
 # -- the cost of a page -------------------------------------------------------------------------------------------
