@@ -268,6 +268,7 @@ def test_a_person_with_several_records(records: int, text: str):
     assert person_epsilon([steps_of(0.01, 1.0, 1000)], 1e-5, records) == pytest.approx(float(text), abs=printed(text))
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("rows", [[(0.01, 1.5, 20)], [(0.3, 6.0, 10), (1.0, 20.0, 5)]])
 def test_more_records_cost_more(rows: list[tuple[float, float, int]]):
     found = [person_epsilon(history(rows), 1e-5, k) for k in (1, 2, 3)]
@@ -284,6 +285,7 @@ def test_several_records_of_which_all_take_part_move_the_sum_as_one_large_record
     assert exact - 1e-9 <= found <= exact + 0.01
 
 
+@pytest.mark.long
 def test_one_record_may_cost_nothing_where_ten_do():
     import dp_accounting as dpa
 
@@ -344,6 +346,7 @@ def against_prv(seeds: range) -> int:
     return compared
 
 
+@pytest.mark.long
 def test_microsofts_accountant_is_never_above():
     assert against_prv(range(1, 7)) >= 5
 
