@@ -66,8 +66,9 @@ def run(task: tuple[str, str, float]) -> float:
     from privfl.config import load_experiment
     from privfl.dp.randomness import SystemRandomness
     from privfl.dp.shares import Shares
-    from privfl.dp.training import LocalTraining, Recipe
+    from privfl.dp.training import LocalTraining
     from privfl.site.sums import parameters_for
+    from privfl.site.trainer import recipe_of
     from privfl.site.updates import grid_of
 
     mode, scaling, epsilon = task
@@ -77,14 +78,7 @@ def run(task: tuple[str, str, float]) -> float:
     sigma, clip = noise_multiplier(mode, epsilon), experiment.privacy.max_grad_norm
     trainers = []
     for site, (train, _) in hospitals.items():
-        recipe = Recipe(
-            sampling_rate=experiment.rate(site),
-            noise_multiplier=sigma if mode == "fedavg" else None,
-            max_grad_norm=clip,
-            local_steps=experiment.local_steps,
-            optimizer=experiment.optimizer.name,
-            optimizer_options=experiment.optimizer.options(),
-        )
+        recipe = recipe_of(experiment, site, sigma if mode == "fedavg" else None)
         model = example.model()
         trainers.append(LocalTraining(model, example.loss, train, recipe, SystemRandomness(), torch.device("cpu")))
     replica, records = trainers[0].flat(), sum(t.records for t in trainers)

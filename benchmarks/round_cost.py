@@ -11,17 +11,15 @@ from __future__ import annotations
 
 import argparse
 import json
-import multiprocessing
 import os
-import subprocess
-import sys
-import sysconfig
 import tempfile
 import time
 import warnings
 from pathlib import Path
 from statistics import median
 from typing import Any
+
+from benchmarks.beside import phases, slowest
 
 SITES = ("north", "east", "south", "west")
 BATCH = 32
@@ -64,20 +62,11 @@ def _bare(site: str, rounds: int, steps: int, rate: float, start: Any, results: 
 
 def bare_round(rounds: int, steps: int, rates: dict[str, float]) -> float:
     """Seconds that the slowest of four bare processes takes for the steps of one round."""
-    context = multiprocessing.get_context("spawn")
-    start, results = context.Barrier(len(SITES)), context.Queue()
-    processes = [context.Process(target=_bare, args=(s, rounds, steps, rates[s], start, results)) for s in SITES]
-    for process in processes:
-        process.start()
-    slowest = max(results.get(timeout=300) for _ in SITES)
-    for process in processes:
-        process.join()
-    return slowest
+    return slowest(_bare, [(site, rounds, steps, rates[site]) for site in SITES])
 
 
 def privfl_round(rounds: int, steps: int, rates: dict[str, float]) -> dict[str, float]:
     """Median seconds of a round, and of its phases, in a real run."""
-    scripts = Path(sysconfig.get_path("scripts"))
     settings = {
         "model": "digits.py:mlp",
         "rounds": rounds,
@@ -88,17 +77,7 @@ def privfl_round(rounds: int, steps: int, rates: dict[str, float]) -> dict[str, 
         "evaluation.every": rounds,
     }
     with tempfile.TemporaryDirectory() as folder:
-        command = [str(scripts / "mpiexec"), "-n", "5", str(scripts / "privfl"), "train", "--output", folder]
-        for key, value in settings.items():
-            command += ["--set", f"{key}={value}"]
-        done = subprocess.run(command, capture_output=True, text=True, check=False)
-        if done.returncode:
-            sys.exit(done.stderr)
-        (log,) = Path(folder).rglob("rounds.jsonl")
-        # The first rounds warm caches up, in both runs; the last one evaluates.
-        records = [json.loads(line)["seconds"] for line in log.read_text().splitlines()][2:-1]
-    phases = {phase: median(r[phase] for r in records) for phase in ("training", "aggregation")}
-    return phases | {"round": median(r["training"] + r["aggregation"] for r in records)}
+        return phases(folder, *(word for key, value in settings.items() for word in ("--set", f"{key}={value}")))
 
 
 def main() -> None:
@@ -122,7 +101,7 @@ def main() -> None:
         "parameters": 4810,
         "steps_per_round": steps,
         "bare_seconds": median(bare),
-        "privfl_seconds": median(o["round"] for o in ours),
+        "privfl_seconds": median(o["all"] for o in ours),
         "privfl_training_seconds": median(o["training"] for o in ours),
         "privfl_aggregation_seconds": median(o["aggregation"] for o in ours),
     }

@@ -12,11 +12,7 @@ from __future__ import annotations
 
 import argparse
 import json
-import multiprocessing
 import os
-import subprocess
-import sys
-import sysconfig
 import tempfile
 import time
 import warnings
@@ -24,6 +20,8 @@ from collections.abc import Callable
 from pathlib import Path
 from statistics import median
 from typing import Any
+
+from benchmarks.beside import phases, slowest
 
 SITES = ("north", "east", "south", "west")
 BATCH, SIGMA, CLIP, LR = 8, 2.0, 1.0, 0.1
@@ -71,20 +69,11 @@ def _bare(site: str, width: int, steps: int, rate: float, start: Any, results: A
 
 def bare_step(width: int, steps: int, rates: dict[str, float]) -> float:
     """Median seconds of a step at the slowest of four bare processes."""
-    context = multiprocessing.get_context("spawn")
-    start, results = context.Barrier(len(SITES)), context.Queue()
-    processes = [context.Process(target=_bare, args=(s, width, steps, rates[s], start, results)) for s in SITES]
-    for process in processes:
-        process.start()
-    slowest: float = max(results.get(timeout=300) for _ in SITES)
-    for process in processes:
-        process.join()
-    return slowest
+    return slowest(_bare, [(site, width, steps, rates[site]) for site in SITES])
 
 
 def privfl_step(width: int, steps: int, rates: dict[str, float], bits: int) -> dict[str, float]:
     """Median seconds of a step in a real run, and of its two phases."""
-    scripts = Path(sysconfig.get_path("scripts"))
     with tempfile.TemporaryDirectory() as folder:
         experiment = Path(folder) / "experiment.yaml"
         (Path(folder) / "task.py").write_text(TASK.replace("WIDTH", str(width)))
@@ -101,14 +90,7 @@ def privfl_step(width: int, steps: int, rates: dict[str, float], bits: int) -> d
             "secure_aggregation": {"value_bits": bits},
         }
         experiment.write_text(json.dumps(values))
-        command = [str(scripts / "mpiexec"), "-n", "5", str(scripts / "privfl"), "train", str(experiment), "--output", folder]
-        done = subprocess.run(command, capture_output=True, text=True, check=False)
-        if done.returncode:
-            sys.exit(done.stderr)
-        (log,) = Path(folder).rglob("rounds.jsonl")
-        records = [json.loads(line)["seconds"] for line in log.read_text().splitlines()][2:-1]
-    phases = {phase: median(r[phase] for r in records) for phase in ("training", "aggregation")}
-    return phases | {"step": median(r["training"] + r["aggregation"] for r in records)}
+        return phases(folder, str(experiment))
 
 
 def parts(parameters: int, bits: int, repeats: int) -> dict[str, float]:
@@ -189,7 +171,7 @@ def main() -> None:
             if not ours[name]:
                 continue
             row: dict[str, Any] = {"parameters": parameters, "packing": name, "bare": median(bare)}
-            row["privfl"] = median(o["step"] for o in ours[name])
+            row["privfl"] = median(o["all"] for o in ours[name])
             row["added"] = row["privfl"] - row["bare"]
             row |= parts(parameters, bits, 5)
             aggregation = median(o["aggregation"] for o in ours[name])

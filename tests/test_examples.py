@@ -181,7 +181,8 @@ def test_the_federation_beats_every_site_alone(tmp_path: Path):
     from privfl.config import demo_path, load_experiment
     from privfl.demo import digits
     from privfl.dp.randomness import SystemRandomness
-    from privfl.dp.training import LocalTraining, Recipe
+    from privfl.dp.training import LocalTraining
+    from privfl.site.trainer import recipe_of
 
     job = train(5, "--output", tmp_path)
     summary = json.loads((job.folder / "summary.json").read_text())
@@ -191,14 +192,7 @@ def test_the_federation_beats_every_site_alone(tmp_path: Path):
     held_out = [digits.data(site)[1].tensors for site in digits.SITES]
     alone = {}
     for site in digits.SITES:
-        recipe = Recipe(
-            sampling_rate=experiment.rate(site),
-            noise_multiplier=summary["sites"][site]["noise_multiplier"],
-            max_grad_norm=experiment.privacy.max_grad_norm,
-            local_steps=experiment.local_steps,
-            optimizer=experiment.optimizer.name,
-            optimizer_options=experiment.optimizer.options(),
-        )
+        recipe = recipe_of(experiment, site, summary["sites"][site]["noise_multiplier"])
         trainer = LocalTraining(
             digits.linear(), digits.loss, digits.data(site)[0], recipe, SystemRandomness(), torch.device("cpu")
         )

@@ -176,15 +176,16 @@ class Engine(opacus.PrivacyEngine):  # type: ignore[misc]
             given = _Arguments(**arguments)
             given.check()
             inner, plain = given.inner_optimizer(), getattr(given.module, "_module", given.module)
-            own = _loop_of(given, plain, inner)
-            noise(own)
+            own, untrained = _loop_of(given, plain, inner)
+            sigma = noise(own)
             wrapped = self._wrap(given)
         except Exception as error:
             self._home.refuse(error)
             raise
-        untrained = constants(plain)
         loop = self._home.agree(own)
-        plan = self._event(loop, noise(loop)).times(epochs * loop.steps)
+        # Another site may need more steps for a pass; everything else that the noise depends on is this site's own.
+        sigma = sigma if loop.steps == own.steps else noise(loop)
+        plan = self._event(loop, sigma).times(epochs * loop.steps)
         names = (type(plain).__name__, type(given.data_loader.dataset).__name__)
         event = self._home.begin(loop, *names, delta or _usual_delta(loop.records), plan, given.max_grad_norm).once()
 
@@ -339,15 +340,17 @@ class _Arguments:
             raise PrivflError(f"max_grad_norm must be one positive number, got {self.max_grad_norm!r}")
 
 
-def _loop_of(given: _Arguments, model: nn.Module, optimizer: torch.optim.Optimizer) -> Loop:
-    """What is public about the loop, if the model, the loader and the optimizer fit."""
+def _loop_of(given: _Arguments, model: nn.Module, optimizer: torch.optim.Optimizer) -> tuple[Loop, dict[str, torch.Tensor]]:
+    """What is public about the loop, if the model, the loader and the optimizer fit; and all in the model that is not trained."""
     check_model(model)
     check_neighbours(model, given.data_loader)
     records, rate, steps = rate_of(given.data_loader)
     parameters = [p for group in optimizer.param_groups for p in group["params"] if p.requires_grad]
     if {id(p) for p in parameters} != {id(p) for p in model.parameters() if p.requires_grad}:
         raise PrivflError("optimizer must have the trainable parameters of module, all of them and no others")
-    return Loop(records, rate, steps, sum(p.numel() for p in parameters), digest_of(constants(model)), rate * records)
+    untrained = constants(model)
+    loop = Loop(records, rate, steps, sum(p.numel() for p in parameters), digest_of(untrained), rate * records)
+    return loop, untrained
 
 
 def _forget_forward_passes(model: nn.Module) -> None:

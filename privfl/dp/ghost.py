@@ -17,6 +17,7 @@ from opacus import GradSampleModule
 from opacus.grad_sample.functorch import ft_compute_per_sample_gradient
 from torch import nn
 
+from privfl.dp.clipping import clip_factors, weighted_sum
 from privfl.errors import PrivflError
 
 # The squared norm of a sum over a sequence, from products of its terms, is off by rounding: at most 2^-30 of (sum of the terms' norms)^2 for
@@ -152,7 +153,6 @@ def clipped_sums(
             f"optimizer.step() without gradients of {missing} trained parameters: call backward() once before every step, and freeze layers that "
             "take no part in the forward pass before make_private"
         )
-    wanted = {id(p) for p in parameters}
     count = max(len(piece.backprops) for piece in pieces)
     device = parameters[0].device
     squares = torch.zeros(count, dtype=torch.float64, device=device)
@@ -175,20 +175,13 @@ def clipped_sums(
                 whole[id(p)][:rows] += g
     for g in whole.values():
         squares += g.flatten(1).square().sum(dim=1)
-    norms = squares.sqrt()
-    broken = ~torch.isfinite(norms)
-    factors = torch.where(broken, 0.0, (max_grad_norm / norms.clamp(min=1e-12)).clamp(max=1.0))
-    sums = {key: _weighted(g, factors) for key, g in whole.items()}
+    factors, broken = clip_factors(squares.sqrt(), max_grad_norm)
+    sums = {key: weighted_sum(factors, g) for key, g in whole.items()}
     for piece in once:
         if _is_plain(piece.layer):
             sums |= {id(p): total for p, total in piece.weighted(factors).items()}
         else:
-            sums |= {id(p): _weighted(g, factors[: len(g)]) for p, g in piece.samples().items()}
-    if not wanted <= sums.keys():
+            sums |= {id(p): weighted_sum(factors[: len(g)], g) for p, g in piece.samples().items()}
+    if not {id(p) for p in parameters} <= sums.keys():
         raise PrivflError("a parameter that is trained has no per-example gradients; use grad_sample_mode hooks")
     return [sums[id(p)] for p in parameters], count, int(broken.sum())
-
-
-def _weighted(samples: torch.Tensor, factors: torch.Tensor) -> torch.Tensor:
-    kept = factors != 0
-    return torch.einsum("i,i...", factors[kept], samples[kept].double())

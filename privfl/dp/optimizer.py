@@ -11,6 +11,7 @@ from numpy.typing import NDArray
 from opacus.optimizers import DPOptimizer
 from opacus.optimizers.optimizer import _check_processed_flag, _mark_as_processed
 
+from privfl.dp.clipping import clip_factors, weighted_sum
 from privfl.dp.ghost import GhostModule, clipped_sums
 from privfl.dp.randomness import Randomness, gaussian
 from privfl.dp.shares import CLIP_MARGIN
@@ -18,9 +19,6 @@ from privfl.errors import InternalError, PrivflError
 
 # From a site's sum of clipped gradients to what the optimizer is to follow: the noisy sum over all sites over the public number of records.
 Exchange = Callable[[NDArray[np.float64]], NDArray[np.float64]]
-
-# Elements of per-example gradients that are made float64 at a time.
-_PIECE = 1 << 22
 
 
 class _Whole:
@@ -44,6 +42,12 @@ class _Whole:
         self.examples_in_step += examples
         self.examples_seen += examples
         self.examples_dropped += dropped
+
+    @staticmethod
+    def _add(p: torch.nn.Parameter, total: torch.Tensor) -> None:
+        """To the sum of the logical step."""
+        before = p.summed_grad  # type: ignore[attr-defined]
+        p.summed_grad = total if before is None else before + total  # type: ignore[attr-defined]
 
     def step_is_complete(self) -> None:
         """What follows belongs to another logical step."""
@@ -90,17 +94,13 @@ class _Clipping(_Whole):
         rows = min(len(g) for g in samples)
         samples = samples if rows else [g[:0] for g in samples]
         squares = torch.stack([torch.linalg.vector_norm(g.flatten(1), dim=1, dtype=torch.float64).square() for g in samples])
-        norms = squares.sum(dim=0).sqrt()
-        broken = ~torch.isfinite(norms)
-        factors = torch.where(broken, 0.0, (self.max_grad_norm / norms.clamp(min=1e-12)).clamp(max=1.0))
-        self._count(len(norms), int(broken.sum()))
+        factors, broken = clip_factors(squares.sum(dim=0).sqrt(), self.max_grad_norm)
+        self._count(len(factors), int(broken.sum()))
         for p, g in zip(self.params, samples, strict=True):
             _check_processed_flag(p.grad_sample)  # type: ignore[attr-defined]
             if broken.any():
                 g[broken] = 0.0
-            total = _sum_exactly(factors, g) if self._exact_sums else torch.einsum("i,i...", factors.to(g.dtype), g)
-            before = p.summed_grad  # type: ignore[attr-defined]
-            p.summed_grad = total if before is None else before + total  # type: ignore[attr-defined]
+            self._add(p, weighted_sum(factors, g) if self._exact_sums else torch.einsum("i,i...", factors.to(g.dtype), g))
             _mark_as_processed(p.grad_sample)  # type: ignore[attr-defined]
 
 
@@ -139,18 +139,7 @@ class _GhostClipping(_Whole):
         sums, examples, dropped = clipped_sums(self._ghost.take(), self.params, self.max_grad_norm)
         self._count(examples, dropped)
         for p, total in zip(self.params, sums, strict=True):
-            before = p.summed_grad  # type: ignore[attr-defined]
-            p.summed_grad = total if before is None else before + total  # type: ignore[attr-defined]
-
-
-def _sum_exactly(factors: torch.Tensor, samples: torch.Tensor) -> torch.Tensor:
-    """sum_i factors_i * samples_i in float64, a few examples at a time."""
-    rows = samples.flatten(1)
-    total = torch.zeros(rows.shape[1], dtype=torch.float64, device=rows.device)
-    few = max(1, _PIECE // max(1, rows.shape[1]))
-    for start in range(0, len(rows), few):
-        total += factors[start : start + few] @ rows[start : start + few].double()
-    return total.view(samples.shape[1:])
+            self._add(p, total)
 
 
 class _SystemNoise:

@@ -236,17 +236,18 @@ def _lock(path: Path) -> int:
     place = path.resolve()  # a book has one lock, by whatever name it is opened
     with _plainly(path):
         lock = os.open(place.with_name(place.name + ".lock"), os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
+    ours = f"process {os.getpid()} on {socket.gethostname()}"
     try:
         with _plainly(path):
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
             os.ftruncate(lock, 0)
-            os.pwrite(lock, f"process {os.getpid()} on {socket.gethostname()}".encode(), 0)
+            os.pwrite(lock, ours.encode(), 0)
     except PrivflError as error:
         holder = os.pread(lock, 200, 0).decode(errors="replace")
         os.close(lock)
         if isinstance(error.__cause__, BlockingIOError):
-            own = holder == f"process {os.getpid()} on {socket.gethostname()}"
-            what = "in this process itself: close() what has it open" if own else f"by another run ({holder}); wait for it to end"
+            another = f"by another run ({holder}); wait for it to end"
+            what = "in this process itself: close() what has it open" if holder == ours else another
             raise PrivflError(f"the ledger {path} is in use {what}") from None
         raise
     return lock

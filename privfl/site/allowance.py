@@ -208,7 +208,9 @@ def propose(site: str, experiment: Experiment, file: SiteFile) -> Allowance:
         return training(noise)
 
     # A book that is still to begin is planned for the noise that the run would need without one.
-    filters = book.filters or (_begun(file.budget, calibrated(None)) if file.budget is not None else {})
+    filters = book.filters or (
+        limits_of(file.budget.epsilon, file.budget.delta, calibrated(None)) if file.budget is not None else {}
+    )
     plan = calibrated(filters.get("training"))
     release = None
     if experiment.metric_releases and experiment.evaluation.records == "private":
@@ -288,12 +290,12 @@ def _check_book(site: str, budget: Budget, ledger: Ledger) -> None:
             )
 
 
-def _begun(budget: Budget, plan: Event) -> dict[Account, RenyiFilter]:
-    """The limits of a book that begins with ``plan``."""
+def limits_of(epsilon: float, delta: float, plan: Event) -> dict[Account, RenyiFilter]:
+    """The limits of a book with this budget that begins with ``plan``."""
     return {
-        "training": RenyiFilter.planned(budget.epsilon, budget.delta, plan),
+        "training": RenyiFilter.planned(epsilon, delta, plan),
         # Releases of metrics are not sampled, so that one order is the best for any noise.
-        "evaluation": RenyiFilter.planned(budget.epsilon, budget.delta, Gaussian(noise_multiplier=1.0)),
+        "evaluation": RenyiFilter.planned(epsilon, delta, Gaussian(noise_multiplier=1.0)),
     }
 
 

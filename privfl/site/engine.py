@@ -6,7 +6,7 @@ import contextlib
 import hashlib
 import json
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -14,15 +14,16 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from privfl.accounting import DiscreteGaussian, Event, Gaussian, RenyiFilter
+from privfl.accounting import Account, DiscreteGaussian, Event, RenyiFilter
 from privfl.dp.engine import Engine, Home, Loop
 from privfl.dp.randomness import SystemRandomness
 from privfl.dp.shares import Shares, StepGrid
-from privfl.errors import PrivflError
+from privfl.errors import InternalError, PrivflError
 from privfl.ledger import Ledger
 from privfl.secagg import derive
 from privfl.secagg.parameters import MOST_BITS
 from privfl.secagg.quantise import Rounding, Whole
+from privfl.site.allowance import limits_of
 from privfl.site.secure_sum import SecureSum
 from privfl.site.updates import grid_of
 
@@ -128,14 +129,11 @@ class _Book:
                 "whose budget then adds to this one's"
             )
 
-    def _limits(self, plan: Event) -> dict[Any, RenyiFilter]:
+    def _limits(self, plan: Event) -> Mapping[Account, RenyiFilter]:
         if self._budget is None:
             return {}
         try:
-            return {
-                "training": RenyiFilter.planned(*self._budget, plan),
-                "evaluation": RenyiFilter.planned(*self._budget, Gaussian(noise_multiplier=1.0)),
-            }
+            return limits_of(*self._budget, plan)
         except (ValueError, TypeError) as error:
             raise PrivflError(f"PrivacyEngine's budget must be (epsilon, delta): {error}") from error
 
@@ -178,19 +176,26 @@ def _facts(members: Sequence[str], collusion: int, model: str, data: str, delta:
     }
 
 
-class _Alone:
-    """No other sites: every step gets all of its noise here."""
-
-    shared = False
+class _AtBook:
+    """What an engine's book answers, whoever takes part."""
 
     def __init__(self, book: _Book) -> None:
         self._book = book
 
-    def refuse(self, error: BaseException) -> None:
-        """Nobody waits."""
-
     def room(self, delta: float) -> Callable[[Event], bool]:
         return self._book.room(delta)
+
+    def charge(self, event: Event) -> None:
+        self._book.charge(event)
+
+
+class _Alone(_AtBook):
+    """No other sites: every step gets all of its noise here."""
+
+    shared = False
+
+    def refuse(self, error: BaseException) -> None:
+        """Nobody waits."""
 
     def agree(self, loop: Loop) -> Loop:
         return loop
@@ -199,11 +204,8 @@ class _Alone:
         self._book.begin(_facts([self._book.site], 0, model, data, delta, plan), plan)
         return plan
 
-    def charge(self, event: Event) -> None:
-        self._book.charge(event)
-
     def sum(self, total: NDArray[np.float64], replica: bytes) -> NDArray[np.float64]:
-        raise NotImplementedError
+        raise InternalError("an engine without other sites was to make a sum over sites")
 
 
 class _StepSum(SecureSum):
@@ -218,13 +220,14 @@ class _StepSum(SecureSum):
         return self._sum(vector, hashlib.sha256(replica).hexdigest())
 
 
-class _Together:
+class _Together(_AtBook):
     """The ranks of a communicator: every step is a secure sum, and this site adds its share of the noise."""
 
     shared = True
 
     def __init__(self, book: _Book, comm: Any, collusion: int) -> None:
-        self._book, self._comm, self._collusion = book, comm, collusion
+        super().__init__(book)
+        self._comm, self._collusion = comm, collusion
         self._sums = _StepSum(comm)
         members = self._sums.parameters.members
         if not 1 <= collusion <= members - 2:
@@ -236,9 +239,6 @@ class _Together:
         text = str(error) if isinstance(error, PrivflError) else f"{type(error).__name__} was raised"
         with contextlib.suppress(PrivflError):  # which says the same
             self._sums.all_well(text)
-
-    def room(self, delta: float) -> Callable[[Event], bool]:
-        return self._book.room(delta)
 
     def agree(self, loop: Loop) -> Loop:
         self._sums.all_well()
@@ -294,9 +294,6 @@ class _Together:
             self._sums.close()
             self._sums = _StepSum(self._comm, value_bits=MOST_BITS)
             return grid
-
-    def charge(self, event: Event) -> None:
-        self._book.charge(event)
 
     def sum(self, total: NDArray[np.float64], replica: bytes) -> NDArray[np.float64]:
         return np.multiply(self._sums.sum_at(self._shares.add(total), replica), self._step, dtype=np.float64)

@@ -17,13 +17,16 @@ import traceback
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from privfl.config import Experiment, load_function
 from privfl.errors import EXIT_OURS, EXIT_USER, OutsideGuarantee, PrivflError, in_one_line
 from privfl.site.link import Closed, Link, SharedVector
+
+if TYPE_CHECKING:
+    from privfl.dp.training import Recipe
 
 _PACKAGE = str(Path(__file__).parents[1])
 
@@ -83,6 +86,20 @@ def _user_code(what: str) -> Iterator[None]:
         raise PrivflError(f"{what} raised {type(error).__name__}{place}") from error
 
 
+def recipe_of(experiment: Experiment, site: str, noise_multiplier: float | None) -> Recipe:
+    """How a site trains; without noise of its own if ``noise_multiplier`` is None."""
+    from privfl.dp.training import Recipe
+
+    return Recipe(
+        sampling_rate=experiment.rate(site),
+        noise_multiplier=noise_multiplier,
+        max_grad_norm=experiment.privacy.max_grad_norm,
+        local_steps=experiment.local_steps,
+        optimizer=experiment.optimizer.name,
+        optimizer_options=experiment.optimizer.options(),
+    )
+
+
 class _Trainer:
     """Model, records and the local training of one site."""
 
@@ -90,7 +107,7 @@ class _Trainer:
         import torch
 
         from privfl.dp.randomness import SeededRandomness, SystemRandomness
-        from privfl.dp.training import LocalTraining, Recipe
+        from privfl.dp.training import LocalTraining
 
         experiment = Experiment.model_validate_json(setup["experiment"])
         folder = Path(setup["folder"])
@@ -122,14 +139,7 @@ class _Trainer:
         train, self._held_out = pair
         self._sums = experiment.algorithm == "fedsgd"
         seed = experiment.insecure_test_seed
-        recipe = Recipe(
-            sampling_rate=experiment.rate(site),
-            noise_multiplier=setup["noise_multiplier"],
-            max_grad_norm=experiment.privacy.max_grad_norm,
-            local_steps=experiment.local_steps,
-            optimizer=experiment.optimizer.name,
-            optimizer_options=experiment.optimizer.options(),
-        )
+        recipe = recipe_of(experiment, site, setup["noise_multiplier"])
         randomness = SystemRandomness() if seed is None else SeededRandomness(seed, site)
         with _user_code("preparing the model"):
             self._training = LocalTraining(model, functions["loss"], train, recipe, randomness, device)
