@@ -154,6 +154,8 @@ def test_a_charge_that_is_refused_leaves_nothing_to_the_next_step(tmp_path: Path
     with refused("does not admit"):
         one_pass()
     assert sums == []
+    # At once, and not only when the next batch is drawn: loaders with workers draw ahead.
+    assert all(p.summed_grad is None for p in optimizer.params)
     optimizer.noise_multiplier = 10.0
     one_pass()
     assert float(sums[0].norm()) <= 60 * 1e-3

@@ -11,7 +11,7 @@ from opacus import GradSampleModule
 from opacus.layers import DPLSTM
 from torch import nn
 
-from privfl.dp.ghost import GhostModule, clipped_sums
+from privfl.dp.ghost import GhostModule, Piece, clipped_sums
 from privfl.dp.optimizer import SecureSumGhostOptimizer, SecureSumOptimizer
 from privfl.errors import PrivflError
 
@@ -162,6 +162,15 @@ def test_terms_of_a_sequence_that_nearly_cancel_keep_to_the_clipping_norm(scale:
         (total,), _, _ = clipped_sums(ghost.take(), [layer.weight], 1e-2)
         ghost.remove_hooks()
         assert float(total.norm()) <= 1e-2 * (1 + 2**-10)
+
+
+@pytest.mark.parametrize("features", [1, 3])
+def test_terms_whose_sum_is_below_the_rounding_of_their_squares_are_clipped(features: int):
+    """1 + 2^-30 - 1: the square of the sum, 2^-60, is nothing beside the squares that it is computed from."""
+    layer = nn.Linear(features, 3, bias=False)
+    x = torch.tensor([1.0, 2.0**-30, -1.0]).view(1, 3, 1).expand(1, 3, features)
+    (total,), _, _ = clipped_sums([Piece(layer, [x], torch.full((1, 3, 3), 1e12))], [layer.weight], 1e-2)
+    assert 0 < float(total.norm()) <= 1e-2 * (1 + 2**-10)
 
 
 @pytest.mark.filterwarnings("ignore:Full backward hook")

@@ -14,7 +14,7 @@ from opacus import GradSampleModule
 from scipy import stats
 from torch import nn
 
-from privfl.dp import optimizer as dp_optimizer
+from privfl.dp import clipping
 from privfl.dp.discrete_gaussian import DiscreteGaussian
 from privfl.dp.optimizer import SecureSumOptimizer
 from privfl.dp.randomness import SystemRandomness
@@ -322,7 +322,7 @@ def test_also_where_every_element_lies_as_badly_as_can_be_for_rounding(parameter
 
 def test_sums_are_taken_in_float64(monkeypatch: pytest.MonkeyPatch):
     """In float32 a sum of 10^5 records loses more than one record may change, and loses it in another way with one record more."""
-    monkeypatch.setattr(dp_optimizer, "_PIECE", 5000)
+    monkeypatch.setattr(clipping, "_PIECE", 5000)
     rows = torch.rand(100_000, 2, generator=torch.Generator().manual_seed(1)) * 0.4
     total = clipped_sum(rows)
     exact = [math.fsum(column) for column in rows.double().T.tolist()]
