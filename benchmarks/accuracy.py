@@ -2,7 +2,7 @@
 
     HEART_DISEASE_DIR=... python -m benchmarks.accuracy [--runs N] [--epsilons E ...] [--json FILE] [--figure FILE]
 
-What `examples/heart_disease/fedavg.yaml` and `fedsgd.yaml` do, with the same trainers, noise, grid and optimizers, in one process: sums are added
+What `examples/heart_disease/fedavg.yaml` and `secure.yaml` do, with the same trainers, noise, grid and optimizers, in one process: sums are added
 without encryption, which changes no integer of fedsgd, and an update of fedavg by half a step of its grid (tests/test_fedsgd.py and
 tests/test_run.py hold real runs against that). Accuracy is the mean over the four hospitals' held-out rows. The line without noise is logistic
 regression on the pooled training rows, to convergence.
@@ -36,7 +36,7 @@ def _hospitals(scaling: str) -> tuple[Any, dict[str, Any]]:
     import heart_disease
 
     warnings.simplefilter("ignore", privfl.OutsideGuarantee)
-    sites = load_experiment(EXAMPLE / "fedsgd.yaml").sites
+    sites = load_experiment(EXAMPLE / "secure.yaml").sites
     return heart_disease, {site: heart_disease.data(site, scaling=scaling) for site in sites}
 
 

@@ -4,8 +4,9 @@
 
 Four sites with the demo's digits and an MLP 64-h-10 of 10^4, 10^5 and 10^6 parameters, an expected batch of 8 records a site. Bare: four
 processes that run nothing but Opacus' own optimizer, all at once. privfl: `mpiexec -n 5 privfl train`, with two values in a word and with one.
-Bare and privfl take turns; medians are compared. The parts of a site's work are timed one by one in a process that has a core for itself; "wire
-and waiting" is what is left of the sum in the real run, in which five ranks and four trainers share the cores.
+Bare and privfl take turns; medians are compared. The parts of a site's work are timed one by one in a process that has a core for itself. "Ahead" are
+encryptions of zero, which an agent makes while its trainer computes and "encryption" only adds integers to; "wire and waiting" is what is left
+of the sum in the real run, in which five ranks and four trainers share the cores.
 """
 
 from __future__ import annotations
@@ -120,16 +121,19 @@ def _one_sum(parameters: int, bits: int, timed: Callable[[str, Callable[[], Any]
     from privfl.secagg.quantise import Whole
 
     derived = derive(len(SITES), bits)
-    key, check, blocks = SumKey(derived), os.urandom(32), Layout(parameters, derived).blocks
+    layout = Layout(parameters, derived)
+    key, check, blocks = SumKey(derived), os.urandom(32), layout.blocks
+    ciphertexts = sum(layout.ciphertexts(number) for number in range(blocks))
     shares = Shares(StepGrid(1e-4, 2.0**14), SystemRandomness())
     vector = np.random.default_rng(0).normal(size=parameters)
     integers = timed("noise", lambda: shares.add(vector))
     # Masks with each of the three others; the sum below is of vectors without, as if they had cancelled.
     pairs = [(os.urandom(32), True) for _ in range(len(SITES) - 1)]
     masked = timed("masks", lambda: list(_masked(integers, Whole(), Checksum(check, derived), Masks(pairs), derived)))
+    timed("ahead", lambda: [key.encrypt_ahead(ciphertexts) for _ in range(ciphertexts)])
     timed("encryption", lambda: [_words(block, key) for block in masked])
     adder = WordAdder(derived)
-    adder.open(Layout(parameters, derived))
+    adder.open(layout)
     for _ in SITES:
         for number, block in enumerate(_masked(integers, Whole(), Checksum(check, derived), Masks([]), derived)):
             adder.add(number, _words(block, key).data.cast("B"))

@@ -122,7 +122,7 @@ def test_a_budget_ends_the_loop_and_the_step_is_not_made(tmp_path: Path):
                 kept.append(flat(model))
                 step(model, optimizer, x, y)
 
-    with pytest.raises(BudgetError, match="does not admit 1 more steps"):
+    with pytest.raises(BudgetError, match="does not admit 1 more step;"):
         loop()
     assert 1 < len(kept) < 1000
     assert torch.equal(flat(model), kept[-1])

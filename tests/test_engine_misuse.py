@@ -284,7 +284,7 @@ def test_a_budget_that_ends_at_one_site_ends_the_step_at_all(tmp_path: Path):
             step(model, optimizer, x, y)
 
     said = _outcomes(part)
-    assert all("does not admit 1 more steps" in text for text in said), said
+    assert all("does not admit 1 more step;" in text for text in said), said
     charged = [sum(Ledger.read(tmp_path / f"{rank}.l").steps("training").values()) for rank in range(3)]
     assert charged[0] == charged[2] == charged[1] + 1, "a refused step is not charged where it was refused"
 

@@ -56,7 +56,7 @@ def test_each_site_of_the_demo_lacks_three_digits():
         assert len(set(held_out.tensors[1].tolist())) == 10
 
 
-@pytest.mark.parametrize("mode", ["fedavg", "fedsgd"])
+@pytest.mark.parametrize("mode", ["fedavg", "secure"])
 def test_heart_disease(heart_disease: Path, tmp_path: Path, mode: str):
     job = train(
         5,
@@ -80,7 +80,7 @@ def test_flambys_preparation_is_said_to_be_outside_the_guarantee(
     heart_disease: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ):
     monkeypatch.setenv("HEART_DISEASE_DIR", str(heart_disease))
-    job = run_twin(HEART / "fedsgd.yaml", "data_options.scaling=flamby", "rounds=1", output=tmp_path, ranks=5)
+    job = run_twin(HEART / "secure.yaml", "data_options.scaling=flamby", "rounds=1", output=tmp_path, ranks=5)
     assert job.codes == [0] * 5, job.err
     sentence = "scaling flamby standardises by the site's records, without noise"
     assert f"WARNING: outside the guarantee at cleveland, hungarian, switzerland, va: {sentence}" in " ".join(job.out.split())
@@ -101,7 +101,7 @@ def test_heart_disease_without_data_says_what_to_do(tmp_path: Path):
 @pytest.mark.timeout(600)
 @pytest.mark.parametrize(
     ("mode", "scaling", "bar"),
-    [("fedavg", "public", 0.82), ("fedavg", "flamby", 0.69), ("fedsgd", "public", 0.83), ("fedsgd", "flamby", 0.71)],
+    [("fedavg", "public", 0.82), ("fedavg", "flamby", 0.69), ("secure", "public", 0.83), ("secure", "flamby", 0.71)],
 )
 def test_heart_disease_reaches_its_bar(heart_disease: Path, tmp_path: Path, mode: str, scaling: str, bar: float):
     """Mean over the four hospitals' test accuracies at epsilon 1, mean of five independent runs."""

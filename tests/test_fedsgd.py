@@ -18,6 +18,7 @@ from privfl.dp.discrete_gaussian import DiscreteGaussian
 from privfl.dp.shares import Shares
 from privfl.dp.training import LocalTraining
 from privfl.federation import messages
+from privfl.reporting.numbers import decimals
 from privfl.site import agent
 from privfl.site.book import Book
 from privfl.site.updates import Steps
@@ -119,6 +120,26 @@ def test_steps_charged_are_sums_given_to_are_shares_drawn(observed: tuple[Twin, 
         assert [record["sites"][site]["steps"] for record in rounds] == list(range(1, 61))
         (event,) = (e for e in book.events.values() if e.kind == "discrete_gaussian" and e.steps == 1)
         assert (event.sampling_rate, event.noise_multiplier, event.sensitivity) == (0.1, 1.5, 1.01)
+
+
+def test_everywhere_the_same_noise_and_adversaries(observed: tuple[Twin, Seen]):
+    """One number and one list, on the screen, in the summary, the log of rounds and the report."""
+    twin, _ = observed
+    summary = json.loads((twin.folder / "summary.json").read_text())
+    last = json.loads((twin.folder / "rounds.jsonl").read_text().splitlines()[-1])
+    books = json.loads((twin.folder / "report.json").read_text())["books"]
+    assert (summary["noise"], summary["collusion"]) == ("distributed", 1)
+    for book in books:
+        site, run = summary["sites"][book["site"]], book["runs"][0]
+        assert list(site["adversaries"].values()) == last["sites"][book["site"]]["views"]
+        told = {a["who"]: a["epsilon"] for a in run["adversaries"] if a["epsilon"] is not None}
+        assert site["adversaries"] == told
+        public, one, two = told.values()
+        assert public < one == site["epsilon"] < two
+        charge = book["accounts"][0]["charges"][0]
+        assert site["noise_multiplier"] == run["training"]["noise_multiplier"] == charge["noise_multiplier"] == 1.5
+    assert f"against the public at most {decimals(public)}, against all other sites together {decimals(two)} (report" in twin.out
+    assert "but PLD where noise is discrete: there it is that of continuous noise" in (twin.folder / "report.html").read_text()
 
 
 @pytest.mark.long
@@ -295,7 +316,7 @@ def test_replicas_that_drift_apart_end_the_run(steps: Path, tmp_path: Path, monk
             ["privacy.collusion=2"],
             "privacy.collusion is 2 of 3 sites: so many could see another site's gradients alone; at most 1",
         ),
-        (["sites=[aa, bbb]"], "privacy.collusion is 1 of 2 sites"),
+        (["sites=[aa, bbb]"], "sites are 2, but fedsgd needs 3: of two, each would see the other's gradients"),
         (["privacy.noise=site"], "privacy.noise is site, but algorithm fedsgd needs distributed"),
         (["algorithm=fedavg"], "privacy.noise is distributed, but algorithm fedavg needs site"),
         (["weights=records"], "weights: records is for fedavg"),

@@ -41,6 +41,11 @@ class Event(ABC):
     def sigma(self) -> float:
         """Standard deviation of the noise in units of what one record can change; 0 protects nothing."""
 
+    @property
+    def noise(self) -> float:
+        """The noise multiplier that was asked for: :attr:`sigma`, but where a record can change more than the unit of the noise."""
+        return self.sigma
+
     def once(self) -> Self:
         """A single step of it: what a cost is looked up by."""
         return replace(self, steps=1)
@@ -133,6 +138,10 @@ class DiscreteGaussian(_Sampled):
     @property
     def sigma(self) -> float:
         return self.noise_multiplier / self.sensitivity
+
+    @property
+    def noise(self) -> float:
+        return self.noise_multiplier
 
     def _check(self) -> None:
         super()._check()

@@ -176,13 +176,13 @@ def _csv(histories: Sequence[History]) -> Iterator[str]:
     buffer = io.StringIO()
     table = csv.writer(buffer, lineterminator="\n")
     table.writerow(
-        ["site", "ledger", "time", "run", "round", "records", "mechanism", "sampling_rate", "noise_multiplier", "steps"]
+        ["site", "ledger", "time", "run", "round", "records", "mechanism", "sampling_rate", "noise_multiplier", "sigma", "steps"]
     )
     for history in histories:
         for charge in history.charges:
             event = history.mechanisms[charge.mechanism]
             where = [history.site, history.ledger or "", charge.time, charge.run, charge.round, charge.account]
-            table.writerow([*where, event.kind, event.rate, event.sigma, charge.steps])
+            table.writerow([*where, event.kind, event.rate, event.noise, event.sigma, charge.steps])
     yield buffer.getvalue()
 
 

@@ -311,9 +311,10 @@ class _Leader:
         return {"evaluation_epsilon": cost["epsilon"]} if cost else {}
 
     def _summary(self) -> dict[str, Any]:
-        from privfl.accounting import ADJACENCY
+        from privfl.accounting import ADJACENCY, views
 
         experiment = self._experiment
+        seen = views(experiment.privacy.noise, len(experiment.sites), experiment.collusion)
         sites = {
             name: {
                 "epsilon": self._last["sites"][name]["epsilon"],
@@ -326,6 +327,7 @@ class _Leader:
                 "accountant": facts["accountant"],
                 "book": facts["book"],
                 "outside": facts["outside"],
+                "adversaries": dict(zip((view.who for view in seen), self._last["sites"][name]["views"], strict=False)),
             }
             | self._evaluation_of(name)
             for name, facts in self._sites.items()
@@ -334,6 +336,8 @@ class _Leader:
             "run": self._run.hex(),
             "private": experiment.private,
             "trust": self._trust,
+            "noise": experiment.privacy.noise,
+            "collusion": experiment.collusion,
             "secure_aggregation": self._adding,
             "adjacency": ADJACENCY,
             "sampling": "poisson",

@@ -177,10 +177,14 @@ class Experiment(Section):
             raise ValueError(
                 "privacy.collusion is 0, but each site could subtract its own share of the noise; set it to 1 or more"
             )
+        if len(self.sites) < 3:
+            raise ValueError(
+                f"sites are {len(self.sites)}, but fedsgd needs 3: of two, each would see the other's gradients, the sum less its own; use fedavg"
+            )
         if len(self.sites) < self.collusion + 2:
             raise ValueError(
                 f"privacy.collusion is {self.collusion} of {len(self.sites)} sites: so many could see another site's gradients alone; at most "
-                f"{len(self.sites) - 2} can be withstood, and at least 3 sites are needed"
+                f"{len(self.sites) - 2} can be withstood"
             )
         if self.secure_aggregation.rounding != "nearest":
             raise ValueError("secure_aggregation.rounding is for fedavg; in fedsgd values are rounded to the nearest, remove it")

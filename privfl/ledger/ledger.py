@@ -207,7 +207,7 @@ class Ledger:
         if limit is not None and not limit.admits(self.spent(account) + limit.cost(event)):
             raise BudgetError(
                 f"the budget of site {self.site} for its {account} records (epsilon {limit.epsilon:g} at delta {limit.delta:g}, ledger {self.path}) "
-                f"does not admit {event.steps} more steps; {limit.times(self.spent(account), vector)} would fit"
+                f"does not admit {event.steps} more {'step' if event.steps == 1 else 'steps'}; {limit.times(self.spent(account), vector)} would fit"
             )
         entries = []
         number = self._numbers.get(event.once())

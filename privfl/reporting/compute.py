@@ -161,7 +161,7 @@ def _grouped(history: History, charges: Sequence[Charged]) -> list[Charge]:
 
 def _line(history: History, charges: Sequence[Charged]) -> Charge:
     events = {charge.mechanism: history.mechanisms[charge.mechanism] for charge in charges}.values()
-    noises = [event.sigma for event in events]
+    noises = [event.noise for event in events]
     steps = [charge.steps for charge in charges]
     return Charge(
         run=charges[0].run,
@@ -253,7 +253,7 @@ def _cost(history: History, facts: RunFacts, name: AccountName, charges: list[Ch
     return Cost(
         mechanism=plan.kind,
         sampling_rate=plan.rate,
-        noise_multiplier=plan.sigma,
+        noise_multiplier=plan.noise,
         steps=sum(count for mechanism, count in steps.items() if not isinstance(history.mechanisms[mechanism], NonPrivate)),
         delta=facts.delta,
         accountant="rdp" if by_filter is None else "filter",
@@ -296,8 +296,8 @@ def _adversaries(history: History, facts: RunFacts, cost: Cost | None, charges: 
     for view in views(facts.noise, len(facts.members), facts.collusion):
         epsilon = cost.epsilon if view.noise == 1.0 else _seen(view, events, facts.delta)
         if facts.noise == "distributed":
-            shares = "one share" if view.shares == 1 else f"{view.shares} shares"
-            because = f"noise: {shares} of it that are not theirs, {view.noise:.3g} times the noise that is charged"
+            shares = "one share of it that is" if view.shares == 1 else f"{view.shares} shares of it that are"
+            because = f"noise: {shares} not theirs, {view.noise:.3g} times the noise that is charged"
         if cost.epsilon == "infinite":
             because = "nothing: what was released is not protected by noise"
         found.append(Adversary(who=view.who, sees=view.sees, epsilon=epsilon, because=because))

@@ -8,6 +8,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Final
 
+from privfl.accounting import DiscreteGaussian
 from privfl.reporting.budget import Account, Book, Charge, Check, Cost, Epsilon, Report, Run
 from privfl.reporting.numbers import plain, up
 
@@ -95,6 +96,11 @@ class Site:
         """The numbers of records of a person for which there are epsilons, rising."""
         known = {cost.person.records for _, _, cost in self.costs if cost.person is not None}
         return sorted(known | {account.person.records for account in self.book.accounts if account.person is not None})
+
+    @property
+    def discrete(self) -> bool:
+        """Whether a run had discrete noise."""
+        return any(cost.mechanism == DiscreteGaussian.kind for _, _, cost in self.costs)
 
     @property
     def unprotected(self) -> list[Run]:

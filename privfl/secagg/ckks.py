@@ -96,12 +96,14 @@ class SumKey:
         self._decryptor = seal.Decryptor(context, key)
         zero = self._zero = seal.Ciphertext()
         self._encryptor.encrypt_zero_symmetric(zero)
-        # c0 is zero; SEAL refuses a ciphertext whose c1 is zero too.
+        # c0 is 0 and c1 is 1; SEAL refuses a ciphertext whose c1 is zero too.
         empty = np.repeat(np.array([0, 1], dtype="<u8"), DEGREE)
         self._carrier = self.ring.ciphertext(self.ring.front(zero), empty)
         self.ring.evaluator.transform_from_ntt_inplace(zero)
         self.front = self.ring.front(zero)
         self._room = np.empty(DEGREE, dtype=np.uint64)
+        # Words of encryptions of zero that were made ahead. Each is taken out before it is used, and so used once.
+        self._ahead: list[NDArray[np.uint64]] = []
 
     @functools.cached_property
     def seeded_front(self) -> bytes:
@@ -119,10 +121,25 @@ class SumKey:
             integers: shape (DEGREE,).
             out: where the words go: c0, then c1; shape (CIPHERTEXT_WORDS,).
         """
+        if self._ahead:
+            out[:] = self._ahead.pop()
+        else:
+            self._encrypt_zero(out)
+        self._embed(integers, out[:DEGREE])
+
+    def encrypt_ahead(self, most: int) -> bool:
+        """Do what takes longest of an :meth:`encrypt` to come, unless it is done for ``most`` of them; whether there was anything to do."""
+        if len(self._ahead) >= most:
+            return False
+        words = np.empty(CIPHERTEXT_WORDS, dtype="<u8")
+        self._encrypt_zero(words)
+        self._ahead.append(words)
+        return True
+
+    def _encrypt_zero(self, out: NDArray[np.uint64]) -> None:
         self._encryptor.encrypt_zero_symmetric(self._zero)
         self.ring.evaluator.transform_from_ntt_inplace(self._zero)
         self.ring.copy_words(self._zero, out)
-        self._embed(integers, out[:DEGREE])
 
     def encrypt_seeded(self, integers: NDArray[np.uint64]) -> bytes:
         """Encrypt as :meth:`encrypt`, in half the size: c0, and instead of c1 the seed that makes it (:meth:`Ring.expand`)."""
@@ -149,36 +166,58 @@ class SumKey:
             np.minimum(c0, room, out=c0)
 
     def decrypt(self, words: NDArray[np.uint64]) -> NDArray[np.uint64]:
-        """The sum of the integers behind summed words, modulo 2^P; shape (DEGREE,).
+        """The sums of the integers behind summed words, modulo 2^P.
+
+        Args:
+            words: those of one ciphertext after the other; shape (ciphertexts * CIPHERTEXT_WORDS,).
+
+        Returns:
+            shape (ciphertexts * DEGREE,).
 
         Raises:
-            ProtocolError: the words are no ciphertext.
+            ProtocolError: the words are no ciphertexts.
         """
         return self.round(self.coefficients(words))
 
     def coefficients(self, words: NDArray[np.uint64]) -> NDArray[np.int64]:
-        """The decrypted coefficients, centred modulo q: Delta times the sum plus the error; shape (DEGREE,).
+        """The decrypted coefficients, centred modulo q: Delta times the sum plus the error; shapes as with :meth:`decrypt`.
 
         Raises:
-            ProtocolError: the words are no ciphertext.
+            ProtocolError: the words are no ciphertexts.
         """
-        seal, ring = _sealapi(), self.ring
-        if words.shape != (CIPHERTEXT_WORDS,) or (words >= np.uint64(ring.prime)).any():
+        ring = self.ring
+        if words.ndim != 1 or len(words) % CIPHERTEXT_WORDS or (words >= np.uint64(ring.prime)).any():
             raise ProtocolError("the words of a ciphertext are not below its modulus, or not of its length")
-        plain = seal.Plaintext()
-        sealed = ring.ciphertext(self.front, words)
-        try:
-            ring.evaluator.transform_to_ntt_inplace(sealed)
-            self._decryptor.decrypt(sealed, plain)
-        except Exception as error:  # SEAL refuses a ciphertext whose c1 is zero, and perhaps more
-            raise ProtocolError("SEAL refuses to decrypt a ciphertext: it was altered") from error
-        # A plaintext has no way out of NTT form of its own; as the c0 of a ciphertext it has.
-        carrier = seal.Ciphertext()
-        ring.evaluator.add_plain(self._carrier, plain, carrier)
-        ring.evaluator.transform_from_ntt_inplace(carrier)
-        found = ring.words(carrier)[:DEGREE].view(np.int64)
+        found = np.empty(len(words) // CIPHERTEXT_WORDS * DEGREE, dtype=np.int64)
+        for start in range(0, len(found), CIPHERTEXT_WORDS):
+            some = found[start : start + CIPHERTEXT_WORDS]
+            some[:] = self._opened(words[2 * start : 2 * (start + len(some))]).view(np.int64)[: len(some)]
         found -= (found > ring.prime // 2) * np.int64(ring.prime)
         return found
+
+    def _opened(self, words: NDArray[np.uint64]) -> NDArray[np.uint64]:
+        """The coefficients of one ciphertext or of two; shape (CIPHERTEXT_WORDS,).
+
+        A plaintext has no way out of NTT form of its own. As the c0 of a ciphertext it has, and a second one goes the same way as its c1.
+        """
+        evaluator, carrier = self.ring.evaluator, self._carrier
+        try:
+            plain, *more = [self._plain(words[at : at + CIPHERTEXT_WORDS]) for at in range(0, len(words), CIPHERTEXT_WORDS)]
+            opened = _sealapi().Ciphertext()
+            for second in more:
+                evaluator.multiply_plain(carrier, second, opened)
+                carrier = opened
+            evaluator.add_plain(carrier, plain, opened)
+        except Exception as error:  # SEAL refuses a ciphertext or a result whose c1 is zero, and perhaps more
+            raise ProtocolError("SEAL refuses to decrypt a ciphertext: it was altered") from error
+        evaluator.transform_from_ntt_inplace(opened)
+        return self.ring.words(opened)
+
+    def _plain(self, words: NDArray[np.uint64]) -> Any:
+        sealed, plain = self.ring.ciphertext(self.front, words), _sealapi().Plaintext()
+        self.ring.evaluator.transform_to_ntt_inplace(sealed)
+        self._decryptor.decrypt(sealed, plain)
+        return plain
 
     def round(self, coefficients: NDArray[np.int64]) -> NDArray[np.uint64]:
         """The multiples of Delta next to the coefficients, divided by Delta; shape as given."""

@@ -118,13 +118,11 @@ class Decryption:
         layout, parameters = self._layout, self._key.parameters
         if self._next >= layout.blocks or memoryview(block).nbytes != 8 * CIPHERTEXT_WORDS * layout.ciphertexts(self._next):
             raise MismatchError
-        sums = np.empty((layout.ciphertexts(self._next), DEGREE), dtype=np.uint64)
         try:
-            for row, words in zip(sums, np.frombuffer(block, dtype="<u8").reshape(-1, CIPHERTEXT_WORDS), strict=True):
-                row[:] = self._key.decrypt(words)
+            integers = self._key.decrypt(np.frombuffer(block, dtype="<u8"))
         except ProtocolError:
             raise MismatchError from None
-        integers, where = sums.reshape(-1), layout.values_of(self._next)
+        where = layout.values_of(self._next)
         count = where.stop - where.start
         totals = unpack(integers[: packed_length(count, parameters)], count, parameters)
         self._totals[where] = totals

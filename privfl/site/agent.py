@@ -21,7 +21,7 @@ from numpy.typing import NDArray
 from privfl.errors import EXIT_OURS, EXIT_USER, InternalError, PrivflError, ProtocolError, in_one_line
 from privfl.federation import member, messages, metrics
 from privfl.federation.messages import Body, Kind, Message
-from privfl.secagg import Exact
+from privfl.secagg import Exact, Layout
 from privfl.secagg.probe import prove
 from privfl.secagg.quantise import Quantiser
 from privfl.site import replicas, sums
@@ -149,10 +149,7 @@ class _Agent:
             self._send(Message.of(messages.Failed(error=sentence, exit_code=exit_code)))
             self._note(f"failed: {sentence}")
             if self._outbox is not None:
-                layout = sums.layout_of(
-                    self._state.vector, member.length(self._state, self._state.vector), self._setup.parameters
-                )
-                self._outbox.give_up(layout)
+                self._outbox.give_up(self._layout(self._state.vector))
 
     def _explain(self, error: Exception) -> tuple[str, Literal[1, 2]]:
         """(one sentence, exit code); the traceback of an error of ours goes to the log."""
@@ -167,7 +164,8 @@ class _Agent:
         if self._failed_at is not None and time.monotonic() - self._failed_at > _STOP_SECONDS:
             self._transport.abort(EXIT_OURS)
         waiting = self._failed_at is not None or trainer is not None
-        frame = self._transport.receive(_LOOK_SECONDS if waiting else None, None if trainer is None else trainer.fileno())
+        timeout = 0.0 if self._worked_ahead() else _LOOK_SECONDS if waiting else None
+        frame = self._transport.receive(timeout, None if trainer is None else trainer.fileno())
         if frame is None:
             if trainer is not None and trainer.has_answer():
                 self._take_answer(trainer.answer())
@@ -184,8 +182,15 @@ class _Agent:
         if self._state.begin is None:
             return {}
         vectors: tuple[messages.Vector, ...] = ("update", "metrics")
-        parameters = self._setup.parameters
-        return {v: sums.layout_of(v, member.length(self._state, v), parameters).blocks for v in vectors}
+        return {vector: self._layout(vector).blocks for vector in vectors}
+
+    def _layout(self, vector: messages.Vector) -> Layout:
+        return sums.layout_of(vector, member.length(self._state, vector), self._setup.parameters)
+
+    def _worked_ahead(self) -> bool:
+        """Whether there was something to do for the next contribution while the trainer, or another site's, computes."""
+        waits = self._failed_at is None and self._state.phase in (member.Phase.TRAINING, member.Phase.TRAINED)
+        return waits and self._joining.sums.work_ahead(self._layout("update"))
 
     # -- what the protocol asks for ------------------------------------------------------------------------------
 

@@ -418,7 +418,7 @@ def check_room(site: str, experiment: Experiment, file: SiteFile, found: Allowan
             noise, target = way_out
             others = f", all of them with {section}.target_epsilon {_down(target)}"
             others += f" or privacy.noise_multiplier {_plain(noise)}" if account == "training" else ""
-        room_for = f"{left.fit} of the {left.times} {what} of this experiment would fit at noise multiplier {_plain(event.sigma)}{others}"
+        room_for = f"{left.fit} of the {left.times} {what} of this experiment would fit at noise multiplier {_plain(event.noise)}{others}"
         raise BudgetError(
             f"the budget of site {site} allows epsilon {limit.epsilon:g} at delta {limit.delta:g} for its {account} records, of which "
             f"{left.spent:.4g} is spent: {room_for} (ledger {file.ledger.file if file.ledger else ''})"

@@ -27,6 +27,7 @@ from privfl.secagg import (
     usual_value_bits,
 )
 from privfl.secagg.limbs import join, limb_count, split
+from privfl.secagg.parameters import DEGREE
 from privfl.secagg.quantise import Quantiser
 from privfl.site.agreement import Agreement
 from privfl.site.keys import RunKeys
@@ -38,6 +39,8 @@ Path = Literal["star", "reduce"]
 _METRIC_GRID, _LARGEST_METRIC = 2.0**-30, 2.0**32
 # Exponents of updates, which are float32, are between -148 and 128.
 _LEAST = 256
+# Encryptions that are made ahead at most: 32 MiB of them.
+_AHEAD = 512
 
 
 def parameters_for(members: int, value_bits: int | None, path: Path) -> Parameters:
@@ -99,6 +102,10 @@ class Sums:
     @property
     def parameters(self) -> Parameters:
         return self.key.parameters
+
+    def work_ahead(self, layout: Layout) -> bool:
+        """Do a little (less than a millisecond) of what the next contribution will need, whatever is in it; False if nothing is left to do."""
+        return not self.given_up and self.key.encrypt_ahead(min(_AHEAD, -(-layout.integers // DEGREE)))
 
     def open(self, round_: int, attempt: int, length: int, quantiser: Quantiser, facts: Any) -> OneSum:
         """This site's part in the sum of one attempt.

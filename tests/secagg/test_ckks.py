@@ -40,9 +40,10 @@ def test_sums_of_masked_integers_are_exact_at_the_extremes(members: int, bits: i
     for w in words:
         total += copies * w.astype(object)
     total = (total % key.parameters.prime).astype(np.uint64)
-    coefficients = key.coefficients(total)
+    # Two are opened together, the third by itself.
+    coefficients = key.coefficients(np.tile(total, 3))
     delta = 1 << key.parameters.delta_bits
-    expected = copies * len(words) * r
+    expected = np.tile(copies * len(words) * r, 3)
     assert np.array_equal(key.round(coefficients).view(np.int64), expected)
     assert np.abs(coefficients - expected * delta).max() <= 21 * members
 
@@ -85,6 +86,17 @@ def test_ciphertexts_differ_each_time_and_are_uniform():
     one, two = encrypted(np.zeros(DEGREE)), encrypted(np.zeros(DEGREE))
     assert (one == two).mean() < 0.01
     assert scipy.stats.kstest(np.concatenate([one, two]) / P.prime, "uniform").pvalue > 1e-5
+
+
+def test_an_encryption_made_ahead_serves_once():
+    """Two ciphertexts with one c1 would show the difference of what is in them to anybody."""
+    key = SumKey(P)
+    assert [key.encrypt_ahead(2) for _ in range(3)] == [True, True, False]
+    words = [encrypted(np.arange(DEGREE) + i, key) for i in range(4)]
+    assert len(np.unique(np.stack(words)[:, DEGREE:], axis=0)) == 4
+    found = key.decrypt(np.concatenate(words)).reshape(4, DEGREE)
+    assert np.array_equal(found, np.arange(DEGREE) + np.arange(4)[:, None])
+    assert key.encrypt_ahead(1)
 
 
 def test_half_size_ciphertexts_expand_to_whole_ones():
