@@ -260,7 +260,7 @@ def test_a_book_keeps_the_budget_it_was_begun_with(tmp_path: Path, begun: tuple[
     made(first, records())
     first.close()
     other = privfl.PrivacyEngine(site="a", ledger=tmp_path / "l", budget=(1.0, 1e-5))
-    with refused("has a budget of its own .*, not \\(1.0, 1e-05\\)"):
+    with refused("was begun with .*, not with \\(1.0, 1e-05\\): a budget cannot be changed"):
         made(other, records())
     again = privfl.PrivacyEngine(site="a", ledger=tmp_path / "l", budget=begun)
     made(again, records())
@@ -302,6 +302,25 @@ def test_what_is_wrong_at_one_rank_is_told_to_all(one: dict[str, Any], sentence:
         lambda t: made(privfl.PrivacyEngine(site=f"s{t.rank}", comm=t), records(t.rank), **(one if t.rank == 1 else {}))
     )
     assert all(sentence in text for text in (said[0], said[2])), said
+
+
+def test_more_steps_than_a_target_allows_at_other_ranks_are_told_to_all():
+    """Rank 1 has small batches, so that all must step more often than ranks 0 and 2 asked for."""
+
+    def part(transport: Any) -> None:
+        model = linear()
+        privfl.PrivacyEngine(site=f"s{transport.rank}", comm=transport).make_private_with_epsilon(
+            module=model,
+            optimizer=torch.optim.SGD(model.parameters(), lr=0.1),
+            data_loader=DataLoader(records(transport.rank), batch_size=1 if transport.rank == 1 else 20),
+            target_epsilon=0.00351,
+            target_delta=1e-5,
+            epochs=1,
+            max_grad_norm=1.0,
+        )
+
+    said = _outcomes(part)
+    assert all("target_epsilon 0.00351 cannot be reached with 1 epoch," in text for text in said), said
 
 
 def test_a_book_that_cannot_be_written_at_one_rank_is_told_to_all(tmp_path: Path):

@@ -159,8 +159,8 @@ class Engine(opacus.PrivacyEngine):  # type: ignore[misc]
             found = least_noise_multiplier(lambda sigma: spent(sigma) if sigma > 0.0 else float("inf"), target_epsilon)
             if found is None:
                 raise PrivflError(
-                    f"target_epsilon {target_epsilon:g} cannot be reached with {epochs} epochs, or not with what is left of the ledger's budget; "
-                    "raise it, or lower epochs or the batch size"
+                    f"target_epsilon {target_epsilon:g} cannot be reached with {epochs} {'epoch' if epochs == 1 else 'epochs'}, or not with what is "
+                    "left of the ledger's budget; raise it, or lower epochs or the batch size"
                 )
             return found
 
@@ -184,7 +184,11 @@ class Engine(opacus.PrivacyEngine):  # type: ignore[misc]
             raise
         loop = self._home.agree(own)
         # Another site may need more steps for a pass; everything else that the noise depends on is this site's own.
-        sigma = sigma if loop.steps == own.steps else noise(loop)
+        try:
+            sigma = sigma if loop.steps == own.steps else noise(loop)
+        except Exception as error:
+            self._home.refuse(error)
+            raise
         plan = self._event(loop, sigma).times(epochs * loop.steps)
         names = (type(plain).__name__, type(given.data_loader.dataset).__name__)
         event = self._home.begin(loop, *names, delta or _usual_delta(loop.records), plan, given.max_grad_norm).once()

@@ -123,10 +123,10 @@ class _Book:
         has = {(f.epsilon, f.delta) for f in ledger.filters.values()}
         if self._budget is not None and has != {(float(self._budget[0]), float(self._budget[1]))}:
             ledger.close()
-            own = " and ".join(f"({epsilon:g}, {delta:g})" for epsilon, delta in has) or "none"
+            own = " and ".join(f"({epsilon:g}, {delta:g})" for epsilon, delta in has)
             raise PrivflError(
-                f"the ledger {self._path} has a budget of its own ({own}), not {self._budget}; leave budget out, or begin another ledger, "
-                "whose budget then adds to this one's"
+                f"the ledger {self._path} was begun with {f'the budget {own}' if own else 'no budget'}, not with {self._budget}: a budget cannot be "
+                "changed; leave budget out, or begin a new ledger and add both budgets up"
             )
 
     def _limits(self, plan: Event) -> Mapping[Account, RenyiFilter]:
@@ -258,6 +258,7 @@ class _Together(_AtBook):
 
     def begin(self, loop: Loop, model: str, data: str, delta: float, plan: Event, max_grad_norm: float) -> Event:
         assert isinstance(plan, DiscreteGaussian)
+        self._sums.all_well()
         asked = [
             json.loads(text) for text in self._sums.tell(json.dumps([plan.noise_multiplier, max_grad_norm, self._collusion]))
         ]
