@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Iterable
 from dataclasses import dataclass, replace
@@ -35,7 +36,13 @@ class View:
 
         Of a history whose parameters were fixed in advance.
         """
-        return epsilon_of([_with(event, self.noise) for event in events], delta).upper
+        return _epsilon(tuple(_with(event, self.noise) for event in events), delta)
+
+
+# Sites of a run are often alike.
+@functools.lru_cache(maxsize=256)
+def _epsilon(events: tuple[Event, ...], delta: float) -> float:
+    return epsilon_of(events, delta).upper
 
 
 def _with(event: Event, factor: float) -> Event:

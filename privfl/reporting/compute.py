@@ -11,7 +11,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from privfl import __version__
-from privfl.accounting import ACCOUNTS, ADJACENCY, Event, NonPrivate, View, epsilon_of, epsilons, person_epsilon, views
+from privfl.accounting import ACCOUNTS, ADJACENCY, Event, NonPrivate, epsilon_of, epsilons, person_epsilon, views
 from privfl.accounting import Account as AccountName
 from privfl.reporting.budget import (
     FORMAT,
@@ -270,11 +270,6 @@ def _pld(events: tuple[Event, ...], delta: float) -> float:
     return epsilon_of(events, delta, "pld").upper
 
 
-@lru_cache(maxsize=256)
-def _seen(view: View, events: tuple[Event, ...], delta: float) -> float:
-    return view.epsilon(events, delta)
-
-
 @lru_cache(maxsize=64)
 def _person(events: tuple[Event, ...], delta: float, records: int) -> float:
     return person_epsilon(events, delta, records)
@@ -294,7 +289,7 @@ def _adversaries(history: History, facts: RunFacts, cost: Cost | None, charges: 
     events = tuple(history.mechanisms[mechanism].times(count) for mechanism, count in _steps(charges).items())
     because = "noise: this site adds all of it itself, so it holds against everybody"
     for view in views(facts.noise, len(facts.members), facts.collusion):
-        epsilon = cost.epsilon if view.noise == 1.0 else _seen(view, events, facts.delta)
+        epsilon = cost.epsilon if view.noise == 1.0 else view.epsilon(events, facts.delta)
         if facts.noise == "distributed":
             shares = "one share of it that is" if view.shares == 1 else f"{view.shares} shares of it that are"
             because = f"noise: {shares} not theirs, {view.noise:.3g} times the noise that is charged"
