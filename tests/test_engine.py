@@ -228,7 +228,9 @@ def test_what_was_saved_is_counted_on_top(tmp_path: Path):
         ({"clipping": "per_layer"}, "does not take clipping='per_layer'"),
         ({"grad_sample_mode": "ew"}, "choose one of hooks, functorch, ghost"),
         ({"max_grad_norm": [1.0, 1.0]}, "max_grad_norm must be one positive number"),
-        ({"noise_multiplier": 0.0}, "noise_multiplier must be positive"),
+        ({"noise_multiplier": 0.0}, "noise_multiplier must be between 0.01 and 16384"),
+        ({"noise_multiplier": 1e-160}, "noise_multiplier must be between 0.01 and 16384"),
+        ({"noise_multiplier": float("nan")}, "noise_multiplier must be between 0.01 and 16384"),
         (
             {"model": nn.Sequential(nn.Linear(5, 4), nn.BatchNorm1d(4, affine=False), nn.Linear(4, 2))},
             "use GroupNorm or LayerNorm",

@@ -135,6 +135,28 @@ def test_a_clipping_norm_that_changes_in_the_middle_of_a_batch(mode: str):
         loop()
 
 
+def test_noise_that_is_taken_away_during_the_loop_ends_it(tmp_path: Path):
+    book = privfl.PrivacyEngine(site="a", ledger=tmp_path / "l", budget=(1.0, 1e-5))
+    model, optimizer, loader = made(book, records(), noise_multiplier=5.0)
+    optimizer.noise_multiplier = 1e-155
+    before = flat(model).clone()
+    with refused("noise_multiplier must be between"):
+        for x, y in loader:
+            step(model, optimizer, x, y)
+    assert torch.equal(flat(model), before)
+
+
+def test_numbers_of_numpy_are_numbers(tmp_path: Path):
+    def part(transport: Any) -> int:
+        own = privfl.PrivacyEngine(site=f"s{transport.rank}", comm=transport, ledger=tmp_path / f"{transport.rank}.l")
+        noise = np.float32(1.5) if transport.rank == 1 else 1.5
+        model, optimizer, loader = made(own, records(transport.rank), noise_multiplier=noise, max_grad_norm=np.float64(1.0))
+        step(model, optimizer, *next(iter(loader)))
+        return len(own.accountant)
+
+    assert in_threads(connect(3), part) == [1, 1, 1]
+
+
 @pytest.mark.parametrize("mode", ["hooks", "ghost"])
 def test_a_charge_that_is_refused_leaves_nothing_to_the_next_step(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, mode: str):
     monkeypatch.setitem(_SystemNoise.add_noise.__globals__, "gaussian", lambda count, *_: np.zeros(count))
@@ -292,7 +314,7 @@ def test_a_budget_that_ends_at_one_site_ends_the_step_at_all(tmp_path: Path):
 @pytest.mark.parametrize(
     ("one", "sentence"),
     [
-        ({"noise_multiplier": -1.0}, "noise_multiplier must be positive"),
+        ({"noise_multiplier": -1.0}, "noise_multiplier must be between 0.01 and 16384"),
         ({"colour": "red"}, "TypeError was raised"),
         ({"model": Centred()}, "output for a record depends on"),
     ],

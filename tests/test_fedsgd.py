@@ -23,7 +23,7 @@ from privfl.site import agent
 from privfl.site.book import Book
 from privfl.site.updates import Steps
 from tests.books import read, run_books
-from tests.conftest import TASK, Twin, edit, run_twin
+from tests.conftest import TASK, Twin, edit, run_cli, run_twin
 from tests.inside import Seen, watch
 from tests.test_run import user_module
 
@@ -131,15 +131,43 @@ def test_everywhere_the_same_noise_and_adversaries(observed: tuple[Twin, Seen]):
     assert (summary["noise"], summary["collusion"]) == ("distributed", 1)
     for book in books:
         site, run = summary["sites"][book["site"]], book["runs"][0]
-        assert list(site["adversaries"].values()) == last["sites"][book["site"]]["views"]
+        assert list(site["adversaries"]["epsilon"].values()) == last["sites"][book["site"]]["views"]
         told = {a["who"]: a["epsilon"] for a in run["adversaries"] if a["epsilon"] is not None}
-        assert site["adversaries"] == told
+        assert site["adversaries"] == {"accountant": "rdp", "epsilon": told}
         public, one, two = told.values()
         assert public < one == site["epsilon"] < two
         charge = book["accounts"][0]["charges"][0]
         assert site["noise_multiplier"] == run["training"]["noise_multiplier"] == charge["noise_multiplier"] == 1.5
-    assert f"against the public at most {decimals(public)}, against all other sites together {decimals(two)} (report" in twin.out
-    assert "but PLD where noise is discrete: there it is that of continuous noise" in (twin.folder / "report.html").read_text()
+    line = f"against the public {decimals(public)}, against 1 of the other sites {decimals(one)}, against all others together {decimals(two)}"
+    assert line in twin.out
+    assert (
+        "where noise is discrete no bound by PLD is known, and the column repeats RDP"
+        in (twin.folder / "report.html").read_text()
+    )
+
+
+@pytest.mark.usefixtures("trainers_as_threads")
+def test_adversaries_rise_whatever_admits_the_run(steps: Path, tmp_path: Path):
+    """A filter's epsilon bounds one view only; among those of other views it would be out of order."""
+    folder = tmp_path / "sites"
+    folder.mkdir()
+    for site in SITES:
+        (folder / f"{site}.yaml").write_text(f"ledger: {tmp_path / site}.ledger\nbudget: {{epsilon: 8, delta: 1.0e-5}}\n")
+    twin = run_twin(steps, "rounds=1", "privacy.noise_multiplier=5", output=tmp_path / "runs", ranks=RANKS, sites=folder)
+    assert twin.codes == [0] * RANKS, twin.err
+    summary = json.loads((twin.folder / "summary.json").read_text())
+    pages = [twin.folder / "report.json"]
+    pages[1:] = (tmp_path / f"{site}.json" for site in SITES)
+    for site, page in zip(SITES, pages[1:], strict=True):
+        page.write_text(run_cli("budget", "export", f"{tmp_path / site}.ledger").out)
+    for page in pages:
+        for book in json.loads(page.read_text())["books"]:
+            adversaries = summary["sites"][book["site"]]["adversaries"]
+            epsilons = [a["epsilon"] for a in book["runs"][0]["adversaries"] if a["epsilon"] is not None]
+            assert epsilons == sorted(epsilons)
+            assert adversaries["accountant"] == "rdp"
+            assert list(adversaries["epsilon"].values()) == pytest.approx(epsilons, rel=1e-12)
+            assert epsilons[1] == book["runs"][0]["training"]["rdp"] < book["runs"][0]["training"]["epsilon"]
 
 
 @pytest.mark.long

@@ -2,7 +2,7 @@
 
 from privfl.accounting.accountants import ADJACENCY, Accountant, Bounds, RdpAccountant, epsilon_of, person_epsilon
 from privfl.accounting.accounts import ACCOUNTS, Account, account_of
-from privfl.accounting.calibration import LARGEST_NOISE_MULTIPLIER, least_noise_multiplier
+from privfl.accounting.calibration import LARGEST_NOISE_MULTIPLIER, LEAST_NOISE_MULTIPLIER, least_noise_multiplier
 from privfl.accounting.events import (
     DiscreteGaussian,
     Event,
@@ -20,6 +20,7 @@ __all__ = [
     "ACCOUNTS",
     "ADJACENCY",
     "LARGEST_NOISE_MULTIPLIER",
+    "LEAST_NOISE_MULTIPLIER",
     "ORDERS",
     "Account",
     "Accountant",

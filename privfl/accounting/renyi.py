@@ -23,6 +23,9 @@ if TYPE_CHECKING:
 # dp-accounting's own choice, which covers the Gaussian mechanism in all regimes of interest.
 ORDERS: tuple[float, ...] = (*(1 + x / 10 for x in range(1, 100)), *map(float, range(11, 64)), 128.0, 256.0, 512.0, 1024.0)
 
+# Noise of which nothing is expected: its square is near the end of floating point, where differences become NaN.
+_NOTHING = 1e-100
+
 
 @functools.lru_cache(maxsize=4096)
 def _one_step(rate: float, sigma: float, orders: tuple[float, ...]) -> NDArray[np.float64]:
@@ -35,9 +38,10 @@ def _one_step(rate: float, sigma: float, orders: tuple[float, ...]) -> NDArray[n
     accountant = rdp.RdpAccountant(list(orders), neighboring_relation=dpa.NeighboringRelation.ADD_OR_REMOVE_ONE)
     accountant.compose(dpa.PoissonSampledDpEvent(rate, dpa.GaussianDpEvent(sigma)))
     known = dict(zip(accountant.orders.tolist(), accountant.rdp.tolist(), strict=True))
-    # Left-out orders have the bound of the mechanism without sampling, which by convexity is never below; and what is below 0 is rounding.
-    unsampled = {order: order / (2.0 * sigma**2) for order in orders}
-    vector = np.array([max(0.0, min(known.get(order, math.inf), unsampled[order])) for order in orders])
+    sampled = np.array([known.get(order, math.nan) for order in orders])
+    # Orders that are left out, or NaN, have the bound of the mechanism without sampling, which by convexity is never below (fmin passes over NaN);
+    # and what is below 0 is rounding.
+    vector: NDArray[np.float64] = np.maximum(0.0, np.fmin(sampled, np.array(orders) / (2.0 * sigma**2)))
     vector.flags.writeable = False
     return vector
 
@@ -48,7 +52,7 @@ def divergences(event: Event, orders: tuple[float, ...] = ORDERS) -> NDArray[np.
     Steps and events add up, order by order, also if each was chosen after a look at the results of all before
     (Feldman and Zrnic 2021, for a fixed order).
     """
-    if event.sigma == 0.0:
+    if event.sigma < _NOTHING:
         return np.full(len(orders), math.inf)
     vector = _one_step(event.rate, event.sigma, orders)
     if event.whole_orders:

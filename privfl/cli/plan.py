@@ -134,14 +134,15 @@ def _views(experiment: Experiment, found: Allowance) -> list[dict[str, Any]]:
     """Who could learn how much of a training record."""
     from privfl.accounting import views
 
+    noise = experiment.privacy.noise
     return [
         {
             "who": view.who,
             "sites": view.sites,
             "noise_multiplier": found.training.noise_multiplier * view.noise,
-            "epsilon": _finite(found.planned_epsilon if view.noise == 1.0 else view.epsilon([found.training], found.delta)),
+            "epsilon": _finite(found.planned_epsilon if noise == "site" else view.epsilon([found.training], found.delta)),
         }
-        for view in views(experiment.privacy.noise, len(experiment.sites), experiment.collusion)
+        for view in views(noise, len(experiment.sites), experiment.collusion)
     ]
 
 
@@ -269,7 +270,7 @@ def _print_views(console: Console, sites: str, plan: dict[str, Any]) -> None:
     from rich.table import Table
 
     table = Table(
-        "who", "noise it faces", "epsilon", title=f"who could learn how much of a record ({sites})", title_justify="left"
+        "who", "noise it faces", "epsilon", title=f"who could learn how much of a record, by RDP ({sites})", title_justify="left"
     )
     for view in plan["views"]:
         table.add_row(view["who"], f"{view['noise_multiplier']:.4f}", _text(view["epsilon"]))

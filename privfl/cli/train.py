@@ -269,7 +269,7 @@ class _Leader:
             raise ProtocolError(f"site {name} reports another mechanism than it announced")
 
     def _views(self, name: str, told: dict[str, Any]) -> list[float]:
-        """Epsilon of a site's records so far against the public, one other site, two, and so on."""
+        """Epsilon of a site's records so far against the public, one other site, two, and so on; with distributed noise by RDP, all of them."""
         from privfl.accounting import views
         from privfl.site.allowance import training_steps
 
@@ -279,7 +279,7 @@ class _Leader:
         so_far = training_steps(name, experiment)(self._sites[name]["noise_multiplier"]).times(told["steps"])
         found = views(experiment.privacy.noise, len(experiment.sites), experiment.collusion)
         delta = experiment.privacy.delta
-        return [told["epsilon"] if view.noise == 1.0 else view.epsilon([so_far], delta) for view in found]
+        return [told["epsilon"] if experiment.privacy.noise == "site" else view.epsilon([so_far], delta) for view in found]
 
     def _round(self, facts: dict[str, Any]) -> None:
         from privfl.reporting.history import now
@@ -310,11 +310,21 @@ class _Leader:
         cost = self._last["sites"][name].get("evaluation")
         return {"evaluation_epsilon": cost["epsilon"]} if cost else {}
 
+    def _adversaries(self, name: str, accountant: str) -> dict[str, Any]:
+        """Who could learn how much of a site's training records."""
+        from privfl.accounting import views
+
+        privacy, epsilons = self._experiment.privacy, self._last["sites"][name]["views"]
+        if not self._experiment.private:
+            return {}
+        seen = views(privacy.noise, len(self._experiment.sites), self._experiment.collusion)
+        by = accountant if privacy.noise == "site" else "rdp"
+        return {"adversaries": {"accountant": by, "epsilon": dict(zip((view.who for view in seen), epsilons, strict=True))}}
+
     def _summary(self) -> dict[str, Any]:
-        from privfl.accounting import ADJACENCY, views
+        from privfl.accounting import ADJACENCY
 
         experiment = self._experiment
-        seen = views(experiment.privacy.noise, len(experiment.sites), experiment.collusion)
         sites = {
             name: {
                 "epsilon": self._last["sites"][name]["epsilon"],
@@ -327,8 +337,8 @@ class _Leader:
                 "accountant": facts["accountant"],
                 "book": facts["book"],
                 "outside": facts["outside"],
-                "adversaries": dict(zip((view.who for view in seen), self._last["sites"][name]["views"], strict=False)),
             }
+            | self._adversaries(name, facts["accountant"])
             | self._evaluation_of(name)
             for name, facts in self._sites.items()
         }

@@ -15,7 +15,16 @@ from opacus.accountants.accountant import IAccountant
 from torch import nn
 from torch.utils.data import DataLoader
 
-from privfl.accounting import DiscreteGaussian, Event, PoissonGaussian, epsilon_of, event_from_dict, least_noise_multiplier
+from privfl.accounting import (
+    LARGEST_NOISE_MULTIPLIER,
+    LEAST_NOISE_MULTIPLIER,
+    DiscreteGaussian,
+    Event,
+    PoissonGaussian,
+    epsilon_of,
+    event_from_dict,
+    least_noise_multiplier,
+)
 from privfl.dp.checks import check_constants, check_model, check_neighbours, constants, digest_of
 from privfl.dp.ghost import GhostModule
 from privfl.dp.optimizer import SecureSumGhostOptimizer, SecureSumOptimizer, SystemNoiseGhostOptimizer, SystemNoiseOptimizer
@@ -134,9 +143,9 @@ class Engine(opacus.PrivacyEngine):  # type: ignore[misc]
         """
 
         def noise(loop: Loop) -> float:
-            if not 0.0 < noise_multiplier < float("inf"):
-                raise PrivflError(f"noise_multiplier must be positive, got {noise_multiplier}")
-            return noise_multiplier
+            _check_noise(noise_multiplier)
+            # A number of numpy or torch would not go into the ledger.
+            return float(noise_multiplier)
 
         return self._make(arguments, noise, delta=None)
 
@@ -156,7 +165,9 @@ class Engine(opacus.PrivacyEngine):  # type: ignore[misc]
                 plan = self._event(loop, sigma).times(epochs * loop.steps)
                 return epsilon_of([plan], target_delta).upper if admits(plan) else float("inf")
 
-            found = least_noise_multiplier(lambda sigma: spent(sigma) if sigma > 0.0 else float("inf"), target_epsilon)
+            found = least_noise_multiplier(
+                lambda sigma: spent(sigma) if sigma >= LEAST_NOISE_MULTIPLIER else float("inf"), target_epsilon
+            )
             if found is None:
                 raise PrivflError(
                     f"target_epsilon {target_epsilon:g} cannot be reached with {epochs} {'epoch' if epochs == 1 else 'epochs'}, or not with what is "
@@ -201,6 +212,7 @@ class Engine(opacus.PrivacyEngine):  # type: ignore[misc]
         def charge() -> None:
             """All that must hold before anything is made of a step, and its debit."""
             # The optimizer's own numbers are the user's to change (a scheduler may); what is charged is what will be done.
+            _check_noise(optimizer.noise_multiplier)
             now = self._event(loop, float(optimizer.noise_multiplier))
             if self._home.shared and (now != event or optimizer.max_grad_norm != given.max_grad_norm):
                 raise PrivflError(
@@ -340,8 +352,19 @@ class _Arguments:
         for name, (holds, why) in refused.items():
             if holds:
                 raise PrivflError(f"make_private does not take {name}: {why}")
-        if not isinstance(self.max_grad_norm, int | float) or not 0.0 < self.max_grad_norm < float("inf"):
+        if (
+            isinstance(self.max_grad_norm, bool)
+            or not isinstance(self.max_grad_norm, int | float)
+            or not 0.0 < self.max_grad_norm < float("inf")
+        ):
             raise PrivflError(f"max_grad_norm must be one positive number, got {self.max_grad_norm!r}")
+
+
+def _check_noise(noise_multiplier: float) -> None:
+    if not LEAST_NOISE_MULTIPLIER <= noise_multiplier <= LARGEST_NOISE_MULTIPLIER:
+        raise PrivflError(
+            f"noise_multiplier must be between {LEAST_NOISE_MULTIPLIER:g} and {LARGEST_NOISE_MULTIPLIER:g}, got {noise_multiplier}"
+        )
 
 
 def _loop_of(given: _Arguments, model: nn.Module, optimizer: torch.optim.Optimizer) -> tuple[Loop, dict[str, torch.Tensor]]:

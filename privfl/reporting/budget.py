@@ -53,8 +53,8 @@ class Cost(_Part):
 
     ``rdp`` and ``pld`` are those of the whole plan, fixed in advance, also if the run ended early; ``filter`` is that of the ``steps`` charged, and
     holds for a run chosen after a look at earlier results. Null where there is none. ``epsilon`` is that of the accountant that admitted the run.
-    ``noise_multiplier`` is what the plan says: in units of the clipping norm, or for metrics of what one record can change. ``pld`` of discrete
-    noise is that of continuous noise, an estimate.
+    ``noise_multiplier`` is what the plan says: in units of the clipping norm, or for metrics of what one record can change. Of discrete noise
+    no ``pld`` is known that is a bound; it is then the ``rdp``.
     """
 
     mechanism: str

@@ -286,13 +286,16 @@ def _adversaries(history: History, facts: RunFacts, cost: Cost | None, charges: 
     )
     # In a loop of the user's own every rank is a site.
     found = [coordinator] if facts.coordinator else []
-    events = tuple(history.mechanisms[mechanism].times(count) for mechanism, count in _steps(charges).items())
+    planned = _planned(_steps(charges), facts.plans.get("training"))
+    events = tuple(history.mechanisms[mechanism].times(count) for mechanism, count in planned.items())
     because = "noise: this site adds all of it itself, so it holds against everybody"
     for view in views(facts.noise, len(facts.members), facts.collusion):
-        epsilon = cost.epsilon if view.noise == 1.0 else view.epsilon(events, facts.delta)
+        epsilon = cost.epsilon
         if facts.noise == "distributed":
+            # A filter bounds the charged view only. All rows by one accountant, or they would not rise from one to the next.
+            epsilon = view.epsilon(events, facts.delta)
             shares = "one share of it that is" if view.shares == 1 else f"{view.shares} shares of it that are"
-            because = f"noise: {shares} not theirs, {view.noise:.3g} times the noise that is charged"
+            because = f"noise: {shares} not theirs, {view.noise:.3g} times the noise that is charged (by RDP, as a plan fixed in advance)"
         if cost.epsilon == "infinite":
             because = "nothing: what was released is not protected by noise"
         found.append(Adversary(who=view.who, sees=view.sees, epsilon=epsilon, because=because))

@@ -127,17 +127,16 @@ class Terminal:
             self.line(f"{name}: {value:.4f}")
         for name, site in summary["sites"].items():
             self.line(f"epsilon of {name}: {decimals(site['epsilon'])} at delta {site['delta']:g} after {site['steps']} steps")
-        if summary["collusion"]:
+        if not summary["private"]:
+            self.line("NOT PRIVATE: insecure_test_seed was set")
+        elif k := summary["collusion"]:
             # Of every adversary the epsilon at the site where it learns most, from the public to all other sites together.
-            worst = [
-                max(of_sites)
-                for of_sites in zip(*(site["adversaries"].values() for site in summary["sites"].values()), strict=True)
-            ]
-            if worst:
-                self.line(
-                    f"that is against {summary['collusion']} of the other sites; against the public at most {decimals(worst[0])}, "
-                    f"against all other sites together {decimals(worst[-1])} (report.html has all)"
-                )
+            of_sites = [list(site["adversaries"]["epsilon"].values()) for site in summary["sites"].values()]
+            worst = [decimals(max(epsilons)) for epsilons in zip(*of_sites, strict=True)]
+            self.line(
+                f"by RDP, as a plan fixed in advance: against the public {worst[0]}, against {k} of the other sites {worst[k]}, "
+                f"against all others together {worst[-1]} (report.html has all)"
+            )
         for name, paths in written.items():
             self.line(f"site {name}: model {paths['model']}, log {paths['log']}")
         self.line(f"run folder: {folder}")

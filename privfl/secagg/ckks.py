@@ -186,7 +186,7 @@ class SumKey:
             ProtocolError: the words are no ciphertexts.
         """
         ring = self.ring
-        if words.ndim != 1 or len(words) % CIPHERTEXT_WORDS or (words >= np.uint64(ring.prime)).any():
+        if words.ndim != 1 or not len(words) or len(words) % CIPHERTEXT_WORDS or (words >= np.uint64(ring.prime)).any():
             raise ProtocolError("the words of a ciphertext are not below its modulus, or not of its length")
         found = np.empty(len(words) // CIPHERTEXT_WORDS * DEGREE, dtype=np.int64)
         for start in range(0, len(found), CIPHERTEXT_WORDS):

@@ -104,7 +104,7 @@ class Sums:
         return self.key.parameters
 
     def work_ahead(self, layout: Layout) -> bool:
-        """Do a little (less than a millisecond) of what the next contribution will need, whatever is in it; False if nothing is left to do."""
+        """Do a little (about a millisecond) of what the next contribution will need, whatever is in it; False if nothing is left to do."""
         return not self.given_up and self.key.encrypt_ahead(min(_AHEAD, -(-layout.integers // DEGREE)))
 
     def open(self, round_: int, attempt: int, length: int, quantiser: Quantiser, facts: Any) -> OneSum:

@@ -62,6 +62,20 @@ def test_no_noise_has_no_finite_order():
     assert np.isinf(divergences(NonPrivate(what="all"))).all()
 
 
+@pytest.mark.parametrize("q", [1e-12, 1e-3, 0.1, 1.0])
+def test_hardly_any_noise_is_never_cheaper_than_some(q: float):
+    """Far down dp-accounting returns NaN, of which max(0, NaN) makes a step that costs nothing."""
+    some = epsilons(ORDERS, divergences(steps_of(q, 0.1)), 1e-5).min()
+    for power in (-324, -300, -170, *range(-165, -140), -101, -99, -50, -10, -3):
+        for event in (
+            steps_of(q, 10.0**power),
+            DiscreteGaussian(sampling_rate=q, noise_multiplier=10.0**power, sensitivity=1.01),
+        ):
+            found = divergences(event)
+            assert not np.isnan(found).any()
+            assert epsilons(ORDERS, found, 1e-5).min() >= some
+
+
 # From so small that they cost nothing to more than anybody spends.
 vectors = st.lists(st.floats(-12, 4).map(lambda power: 10.0**power), min_size=len(ORDERS), max_size=len(ORDERS)).map(np.array)
 shares = (
