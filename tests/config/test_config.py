@@ -5,8 +5,11 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
+from pydantic import TypeAdapter
 
+from privfl.accounting import LARGEST_NOISE_MULTIPLIER, LEAST_NOISE_MULTIPLIER
 from privfl.config import Experiment, check_functions, demo_path, load_experiment, load_function, load_site
+from privfl.config.values import Noise
 from privfl.errors import PrivflError
 from tests.conftest import edit
 
@@ -193,3 +196,13 @@ def test_loading_functions(small: Path):
     ]:
         with pytest.raises(PrivflError, match=sentence):
             load_function("loss", reference, small.parent)
+
+
+def test_noise_has_the_limits_of_the_accountants():
+    """Configuration imports no other package, so the two numbers stand twice."""
+    noise = TypeAdapter(Noise)
+    for inside in (LEAST_NOISE_MULTIPLIER, LARGEST_NOISE_MULTIPLIER):
+        assert noise.validate_python(inside) == inside
+    for outside in (LEAST_NOISE_MULTIPLIER * 0.999, LARGEST_NOISE_MULTIPLIER * 1.001):
+        with pytest.raises(ValueError, match="or equal to"):
+            noise.validate_python(outside)
