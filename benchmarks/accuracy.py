@@ -23,7 +23,9 @@ from pathlib import Path
 from typing import Any
 
 EXAMPLE = Path(__file__).resolve().parent.parent / "examples" / "heart_disease"
-MODES, SCALINGS, EPSILONS = ("fedavg", "fedsgd"), ("public", "flamby"), (0.1, 0.3, 1.0, 3.0, 10.0)
+# An example for each algorithm.
+MODES = {"fedavg": "fedavg.yaml", "fedsgd": "secure.yaml"}
+SCALINGS, EPSILONS = ("public", "flamby"), (0.1, 0.3, 1.0, 3.0, 10.0)
 
 
 @cache
@@ -36,7 +38,7 @@ def _hospitals(scaling: str) -> tuple[Any, dict[str, Any]]:
     import heart_disease
 
     warnings.simplefilter("ignore", privfl.OutsideGuarantee)
-    sites = load_experiment(EXAMPLE / "secure.yaml").sites
+    sites = load_experiment(EXAMPLE / MODES["fedsgd"]).sites
     return heart_disease, {site: heart_disease.data(site, scaling=scaling) for site in sites}
 
 
@@ -47,7 +49,7 @@ def noise_multiplier(mode: str, epsilon: float) -> float:
     from privfl.config import load_experiment
     from privfl.dp.shares import SENSITIVITY
 
-    experiment = load_experiment(EXAMPLE / f"{mode}.yaml")
+    experiment = load_experiment(EXAMPLE / MODES[mode])
     kind: Callable[..., Any] = PoissonGaussian
     fields: dict[str, Any] = {"sampling_rate": experiment.sampling_rate, "steps": experiment.rounds * experiment.local_steps}
     if mode == "fedsgd":
@@ -73,7 +75,7 @@ def run(task: tuple[str, str, float]) -> float:
 
     mode, scaling, epsilon = task
     torch.set_num_threads(1)
-    experiment = load_experiment(EXAMPLE / f"{mode}.yaml")
+    experiment = load_experiment(EXAMPLE / MODES[mode])
     example, hospitals = _hospitals(scaling)
     sigma, clip = noise_multiplier(mode, epsilon), experiment.privacy.max_grad_norm
     trainers = []
