@@ -123,14 +123,13 @@ def _one_sum(parameters: int, bits: int, timed: Callable[[str, Callable[[], Any]
     derived = derive(len(SITES), bits)
     layout = Layout(parameters, derived)
     key, check, blocks = SumKey(derived), os.urandom(32), layout.blocks
-    ciphertexts = sum(layout.ciphertexts(number) for number in range(blocks))
     shares = Shares(StepGrid(1e-4, 2.0**14), SystemRandomness())
     vector = np.random.default_rng(0).normal(size=parameters)
     integers = timed("noise", lambda: shares.add(vector))
     # Masks with each of the three others; the sum below is of vectors without, as if they had cancelled.
     pairs = [(os.urandom(32), True) for _ in range(len(SITES) - 1)]
     masked = timed("masks", lambda: list(_masked(integers, Whole(), Checksum(check, derived), Masks(pairs), derived)))
-    timed("ahead", lambda: [key.encrypt_ahead(ciphertexts) for _ in range(ciphertexts)])
+    timed("ahead", lambda: [key.encrypt_ahead(layout.all_ciphertexts) for _ in range(layout.all_ciphertexts)])
     timed("encryption", lambda: [_words(block, key) for block in masked])
     adder = WordAdder(derived)
     adder.open(layout)

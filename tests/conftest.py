@@ -249,6 +249,35 @@ def sites(tmp_path: Path) -> Path:
     return folder
 
 
+FEDSGD = """
+sites: [aa, bbb, cccc]
+rounds: 60
+algorithm: fedsgd
+local_steps: 1
+sampling_rate: 0.1
+model: task.py:model
+data: task.py:data
+loss: task.py:loss
+optimizer: {name: sgd, lr: 0.2}
+privacy: {noise: distributed, noise_multiplier: 1.5, delta: 1.0e-5, max_grad_norm: 1.0}
+output: runs
+"""
+
+
+def secure_experiment(folder: Path) -> Path:
+    """Three sites with generated data, one step a round; the path of the experiment."""
+    (folder / "task.py").write_text(TASK)
+    path = folder / "experiment.yaml"
+    path.write_text(FEDSGD)
+    return path
+
+
+@pytest.fixture
+def steps(tmp_path: Path) -> Path:
+    """As :func:`secure_experiment`, beside the test's other files."""
+    return secure_experiment(tmp_path)
+
+
 def edit(path: Path, old: str, new: str) -> None:
     """Replace a piece of text that must be there."""
     text = path.read_text()
@@ -265,6 +294,7 @@ __all__ = [
     "run_cli",
     "run_job",
     "run_twin",
+    "secure_experiment",
     "start_job",
     "train",
     "without_ptrace",

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import copy
 import itertools
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +20,7 @@ from privfl.errors import PrivflError
 from privfl.ledger import Ledger
 from privfl.transport import connect
 from tests.conftest import in_threads
-from tests.test_engine import flat, linear, made, records, step, together
+from tests.test_engine import flat, linear, made, records, step
 
 NO_BATCH = "is no batch of the loader that make_private returned"
 MODES = pytest.mark.parametrize("mode", ["hooks", "ghost", "functorch"])
@@ -286,112 +285,6 @@ def test_a_book_keeps_the_budget_it_was_begun_with(tmp_path: Path, begun: tuple[
         made(other, records())
     again = privfl.PrivacyEngine(site="a", ledger=tmp_path / "l", budget=begun)
     made(again, records())
-
-
-# -- together -------------------------------------------------------------------------------------------------------------
-
-
-def _outcomes(part: Callable[[Any], Any]) -> list[str]:
-    return [str(found) for found in in_threads(connect(3), part)]
-
-
-def test_a_budget_that_ends_at_one_site_ends_the_step_at_all(tmp_path: Path):
-    def part(transport: Any) -> None:
-        budget = (8.0 if transport.rank == 1 else 100.0, 1e-5)
-        own = privfl.PrivacyEngine(
-            site=f"s{transport.rank}", comm=transport, ledger=tmp_path / f"{transport.rank}.l", budget=budget
-        )
-        model, optimizer, loader = made(own, records(transport.rank))
-        for x, y in itertools.chain.from_iterable(itertools.repeat(loader, 100)):
-            step(model, optimizer, x, y)
-
-    said = _outcomes(part)
-    assert all("does not admit 1 more step;" in text for text in said), said
-    charged = [sum(Ledger.read(tmp_path / f"{rank}.l").steps("training").values()) for rank in range(3)]
-    assert charged[0] == charged[2] == charged[1] + 1, "a refused step is not charged where it was refused"
-
-
-@pytest.mark.parametrize(
-    ("one", "sentence"),
-    [
-        ({"noise_multiplier": -1.0}, "noise_multiplier must be between 0.01 and 16384"),
-        ({"colour": "red"}, "TypeError was raised"),
-        ({"model": Centred()}, "output for a record depends on"),
-    ],
-)
-def test_what_is_wrong_at_one_rank_is_told_to_all(one: dict[str, Any], sentence: str):
-    said = _outcomes(
-        lambda t: made(privfl.PrivacyEngine(site=f"s{t.rank}", comm=t), records(t.rank), **(one if t.rank == 1 else {}))
-    )
-    assert all(sentence in text for text in (said[0], said[2])), said
-
-
-def test_more_steps_than_a_target_allows_at_other_ranks_are_told_to_all():
-    """Rank 1 has small batches, so that all must step more often than ranks 0 and 2 asked for."""
-
-    def part(transport: Any) -> None:
-        model = linear()
-        privfl.PrivacyEngine(site=f"s{transport.rank}", comm=transport).make_private_with_epsilon(
-            module=model,
-            optimizer=torch.optim.SGD(model.parameters(), lr=0.1),
-            data_loader=DataLoader(records(transport.rank), batch_size=1 if transport.rank == 1 else 20),
-            target_epsilon=0.00351,
-            target_delta=1e-5,
-            epochs=1,
-            max_grad_norm=1.0,
-        )
-
-    said = _outcomes(part)
-    assert all("target_epsilon 0.00351 cannot be reached with 1 epoch," in text for text in said), said
-
-
-def test_a_book_that_cannot_be_written_at_one_rank_is_told_to_all(tmp_path: Path):
-    def part(transport: Any) -> None:
-        folder = tmp_path / "missing" if transport.rank == 1 else tmp_path
-        own = privfl.PrivacyEngine(site=f"s{transport.rank}", comm=transport, ledger=folder / f"{transport.rank}.l")
-        made(own, records(transport.rank))
-
-    said = _outcomes(part)
-    assert all(str(tmp_path / "missing") in text for text in said), said
-
-
-def test_a_step_that_fails_at_one_rank_ends_at_all():
-    def part(transport: Any) -> None:
-        model, optimizer, loader = made(privfl.PrivacyEngine(site=f"s{transport.rank}", comm=transport), records(transport.rank))
-        for x, y in loader:
-            optimizer.zero_grad()
-            if transport.rank != 2:
-                nn.functional.cross_entropy(model(x), y).backward()
-            optimizer.step()
-
-    said = _outcomes(part)
-    assert all("rank 2: ValueError was raised" in text for text in said[:2]), said
-
-
-def test_frozen_parameters_must_be_the_same_everywhere():
-    def model(rank: int) -> nn.Module:
-        layers = nn.Sequential(nn.Linear(5, 4), nn.Linear(4, 2))
-        nn.init.constant_(layers[0].weight, float(rank == 1)), nn.init.zeros_(layers[0].bias)
-        layers[0].requires_grad_(False)
-        return layers
-
-    said = _outcomes(lambda t: made(privfl.PrivacyEngine(site=f"s{t.rank}", comm=t), records(t.rank), model=model(t.rank)))
-    assert all("what is not trained in the model" in text for text in said), said
-
-
-def test_a_summed_loss_is_not_divided(monkeypatch: pytest.MonkeyPatch):
-    monkeypatch.setattr("privfl.dp.discrete_gaussian.DiscreteGaussian.draw", lambda self, count: np.zeros(count, dtype=np.int64))
-
-    def part(transport: Any, reduction: str) -> torch.Tensor:
-        own = privfl.PrivacyEngine(site=f"s{transport.rank}", comm=transport)
-        model, optimizer, loader = made(own, records(transport.rank), batch=60, loss_reduction=reduction)
-        x, y = next(iter(loader))
-        nn.functional.cross_entropy(model(x), y, reduction=reduction).backward()
-        optimizer.step()
-        return torch.cat([p.grad.reshape(-1) for p in optimizer.params])
-
-    mean, total = (together(lambda t, r=r: part(t, r))[0] for r in ("mean", "sum"))
-    assert torch.allclose(total, 180 * mean, rtol=1e-4)
 
 
 # -- budgets of a book that exists ----------------------------------------------------------------------------------------

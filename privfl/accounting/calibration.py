@@ -6,7 +6,7 @@ import functools
 import math
 from collections.abc import Callable
 
-# Noise of sixteen thousand times the clipping norm drowns even a million records a step.
+# Less noise bounds nothing. Noise of sixteen thousand times the clipping norm drowns even a million records a step.
 LEAST_NOISE_MULTIPLIER, LARGEST_NOISE_MULTIPLIER = 0.01, 2.0**14
 # Noise multipliers are whole numbers of these, so that the value on screen is the value used.
 _GRID = 1e4

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
-from collections.abc import Callable, Mapping
+import warnings
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 import torch
@@ -56,6 +58,21 @@ def check_model(model: nn.Module) -> None:
     errors = ModuleValidator.validate(model, strict=False)
     if errors:
         raise PrivflError(f"model() cannot be trained with DP-SGD: {in_one_line(errors[0])}")
+
+
+@contextlib.contextmanager
+def wrapping(what: str) -> Iterator[None]:
+    """While Opacus puts its hooks on a model; it refuses what it cannot treat with one of these two errors.
+
+    Raises:
+        PrivflError: it does; ``what`` is the model's name in the sentence.
+    """
+    # torch warns of hooks on modules whose inputs need no gradient; Opacus' hooks are made for just that.
+    warnings.filterwarnings("ignore", message="Full backward hook is firing")
+    try:
+        yield
+    except (NotImplementedError, ValueError) as error:
+        raise PrivflError(f"{what} cannot be trained with DP-SGD: {in_one_line(error)}") from error
 
 
 def constants(model: nn.Module) -> dict[str, torch.Tensor]:

@@ -25,7 +25,7 @@ from privfl.accounting import (
     event_from_dict,
     least_noise_multiplier,
 )
-from privfl.dp.checks import check_constants, check_model, check_neighbours, constants, digest_of
+from privfl.dp.checks import check_constants, check_model, check_neighbours, constants, digest_of, wrapping
 from privfl.dp.ghost import GhostModule
 from privfl.dp.optimizer import SecureSumGhostOptimizer, SecureSumOptimizer, SystemNoiseGhostOptimizer, SystemNoiseOptimizer
 from privfl.dp.randomness import Randomness
@@ -241,9 +241,7 @@ class Engine(opacus.PrivacyEngine):  # type: ignore[misc]
 
     def _wrap(self, given: _Arguments) -> Any:
         common: dict[str, Any] = {"batch_first": given.batch_first, "loss_reduction": given.loss_reduction}
-        # torch warns of hooks on modules whose inputs need no gradient; Opacus' hooks are made for just that.
-        warnings.filterwarnings("ignore", message="Full backward hook is firing")
-        try:
+        with wrapping("module"):
             if given.grad_sample_mode != "ghost":
                 return self._prepare_model(
                     given.module, **common, grad_sample_mode=given.grad_sample_mode, wrap_model=given.wrap_model
@@ -251,8 +249,6 @@ class Engine(opacus.PrivacyEngine):  # type: ignore[misc]
             if isinstance(given.module, GhostModule):
                 return given.module
             return GhostModule(given.module, **common)
-        except (NotImplementedError, ValueError) as error:
-            raise PrivflError(f"module cannot be trained with DP-SGD: {error}") from error
 
     def _optimizer(
         self, given: _Arguments, inner: torch.optim.Optimizer, wrapped: Any, event: Any, loop: Loop, charge: Callable[[], None]

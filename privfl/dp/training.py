@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, TypeVar
@@ -14,7 +13,7 @@ from opacus import GradSampleModule
 from torch import nn
 from torch.utils.data import TensorDataset, default_collate
 
-from privfl.dp.checks import TRIED, check_constants, check_isolation, check_model, constants, digest_of
+from privfl.dp.checks import TRIED, check_constants, check_isolation, check_model, constants, digest_of, wrapping
 from privfl.dp.optimizer import SecureSumOptimizer, SystemNoiseOptimizer
 from privfl.dp.randomness import Randomness, poisson_sample
 from privfl.errors import PrivflError, in_one_line
@@ -80,12 +79,8 @@ class LocalTraining:
         self._names = [name for name, p in self.model.named_parameters() if p.requires_grad]
         self.parameters = sum(p.numel() for p in self._parameters)
         self._piece = max(1, _GRADIENT_BYTES // (4 * self.parameters))
-        # torch warns of hooks on modules whose inputs need no gradient; Opacus' hooks are made for just that.
-        warnings.filterwarnings("ignore", message="Full backward hook is firing")
-        try:
+        with wrapping("model()"):
             self._wrapped = GradSampleModule(self.model, batch_first=True, loss_reduction="mean", strict=True)
-        except (NotImplementedError, ValueError) as error:
-            raise PrivflError(f"model() cannot be trained with DP-SGD: {in_one_line(error)}") from error
         self.optimizer = self._make_optimizer(recipe, randomness, expected)
         # Noise of local steps, or batches of sums: the agent compares it with the steps it charged.
         self.draws = 0

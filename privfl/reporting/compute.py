@@ -124,6 +124,10 @@ def _planned(steps: dict[int, int], plan: Event | None) -> dict[int, int]:
     return {mechanism: max(count, plan.steps) for mechanism, count in steps.items()}
 
 
+def _events(history: History, steps: dict[int, int]) -> tuple[Event, ...]:
+    return tuple(history.mechanisms[mechanism].times(count) for mechanism, count in steps.items())
+
+
 def _total(history: History, steps: dict[int, int]) -> NDArray[np.float64]:
     total = np.zeros(len(history.orders))
     for mechanism, count in steps.items():
@@ -244,7 +248,7 @@ def _cost(history: History, facts: RunFacts, name: AccountName, charges: list[Ch
     rdp = float(epsilons(history.orders, _total(history, planned), facts.delta).min())
     limit, told = history.limits.get(name), history.told.get(name)
     by_filter = told[-1] if told else None if limit is None else limit.epsilon_of(_total(history, steps), facts.delta)
-    events = tuple(history.mechanisms[mechanism].times(count) for mechanism, count in planned.items())
+    events = _events(history, planned)
     few = len(events) <= _MECHANISMS_WITH_PLD
     person = None
     if facts.records_per_person > 1 and few:
@@ -286,8 +290,7 @@ def _adversaries(history: History, facts: RunFacts, cost: Cost | None, charges: 
     )
     # In a loop of the user's own every rank is a site.
     found = [coordinator] if facts.coordinator else []
-    planned = _planned(_steps(charges), facts.plans.get("training"))
-    events = tuple(history.mechanisms[mechanism].times(count) for mechanism, count in planned.items())
+    events = _events(history, _planned(_steps(charges), facts.plans.get("training")))
     because = "noise: this site adds all of it itself, so it holds against everybody"
     for view in views(facts.noise, len(facts.members), facts.collusion):
         epsilon = cost.epsilon

@@ -200,14 +200,14 @@ class SumKey:
 
         A plaintext has no way out of NTT form of its own. As the c0 of a ciphertext it has, and a second one goes the same way as its c1.
         """
-        evaluator, carrier = self.ring.evaluator, self._carrier
+        evaluator, opened = self.ring.evaluator, _sealapi().Ciphertext()
         try:
-            plain, *more = [self._plain(words[at : at + CIPHERTEXT_WORDS]) for at in range(0, len(words), CIPHERTEXT_WORDS)]
-            opened = _sealapi().Ciphertext()
-            for second in more:
-                evaluator.multiply_plain(carrier, second, opened)
-                carrier = opened
-            evaluator.add_plain(carrier, plain, opened)
+            first = self._plain(words[:CIPHERTEXT_WORDS])
+            if len(words) == CIPHERTEXT_WORDS:
+                evaluator.add_plain(self._carrier, first, opened)
+            else:
+                evaluator.multiply_plain(self._carrier, self._plain(words[CIPHERTEXT_WORDS:]), opened)
+                evaluator.add_plain_inplace(opened, first)
         except Exception as error:  # SEAL refuses a ciphertext or a result whose c1 is zero, and perhaps more
             raise ProtocolError("SEAL refuses to decrypt a ciphertext: it was altered") from error
         evaluator.transform_from_ntt_inplace(opened)

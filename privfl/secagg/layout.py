@@ -20,6 +20,7 @@ class Layout:
         self.packed = packed_length(values, parameters)
         self.integers = self.packed + checksum_length(parameters)
         self.blocks = -(-self.integers // BLOCK_INTEGERS)
+        self.all_ciphertexts = -(-self.integers // DEGREE)
 
     def ciphertexts(self, block: int) -> int:
         """How many ciphertexts block number ``block`` has."""

@@ -258,6 +258,7 @@ class _Together(_AtBook):
 
     def begin(self, loop: Loop, model: str, data: str, delta: float, plan: Event, max_grad_norm: float) -> Event:
         assert isinstance(plan, DiscreteGaussian)
+        # A rank that found no noise for the steps that were agreed on says so here.
         self._sums.all_well()
         asked = [
             json.loads(text) for text in self._sums.tell(json.dumps([plan.noise_multiplier, max_grad_norm, self._collusion]))

@@ -27,7 +27,6 @@ from privfl.secagg import (
     usual_value_bits,
 )
 from privfl.secagg.limbs import join, limb_count, split
-from privfl.secagg.parameters import DEGREE
 from privfl.secagg.quantise import Quantiser
 from privfl.site.agreement import Agreement
 from privfl.site.keys import RunKeys
@@ -105,7 +104,7 @@ class Sums:
 
     def work_ahead(self, layout: Layout) -> bool:
         """Do a little (about a millisecond) of what the next contribution will need, whatever is in it; False if nothing is left to do."""
-        return not self.given_up and self.key.encrypt_ahead(min(_AHEAD, -(-layout.integers // DEGREE)))
+        return not self.given_up and self.key.encrypt_ahead(min(_AHEAD, layout.all_ciphertexts))
 
     def open(self, round_: int, attempt: int, length: int, quantiser: Quantiser, facts: Any) -> OneSum:
         """This site's part in the sum of one attempt.
