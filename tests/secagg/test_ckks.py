@@ -114,7 +114,9 @@ def test_half_size_ciphertexts_expand_to_whole_ones():
             stranger.ring.expand(damaged, stranger.seeded_front)
 
 
-@pytest.mark.parametrize("words", [np.zeros(5, dtype=np.uint64), np.full(CIPHERTEXT_WORDS, P.prime, dtype=np.uint64)])
+@pytest.mark.parametrize(
+    "words", [np.zeros(0, dtype=np.uint64), np.zeros(5, dtype=np.uint64), np.full(CIPHERTEXT_WORDS, P.prime, dtype=np.uint64)]
+)
 def test_words_that_are_no_ciphertext_are_refused(words: np.ndarray):
     with pytest.raises(ProtocolError, match="not below its modulus, or not of its length"):
         KEY.decrypt(words)
