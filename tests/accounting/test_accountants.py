@@ -9,10 +9,11 @@ import warnings
 
 import numpy as np
 import pytest
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from privfl.accounting import (
+    ORDERS,
     DiscreteGaussian,
     Event,
     Gaussian,
@@ -121,15 +122,16 @@ def test_the_exact_gaussian():
 
 @settings(max_examples=12, deadline=None)
 @given(rates, noises, counts, st.floats(1e-9, 0.01))
+@example(0.9375, 1.0, 184, 0.0078125)
 def test_rdp_is_monotone(q: float, sigma: float, steps: int, delta: float):
     epsilon = epsilon_of([steps_of(q, sigma, steps)], delta).upper
     assert epsilon_of([steps_of(q, sigma, steps + 1)], delta).upper >= epsilon
-    # Where dp-accounting knows no bound for some orders, an epsilon is one of fewer orders: still a bound, but no smooth one.
-    if np.isfinite(divergences(steps_of(q * 0.9, sigma))).all():
-        assert epsilon_of([steps_of(q * 0.9, sigma, steps)], delta).upper <= epsilon * (1 + 1e-9)
-    if np.isfinite(divergences(steps_of(q, sigma * 1.1))).all():
-        assert epsilon_of([steps_of(q, sigma * 1.1, steps)], delta).upper <= epsilon * (1 + 1e-9)
     assert epsilon_of([steps_of(q, sigma, steps)], delta * 2).upper <= epsilon
+    # At whole orders, where the divergence is exact. Between them it is a bound only (tests/accounting/test_renyi.py), and one that jumps: from the
+    # lower to the higher rate of the example, epsilon falls from 120.04 to 119.99.
+    whole = np.array([order == int(order) for order in ORDERS])
+    for weaker in (steps_of(q * 0.9, sigma), steps_of(q, sigma * 1.1)):
+        assert (divergences(weaker) <= divergences(steps_of(q, sigma)) * (1 + 1e-9))[whole].all()
     assert epsilon >= 0.0
 
 

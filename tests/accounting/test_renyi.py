@@ -1,4 +1,4 @@
-"""Renyi divergences and their meaning in (epsilon, delta), against dp-accounting's own conversion and published values."""
+"""Renyi divergences and their meaning in (epsilon, delta), against their integral, dp-accounting's own conversion and published values."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import math
 
 import numpy as np
 import pytest
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from privfl.accounting import ORDERS, DiscreteGaussian, Gaussian, NonPrivate, divergences, epsilons
@@ -34,6 +34,26 @@ def test_the_divergences_give_the_published_classic_values(q: float, sigma: floa
     step = divergences(steps_of(q, sigma))
     classic = min(steps * r + math.log(1e5) / (a - 1) for a, r in zip(ORDERS, step, strict=True))
     assert classic == pytest.approx(epsilon, abs=6e-5)
+
+
+def integrated(q: float, sigma: float, order: float) -> float:
+    """The divergence of one step by its definition: log E[(1 - q + q exp((2z - 1) / 2 sigma^2))^order] / (order - 1), z ~ N(0, sigma^2)."""
+    z = np.linspace(-12 * sigma, order + 12 * sigma, 20_001)
+    ratio = np.logaddexp(np.log1p(-q), math.log(q) + (2 * z - 1) / (2 * sigma**2))
+    density = -0.5 * (z / sigma) ** 2 - math.log(sigma * math.sqrt(2 * math.pi))
+    return float(np.logaddexp.reduce(density + order * ratio) + math.log(z[1] - z[0])) / (order - 1)
+
+
+@settings(max_examples=20, deadline=None)
+@given(st.floats(0.01, 0.99), st.floats(0.5, 10.0))
+@example(0.75, 4.0)
+@example(0.84375, 1.0)
+def test_the_divergences_are_never_below_the_integral_and_exact_at_whole_orders(q: float, sigma: float):
+    low = np.array(ORDERS) < 20
+    expected = np.array([integrated(q, sigma, order) for order in np.array(ORDERS)[low]])
+    found = divergences(steps_of(q, sigma))[low]
+    assert (found >= expected * (1 - 1e-9) - 1e-11).all()
+    np.testing.assert_allclose(found[WHOLE[low]], expected[WHOLE[low]], rtol=1e-6, atol=1e-11)
 
 
 @given(noises)
