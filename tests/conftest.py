@@ -228,13 +228,17 @@ output: runs
 """
 
 
+def _written(folder: Path, experiment: str) -> Path:
+    (folder / "task.py").write_text(TASK)
+    path = folder / "experiment.yaml"
+    path.write_text(experiment)
+    return path
+
+
 @pytest.fixture
 def small(tmp_path: Path) -> Path:
     """A two-site experiment on generated data; the path of its file. A test may edit both files."""
-    (tmp_path / "task.py").write_text(TASK)
-    path = tmp_path / "experiment.yaml"
-    path.write_text(EXPERIMENT)
-    return path
+    return _written(tmp_path, EXPERIMENT)
 
 
 @pytest.fixture
@@ -266,10 +270,7 @@ output: runs
 
 def secure_experiment(folder: Path) -> Path:
     """Three sites with generated data, one step a round; the path of the experiment."""
-    (folder / "task.py").write_text(TASK)
-    path = folder / "experiment.yaml"
-    path.write_text(FEDSGD)
-    return path
+    return _written(folder, FEDSGD)
 
 
 @pytest.fixture

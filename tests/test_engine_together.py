@@ -14,23 +14,11 @@ from torch import nn
 from torch.utils.data import DataLoader
 
 import privfl
-from privfl.errors import PrivflError
 from privfl.ledger import Ledger
 from privfl.transport import connect
 from tests.conftest import in_threads
 from tests.test_engine import linear, made, records, step, together
 from tests.test_engine_misuse import Centred
-
-NO_BATCH = "is no batch of the loader that make_private returned"
-MODES = pytest.mark.parametrize("mode", ["hooks", "ghost", "functorch"])
-
-
-def engine() -> privfl.PrivacyEngine:
-    return privfl.PrivacyEngine(site="a")
-
-
-def refused(sentence: str) -> Any:
-    return pytest.raises(PrivflError, match=sentence)
 
 
 def _outcomes(part: Callable[[Any], Any]) -> list[str]:

@@ -4,15 +4,18 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 
+import numpy as np
 from hypothesis import strategies as st
 
-from privfl.accounting import PoissonGaussian
+from privfl.accounting import ORDERS, PoissonGaussian
 
 rates = st.floats(0.001, 1.0)
 noises = st.floats(0.5, 20.0)
 counts = st.integers(1, 2000)
 deltas = st.floats(1e-10, 0.5)
 segments = st.lists(st.tuples(rates, noises, counts), min_size=1, max_size=4)
+# Where divergences are exact, and those of discrete noise known.
+WHOLE = np.array([order == int(order) for order in ORDERS])
 
 
 def steps_of(q: float, sigma: float, steps: int = 1) -> PoissonGaussian:

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 
 from privfl.accounting import ORDERS, DiscreteGaussian, Gaussian, NonPrivate, divergences, epsilons
 from privfl.accounting.renyi import divergence_bounds
-from tests.accounting.histories import deltas, noises, rates, steps_of
+from tests.accounting.histories import WHOLE, deltas, noises, rates, steps_of
 
 # Min over orders of rdp + log(1 / delta) / (order - 1), which the publications used themselves (Abadi et al. 2016; the tutorials of
 # TensorFlow Privacy; Bu et al. 2020): (q, sigma, steps, epsilon at 1e-5).
@@ -26,7 +26,6 @@ CLASSIC = [
     (240 / 60_000, 1.1, 60 * 250, 2.9050),
     (240 / 60_000, 0.7, 45 * 250, 6.8596),
 ]
-WHOLE = np.array([order == int(order) for order in ORDERS])
 
 
 @pytest.mark.parametrize(("q", "sigma", "steps", "epsilon"), CLASSIC)
