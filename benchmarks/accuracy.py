@@ -47,7 +47,7 @@ def noise_multiplier(mode: str, epsilon: float) -> float:
     """What meets ``epsilon`` against each other site; hospitals of all sizes need the same, because all their records are in every step."""
     from privfl.accounting import DiscreteGaussian, PoissonGaussian, epsilon_of, least_noise_multiplier
     from privfl.config import load_experiment
-    from privfl.dp.shares import SENSITIVITY
+    from privfl.noise.distributed import SENSITIVITY
 
     experiment = load_experiment(EXAMPLE / MODES[mode])
     kind: Callable[..., Any] = PoissonGaussian
@@ -66,12 +66,12 @@ def run(task: tuple[str, str, float]) -> float:
     import torch
 
     from privfl.config import load_experiment
-    from privfl.dp.randomness import SystemRandomness
-    from privfl.dp.shares import Shares
     from privfl.dp.training import LocalTraining
-    from privfl.site.sums import parameters_for
-    from privfl.site.trainer import recipe_of
-    from privfl.site.updates import grid_of
+    from privfl.noise.distributed import Shares
+    from privfl.noise.randomness import SystemRandomness
+    from privfl.secagg.session.sums import parameters_for
+    from privfl.site.algorithms import grid_of
+    from privfl.trainer.main import recipe_of
 
     mode, scaling, epsilon = task
     torch.set_num_threads(1)

@@ -46,8 +46,8 @@ def _bare(site: str, width: int, steps: int, rate: float, start: Any, results: A
     from torch import nn
 
     from privfl.demo import digits
-    from privfl.dp.randomness import SystemRandomness
     from privfl.dp.sampling import PoissonBatches
+    from privfl.noise.randomness import SystemRandomness
 
     torch.set_num_threads(1)
     warnings.filterwarnings("ignore", message="Full backward hook is firing")
@@ -112,8 +112,8 @@ def parts(parameters: int, bits: int, repeats: int) -> dict[str, float]:
 def _one_sum(parameters: int, bits: int, timed: Callable[[str, Callable[[], Any]], Any]) -> None:
     import numpy as np
 
-    from privfl.dp.randomness import SystemRandomness
-    from privfl.dp.shares import Shares, StepGrid
+    from privfl.noise.distributed import Shares, StepGrid
+    from privfl.noise.randomness import SystemRandomness
     from privfl.secagg import Checksum, Decryption, SumKey, WordAdder, derive
     from privfl.secagg.codec import _masked, _words
     from privfl.secagg.layout import Layout

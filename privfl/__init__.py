@@ -9,17 +9,17 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from privfl.engine import PrivacyEngine
     from privfl.errors import OutsideGuarantee
-    from privfl.site.engine import PrivacyEngine
-    from privfl.site.secure_sum import SecureSum
+    from privfl.secure_sum import SecureSum
 
 __version__ = "0.1.0"
 __all__ = ["OutsideGuarantee", "PrivacyEngine", "SecureSum", "__version__"]
 
 _HOMES = {
     "OutsideGuarantee": "privfl.errors",
-    "PrivacyEngine": "privfl.site.engine",
-    "SecureSum": "privfl.site.secure_sum",
+    "PrivacyEngine": "privfl.engine",
+    "SecureSum": "privfl.secure_sum",
 }
 
 

@@ -11,11 +11,11 @@ import numpy as np
 import pytest
 from numpy.typing import NDArray
 
-from privfl.dp.discrete_gaussian import DiscreteGaussian
-from privfl.dp.shares import Shares
 from privfl.federation.messages import Kind, decode
+from privfl.noise.discrete_gaussian import DiscreteGaussian
+from privfl.noise.distributed import Shares
 from privfl.site import agent
-from privfl.site.updates import Steps
+from privfl.site.algorithms import Steps
 from privfl.transport import Recorded, Recording
 
 

@@ -15,7 +15,7 @@ import pytest
 from privfl.accounting import PoissonGaussian
 from privfl.federation.messages import Kind, decode
 from privfl.ledger import Ledger
-from privfl.reporting.budget import Report
+from privfl.reporting.schema import Report
 from tests.books import PRIVATE, read, run_books
 from tests.conftest import ROOT, Twin, edit, run_twin
 
@@ -106,7 +106,7 @@ def test_a_seeded_run_is_not_private_in_the_book_either(small: Path, tmp_path: P
 
 
 def test_every_round_is_charged_before_the_trainer_hears_of_it(small: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
-    from privfl.site.child import Trainer
+    from privfl.trainer.process import Trainer
 
     ask, seen = Trainer.ask, []
 
@@ -128,7 +128,7 @@ def test_every_round_is_charged_before_the_trainer_hears_of_it(small: Path, tmp_
 @pytest.mark.parametrize("forgotten", ["charge_round", "charge_metrics"])
 def test_a_charge_that_is_forgotten_stops_the_run(small: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, forgotten: str):
     """The releases are checked against the ledger itself, also if the count of noise draws is fooled."""
-    from privfl.site.book import Book
+    from privfl.site.run_ledger import Book
 
     def forget(self: Book, round_: int) -> None:
         self._steps["training" if forgotten == "charge_round" else "evaluation"] += 3
@@ -142,7 +142,7 @@ def test_a_charge_that_is_forgotten_stops_the_run(small: Path, tmp_path: Path, m
 
 @pytest.mark.usefixtures("trainers_as_threads")
 def test_protections_are_looked_at_before_every_release(small: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
-    from privfl.site.sums import Sums
+    from privfl.secagg.session.sums import Sums
 
     monkeypatch.setattr(Sums, "masked_members", property(lambda self: 1))
     twin = run_twin(small, output=tmp_path / "runs", ranks=3)
@@ -309,8 +309,8 @@ def test_that_check_sees_when_the_noise_is_missing(small: Path, tmp_path: Path, 
 
 
 def test_the_noise_of_metrics_has_its_size():
-    from privfl.dp.randomness import SystemRandomness
-    from privfl.site.evaluation import noised
+    from privfl.noise.metrics import noised
+    from privfl.noise.randomness import SystemRandomness
 
     measured = {"a": ([0.0] * 5000, [0.0] * 5000), "b": ([0.0] * 5000, [0.0] * 5000)}
     values = np.concatenate([np.array(pair).ravel() for pair in noised(measured, 3.0, SystemRandomness()).values()])

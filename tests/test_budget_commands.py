@@ -12,7 +12,7 @@ import pytest
 from benchmarks import budget
 from privfl.accounting import PoissonGaussian, RenyiFilter
 from privfl.ledger import Ledger
-from privfl.reporting.budget import Report
+from privfl.reporting.schema import Report
 from tests.conftest import run_cli, run_twin
 
 # -- commands -------------------------------------------------------------------------------------------------------------

@@ -18,11 +18,11 @@ from torch.utils.data import DataLoader, TensorDataset
 
 import privfl
 from privfl.accounting import DiscreteGaussian, PoissonGaussian, epsilon_of
-from privfl.dp.discrete_gaussian import DiscreteGaussian as Sampler
 from privfl.dp.optimizer import _SystemNoise
 from privfl.errors import PrivflError
 from privfl.ledger import BudgetError, Ledger
-from privfl.site.secure_sum import SecureSum
+from privfl.noise.discrete_gaussian import DiscreteGaussian as Sampler
+from privfl.secure_sum import SecureSum
 from privfl.transport import connect
 from tests.conftest import ROOT, in_threads, run_job
 

@@ -110,7 +110,9 @@ def test_frozen_parameters_must_be_the_same_everywhere():
 
 
 def test_a_summed_loss_is_not_divided(monkeypatch: pytest.MonkeyPatch):
-    monkeypatch.setattr("privfl.dp.discrete_gaussian.DiscreteGaussian.draw", lambda self, count: np.zeros(count, dtype=np.int64))
+    monkeypatch.setattr(
+        "privfl.noise.discrete_gaussian.DiscreteGaussian.draw", lambda self, count: np.zeros(count, dtype=np.int64)
+    )
 
     def part(transport: Any, reduction: str) -> torch.Tensor:
         own = privfl.PrivacyEngine(site=f"s{transport.rank}", comm=transport)

@@ -181,9 +181,9 @@ def test_the_federation_beats_every_site_alone(tmp_path: Path):
 
     from privfl.config import demo_path, load_experiment
     from privfl.demo import digits
-    from privfl.dp.randomness import SystemRandomness
     from privfl.dp.training import LocalTraining
-    from privfl.site.trainer import recipe_of
+    from privfl.noise.randomness import SystemRandomness
+    from privfl.trainer.main import recipe_of
 
     job = train(5, "--output", tmp_path)
     summary = json.loads((job.folder / "summary.json").read_text())

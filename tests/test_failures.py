@@ -253,7 +253,7 @@ def _trainer_of(site: str, limit: float = 60) -> int:
     deadline = time.monotonic() + limit
     while time.monotonic() < deadline:
         for pid, words in processes().items():
-            if "privfl.site.trainer" in words and site in words:
+            if "privfl.trainer.main" in words and site in words:
                 return pid
         time.sleep(0.05)
     raise AssertionError(f"no trainer of {site} appeared")

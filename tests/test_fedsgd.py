@@ -14,14 +14,14 @@ from numpy.typing import NDArray
 from safetensors.torch import load_file
 from scipy import stats
 
-from privfl.dp.discrete_gaussian import DiscreteGaussian
-from privfl.dp.shares import Shares
 from privfl.dp.training import LocalTraining
 from privfl.federation import messages
+from privfl.noise.discrete_gaussian import DiscreteGaussian
+from privfl.noise.distributed import Shares
 from privfl.reporting.numbers import decimals
 from privfl.site import agent
-from privfl.site.book import Book
-from privfl.site.updates import Steps
+from privfl.site.algorithms import Steps
+from privfl.site.run_ledger import Book
 from tests.books import read, run_books
 from tests.conftest import Twin, run_cli, run_twin, secure_experiment
 from tests.inside import Seen, watch
@@ -104,7 +104,7 @@ def test_everywhere_the_same_noise_and_adversaries(observed: tuple[Twin, Seen]):
     assert (summary["noise"], summary["collusion"]) == ("distributed", 1)
     for book in books:
         site, run = summary["sites"][book["site"]], book["runs"][0]
-        assert list(site["adversaries"]["epsilon"].values()) == last["sites"][book["site"]]["views"]
+        assert list(site["adversaries"]["epsilon"].values()) == last["sites"][book["site"]]["adversaries"]
         told = {a["who"]: a["epsilon"] for a in run["adversaries"] if a["epsilon"] is not None}
         assert site["adversaries"] == {"accountant": "rdp", "epsilon": told}
         public, one, two = told.values()
@@ -121,7 +121,7 @@ def test_everywhere_the_same_noise_and_adversaries(observed: tuple[Twin, Seen]):
 
 @pytest.mark.usefixtures("trainers_as_threads")
 def test_adversaries_rise_whatever_admits_the_run(steps: Path, tmp_path: Path):
-    """A filter's epsilon bounds one view only; among those of other views it would be out of order."""
+    """A filter's epsilon bounds one adversary only; among those of others it would be out of order."""
     folder = tmp_path / "sites"
     folder.mkdir()
     for site in SITES:

@@ -10,10 +10,10 @@ from pathlib import Path
 import pytest
 
 from privfl.errors import PrivflError, ProtocolError
+from privfl.identity import public_bytes, verify
 from privfl.secagg import ExchangeKey, Identity, derive
-from privfl.secagg.identity import public_bytes, verify
-from privfl.site.agreement import Agreement, Party, load_identity
-from privfl.site.outputs import share_model
+from privfl.secagg.session.roster import Agreement, Party, load_identity
+from privfl.site.artifacts import share_model
 from tests.conftest import Job, run_cli, run_job, train
 
 SITES = ("aa", "bbb")

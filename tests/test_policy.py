@@ -9,10 +9,10 @@ import pytest
 import yaml
 
 from privfl.accounting import PoissonGaussian, RenyiFilter
+from privfl.admission.plan import Allowance, allow
 from privfl.config import Experiment, load_experiment, load_site
 from privfl.errors import PrivflError
 from privfl.ledger import Ledger
-from privfl.site.allowance import Allowance, allow
 
 RUN = "ab" * 16
 

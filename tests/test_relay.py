@@ -14,8 +14,8 @@ import pytest
 from privfl.federation import messages
 from privfl.federation.messages import Kind, Message, decode
 from privfl.secagg import ExchangeKey, Identity, derive, usual_value_bits
-from privfl.site import agent, updates
-from privfl.site.joining import Joining
+from privfl.secagg.session.handshake import Joining
+from privfl.site import agent, algorithms
 from tests.conftest import Twin, edit, run_twin
 
 Tamper = Callable[[int, Message, list[Message]], list[Message]]
@@ -51,14 +51,14 @@ def used(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     """What the sites used: 'keys' where one took the run's keys, 'mean' where one applied a sum."""
     things: list[str] = []
     lock = threading.Lock()
-    take, average = Joining._take, updates.fedavg
+    take, average = Joining._take, algorithms.fedavg
 
     def note(what: str) -> None:
         with lock:
             things.append(what)
 
     monkeypatch.setattr(Joining, "_take", lambda self, keys: (note("keys"), take(self, keys))[1])
-    monkeypatch.setattr(updates, "fedavg", lambda replica, mean: (note("mean"), average(replica, mean))[1])
+    monkeypatch.setattr(algorithms, "fedavg", lambda replica, mean: (note("mean"), average(replica, mean))[1])
     return things
 
 
@@ -264,8 +264,8 @@ def test_replicas_that_differ_do_not_decode_even_if_the_coordinator_does_not_com
 ):
     from privfl.federation import coordinator
 
-    average, turn = updates.fedavg, iter(range(1000))
-    monkeypatch.setattr(updates, "fedavg", lambda replica, mean: average(replica, mean + 1e-3 * next(turn)))
+    average, turn = algorithms.fedavg, iter(range(1000))
+    monkeypatch.setattr(algorithms, "fedavg", lambda replica, mean: average(replica, mean + 1e-3 * next(turn)))
     applied = coordinator._applied
     blind = messages.Applied(tag="alike")
     monkeypatch.setattr(

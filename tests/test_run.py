@@ -179,11 +179,11 @@ def test_two_runs_differ_in_noise(small: Path, tmp_path: Path):
 
 def _watch_vectors(monkeypatch: pytest.MonkeyPatch) -> dict[str, list[np.ndarray]]:
     """Every update where a site encrypts it, and every mean where a site applies it."""
-    from privfl.site import updates
+    from privfl.site import algorithms
 
     seen: dict[str, list[np.ndarray]] = {"update": [], "mean": [], "replica": []}
     lock = threading.Lock()
-    vector, average = updates.Averages.vector, updates.fedavg
+    vector, average = algorithms.Averages.vector, algorithms.fedavg
 
     def watch(self: Any) -> np.ndarray:
         with lock:
@@ -196,8 +196,8 @@ def _watch_vectors(monkeypatch: pytest.MonkeyPatch) -> dict[str, list[np.ndarray
             seen["replica"].append(replica)
         return average(replica, total)
 
-    monkeypatch.setattr(updates.Averages, "vector", watch)
-    monkeypatch.setattr(updates, "fedavg", mean)
+    monkeypatch.setattr(algorithms.Averages, "vector", watch)
+    monkeypatch.setattr(algorithms, "fedavg", mean)
     return seen
 
 
@@ -332,7 +332,7 @@ def test_noise_that_was_not_drawn_stops_the_run(small: Path, tmp_path: Path):
 
 @pytest.mark.usefixtures("trainers_as_threads")
 def test_a_forgotten_charge_stops_the_run(small: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
-    from privfl.site.book import Book
+    from privfl.site.run_ledger import Book
 
     original = Book.charge_round
 
@@ -349,11 +349,11 @@ def test_a_forgotten_charge_stops_the_run(small: Path, tmp_path: Path, monkeypat
 @pytest.mark.usefixtures("trainers_as_threads")
 def test_differing_replicas_stop_the_run(small: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     """Behind the checksum: sites that come to apply different means are found by the digests of their replicas."""
-    from privfl.site import updates
+    from privfl.site import algorithms
 
-    average = updates.fedavg
+    average = algorithms.fedavg
     turn = iter(range(1000))
-    monkeypatch.setattr(updates, "fedavg", lambda replica, mean: average(replica, mean + 1e-3 * next(turn)))
+    monkeypatch.setattr(algorithms, "fedavg", lambda replica, mean: average(replica, mean + 1e-3 * next(turn)))
     twin = run_twin(small, output=tmp_path / "runs", ranks=3)
     assert twin.codes == [2, 2, 2]
     assert "replicas differ after round 1" in twin.err
@@ -364,7 +364,8 @@ def test_differing_replicas_stop_the_run(small: Path, tmp_path: Path, monkeypatc
 def test_an_error_of_ours_is_one_sentence_with_exit_code_1(
     small: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, where: str
 ):
-    from privfl.site import agent, coordinator
+    from privfl.coordinator import driver
+    from privfl.site import agent
 
     def broken(*_: Any) -> None:
         raise KeyError("ours")
@@ -372,7 +373,7 @@ def test_an_error_of_ours_is_one_sentence_with_exit_code_1(
     if where == "a site":
         monkeypatch.setattr(agent._Agent, "_contribute", broken)
     else:
-        monkeypatch.setattr(coordinator._Driver, "_release", broken)
+        monkeypatch.setattr(driver._Driver, "_release", broken)
     twin = run_twin(small, output=tmp_path / "runs", ranks=3)
     assert twin.codes == [1, 1, 1]
     said = [line for line in twin.err.splitlines() if line.startswith("privfl: ")]

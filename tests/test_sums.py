@@ -10,9 +10,9 @@ import pytest
 from privfl.errors import PrivflError, ProtocolError
 from privfl.secagg import Exact, ExchangeKey, Identity, MismatchError, WordAdder, derive
 from privfl.secagg.limbs import join
-from privfl.site.agreement import Agreement, Party
-from privfl.site.keys import RunKeys, open_keys, seal_keys
-from privfl.site.sums import (
+from privfl.secagg.session.keys import RunKeys, open_keys, seal_keys
+from privfl.secagg.session.roster import Agreement, Party
+from privfl.secagg.session.sums import (
     OneSum,
     Sums,
     agreed_span,

@@ -8,9 +8,9 @@ import threading
 from typing import Any, TextIO
 
 from privfl.errors import EXIT_OURS, EXIT_USER, PrivflError, in_one_line
-from privfl.site import child
-from privfl.site.link import Closed, Link, SharedVector
-from privfl.site.trainer import _Trainer
+from privfl.trainer import process
+from privfl.trainer.channel import Closed, Link, SharedVector
+from privfl.trainer.main import _Trainer
 
 # torch's generator and sys.modules are the process's own, so trainers get ready one after another.
 _STARTING = threading.Lock()
@@ -21,7 +21,7 @@ class _Running:
         return None
 
 
-class ThreadTrainer(child.Trainer):
+class ThreadTrainer(process.Trainer):
     """To an agent like any other trainer."""
 
     def __init__(self, site: str, threads: int, log: TextIO, setup: dict[str, Any]) -> None:

@@ -67,13 +67,13 @@ def _share(transport: Any, mine: bytes) -> list[bytes]:
 
 
 def _privfl(transport: Any, sites: int, parameters: int, way: str) -> Callable[[int], None]:
+    from privfl.coordinator.driver import ReducingAdder
     from privfl.federation.messages import Kind, Message
     from privfl.secagg import ExchangeKey, Grid, Identity, Layout, WordAdder, derive, usual_value_bits
-    from privfl.site.agreement import Agreement, Party
-    from privfl.site.coordinator import ReducingAdder
-    from privfl.site.keys import RunKeys
-    from privfl.site.outbox import Outbox
-    from privfl.site.sums import Sums
+    from privfl.secagg.session.keys import RunKeys
+    from privfl.secagg.session.roster import Agreement, Party
+    from privfl.secagg.session.sums import Sums
+    from privfl.site.upload import Outbox
 
     p = derive(sites, usual_value_bits(sites))
     layout, path = Layout(parameters, p), "reduce" if way == "privfl-reduce" else "star"

@@ -2,6 +2,7 @@
 
 from privfl.accounting.accountants import ADJACENCY, Accountant, Bounds, RdpAccountant, epsilon_of, person_epsilon
 from privfl.accounting.accounts import ACCOUNTS, Account, account_of
+from privfl.accounting.adversaries import Adversary, adversaries
 from privfl.accounting.calibration import LARGEST_NOISE_MULTIPLIER, LEAST_NOISE_MULTIPLIER, least_noise_multiplier
 from privfl.accounting.events import (
     DiscreteGaussian,
@@ -14,7 +15,6 @@ from privfl.accounting.events import (
 )
 from privfl.accounting.filter import RenyiFilter
 from privfl.accounting.renyi import ORDERS, divergences, epsilons
-from privfl.accounting.views import View, views
 
 __all__ = [
     "ACCOUNTS",
@@ -24,6 +24,7 @@ __all__ = [
     "ORDERS",
     "Account",
     "Accountant",
+    "Adversary",
     "Bounds",
     "DiscreteGaussian",
     "Event",
@@ -33,13 +34,12 @@ __all__ = [
     "PoissonGaussian",
     "RdpAccountant",
     "RenyiFilter",
-    "View",
     "account_of",
+    "adversaries",
     "divergences",
     "epsilon_of",
     "epsilons",
     "event_from_dict",
     "least_noise_multiplier",
     "person_epsilon",
-    "views",
 ]

@@ -126,7 +126,7 @@ class DiscreteGaussian(_Sampled):
 
     Attributes:
         sampling_rate: as in :class:`PoissonGaussian`.
-        noise_multiplier: standard deviation of the noise that the charged view cannot subtract, in units of the clipping norm.
+        noise_multiplier: standard deviation of the noise that the charged adversary cannot subtract, in units of the clipping norm.
         sensitivity: what one record can change, in the same unit; above 1 because clipping and the grid round.
     """
 

@@ -32,15 +32,15 @@ def command() -> None:
 
 
 def _histories(ledgers: Sequence[Path], heads: Sequence[Path]) -> list[History]:
-    from privfl.cli import books
     from privfl.ledger import Ledger
+    from privfl.reporting import from_ledger
 
     # In a run folder the heads that were shown lie beside the ledgers.
-    shown = books.heads_in([*heads, *(path for path in ledgers if path.is_dir())])
+    shown = from_ledger.heads_in([*heads, *(path for path in ledgers if path.is_dir())])
     found = []
-    for path in books.find(ledgers):
+    for path in from_ledger.find(ledgers):
         with Ledger.read(path) as ledger:
-            found.append(books.history(ledger, books.checks(ledger, shown)))
+            found.append(from_ledger.history(ledger, from_ledger.checks(ledger, shown)))
     return sorted(found, key=lambda history: history.site)
 
 
@@ -70,7 +70,7 @@ def show(ledgers: tuple[Path, ...], heads: tuple[Path, ...]) -> None:
 
 def _lines(history: History) -> Iterator[tuple[str, ...]]:
     from privfl.accounting import ACCOUNTS
-    from privfl.reporting.compute import spent
+    from privfl.reporting.build import spent
     from privfl.reporting.numbers import decimals
 
     state = "one run" if not history.kept else "NOT VERIFIED" if any(check.ok is False for check in history.checks) else "kept"
@@ -101,7 +101,7 @@ def _lines(history: History) -> Iterator[tuple[str, ...]]:
 )
 def report(ledgers: tuple[Path, ...], heads: tuple[Path, ...], output: Path) -> None:
     """Write a report that a data protection officer can read: one HTML file, for screen and paper."""
-    from privfl.reporting.compute import report as compute
+    from privfl.reporting.build import report as compute
     from privfl.reporting.html import to_html
 
     found = compute("Privacy budget", _histories(ledgers, heads))
@@ -117,14 +117,14 @@ def verify(ledger: Path, heads: tuple[Path, ...]) -> None:
 
     HEADS are run folders, their rounds.jsonl, or a site's heads.jsonl. Without any, a tail that was cut off does not show.
     """
-    from privfl.cli import books
     from privfl.ledger import Ledger
+    from privfl.reporting import from_ledger
 
-    shown = books.heads_in([*heads, *([ledger] if ledger.is_dir() else [])])
+    shown = from_ledger.heads_in([*heads, *([ledger] if ledger.is_dir() else [])])
     problems = []
-    for path in books.find([ledger]):
+    for path in from_ledger.find([ledger]):
         with Ledger.read(path) as book:
-            found = books.checks(book, shown)
+            found = from_ledger.checks(book, shown)
             wrong_costs = book.problems()
             for check in found:
                 click.echo(
@@ -154,8 +154,8 @@ def export(
     ledgers: tuple[Path, ...], heads: tuple[Path, ...], form: Literal["json", "csv"], output: Path | None, schema: bool
 ) -> None:
     """Write the report as JSON, or every single charge as CSV, for other programs."""
-    from privfl.reporting.budget import Report
-    from privfl.reporting.compute import report as compute
+    from privfl.reporting.build import report as compute
+    from privfl.reporting.schema import Report
 
     if schema:
         text = json.dumps(Report.model_json_schema(mode="serialization"), indent=2) + "\n"

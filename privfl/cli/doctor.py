@@ -78,7 +78,7 @@ def _mpi() -> None:
 
 
 def _threads() -> None:
-    from privfl.site.child import threads_for
+    from privfl.trainer.process import threads_for
 
     usable = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     _show(
@@ -89,7 +89,7 @@ def _threads() -> None:
 
 
 def _encryption() -> None:
-    from privfl.secagg.probe import prove
+    from privfl.secagg.self_test import prove
 
     adding = "add as words" if prove() else "do not add as words here: rank 0 adds with TenSEAL's evaluator, slowly"
     _show("encryption", "CKKS sums are exact, masks hide and cancel; another key or a wrong set of members decodes nothing")

@@ -40,6 +40,6 @@ def generate(file: Path) -> None:
 @click.argument("file", type=click.Path(path_type=Path))
 def show(file: Path) -> None:
     """Print the public key of the private key in FILE."""
-    from privfl.site.agreement import load_identity
+    from privfl.secagg.session.roster import load_identity
 
     click.echo(load_identity(str(file)).public)

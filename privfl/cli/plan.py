@@ -17,8 +17,8 @@ if TYPE_CHECKING:
     from rich.console import Console
 
     from privfl.accounting import Event
+    from privfl.admission.plan import Allowance
     from privfl.config import Experiment, SiteFile
-    from privfl.site.allowance import Allowance
 
 # Around the plan: less and more noise, fewer and more rounds.
 _NOISE = (0.5, 0.7, 1.0, 1.4, 2.0)
@@ -58,8 +58,8 @@ def command(experiment: Path | None, sites: Path | None, settings: tuple[str, ..
 
 
 def _plans(experiment: Experiment, folder: Path | None) -> tuple[dict[str, Any], list[str]]:
+    from privfl.admission.plan import check_noise, check_policy, check_room, propose
     from privfl.config import SiteFile, load_site
-    from privfl.site.allowance import check_noise, check_policy, check_room, propose
 
     if folder is not None and not any((folder / f"{site}.yaml").exists() for site in experiment.sites):
         raise PrivflError(
@@ -96,7 +96,7 @@ def _facts(site: str, experiment: Experiment, file: SiteFile, found: Allowance) 
         ],
         "curve_rounds": _some(experiment.rounds),
         "table": _table(experiment, found),
-        "views": _views(experiment, found),
+        "adversaries": _adversaries(experiment, found),
         "evaluation": None,
         "budget": _budget(site, experiment, found),
     }
@@ -130,19 +130,19 @@ def _epsilons(found: Allowance, event: Event) -> dict[str, float | None]:
     }
 
 
-def _views(experiment: Experiment, found: Allowance) -> list[dict[str, Any]]:
+def _adversaries(experiment: Experiment, found: Allowance) -> list[dict[str, Any]]:
     """Who could learn how much of a training record."""
-    from privfl.accounting import views
+    from privfl.accounting import adversaries
 
     noise = experiment.privacy.noise
     return [
         {
-            "who": view.who,
-            "sites": view.sites,
-            "noise_multiplier": found.training.noise_multiplier * view.noise,
-            "epsilon": _finite(found.planned_epsilon if noise == "site" else view.epsilon([found.training], found.delta)),
+            "who": adversary.who,
+            "colluders": adversary.colluders,
+            "noise_multiplier": found.training.noise_multiplier * adversary.noise_factor,
+            "epsilon": _finite(found.planned_epsilon if noise == "site" else adversary.epsilon([found.training], found.delta)),
         }
-        for view in views(noise, len(experiment.sites), experiment.collusion)
+        for adversary in adversaries(noise, len(experiment.sites), experiment.collusion)
     ]
 
 
@@ -157,7 +157,7 @@ def _table(experiment: Experiment, found: Allowance) -> dict[str, Any]:
 
 
 def _budget(site: str, experiment: Experiment, found: Allowance) -> dict[str, Any] | None:
-    from privfl.site.allowance import noise_that_fits, room
+    from privfl.admission.plan import noise_that_fits, room
 
     if not found.kept:
         return None
@@ -208,7 +208,7 @@ def _print(console: Console, experiment: Experiment, plans: dict[str, Any]) -> N
     for sites, plan in _alike(plans):
         _print_curve(console, sites, plan)
         if experiment.collusion:
-            _print_views(console, sites, plan)
+            _print_adversaries(console, sites, plan)
     if not all(plan["budget"] for plan in plans.values()):
         console.print("sites without a budget: no book is kept across runs, and nothing is refused on account of earlier ones")
     console.print(
@@ -266,14 +266,14 @@ def _print_curve(console: Console, sites: str, plan: dict[str, Any]) -> None:
     console.print(table)
 
 
-def _print_views(console: Console, sites: str, plan: dict[str, Any]) -> None:
+def _print_adversaries(console: Console, sites: str, plan: dict[str, Any]) -> None:
     from rich.table import Table
 
     table = Table(
         "who", "noise it faces", "epsilon", title=f"who could learn how much of a record, by RDP ({sites})", title_justify="left"
     )
-    for view in plan["views"]:
-        table.add_row(view["who"], f"{view['noise_multiplier']:.4f}", _text(view["epsilon"]))
+    for adversary in plan["adversaries"]:
+        table.add_row(adversary["who"], f"{adversary['noise_multiplier']:.4f}", _text(adversary["epsilon"]))
     console.print(table)
 
 

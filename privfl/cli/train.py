@@ -101,7 +101,7 @@ def _serve(transport: Transport, path: Path, sites: Path | None, settings: tuple
 
     code = agent.serve(transport, prepare)
     if code == 0 and prepared[0].file.ledger is not None:
-        from privfl.cli.run_report import write_page
+        from privfl.reporting.from_rounds import write_page
 
         write_page(Path(prepared[0].file.ledger.file))
     return code
@@ -122,7 +122,7 @@ def _site_of(rank: int, experiment: Experiment) -> str:
 
 def _lead(transport: Transport, path: Path, output: Path | None, settings: tuple[str, ...], shown: str) -> int:
     from privfl.config import load_experiment
-    from privfl.site import coordinator
+    from privfl.coordinator import driver
 
     try:
         experiment = load_experiment(path, settings)
@@ -136,10 +136,10 @@ def _lead(transport: Transport, path: Path, output: Path | None, settings: tuple
         leader = _Leader(transport, experiment, output or Path(experiment.output))
     except PrivflError as error:
         sys.stderr.write(f"privfl: {error}\n")
-        return coordinator.dismiss(transport, error.exit_code)
+        return driver.dismiss(transport, error.exit_code)
     except Exception as error:
         sys.stderr.write(f"privfl: {in_one_line(f'internal error: {type(error).__name__}: {error}')}\n")
-        return coordinator.dismiss(transport, EXIT_OURS)
+        return driver.dismiss(transport, EXIT_OURS)
     return leader.run()
 
 
@@ -163,11 +163,11 @@ class _Leader:
         self._seconds: dict[str, float] = {}
 
     def run(self) -> int:
+        from privfl.coordinator import driver
         from privfl.federation.coordinator import Plan
         from privfl.federation.messages import Vector
-        from privfl.site import coordinator
+        from privfl.secagg.session.sums import layout_of
         from privfl.site.setup import account, versions
-        from privfl.site.sums import layout_of
 
         experiment, parameters = self._experiment, self._parameters
 
@@ -192,7 +192,7 @@ class _Leader:
         self._terminal.line(
             f"starting {len(experiment.sites)} sites ({', '.join(experiment.sites)}): torch, Opacus, keys; some seconds ..."
         )
-        return coordinator.coordinate(self._transport, plan, parameters, self._tell, sys.stderr)
+        return driver.coordinate(self._transport, plan, parameters, self._tell, sys.stderr)
 
     def _tell(self, what: str, facts: dict[str, Any]) -> None:
         for phase, seconds in facts["seconds"].items():
@@ -217,7 +217,7 @@ class _Leader:
             case "round":
                 self._round(facts)
             case "finished":
-                from privfl.reporting.compute import report
+                from privfl.reporting.build import report
                 from privfl.reporting.html import to_html
 
                 summary = self._summary()
@@ -237,7 +237,7 @@ class _Leader:
         return "exact" if self._experiment.evaluation.records == "public" else "noised"
 
     def _facts_of_aggregation(self, facts: dict[str, Any]) -> tuple[str, dict[str, Any]]:
-        from privfl.site.agreement import PINNED, SINGLE
+        from privfl.secagg.session.roster import PINNED, SINGLE
 
         parameters, chosen = self._parameters, self._experiment.secure_aggregation
         everybody = len(facts["pinned"]) == len(self._experiment.sites)
@@ -261,32 +261,34 @@ class _Leader:
 
     def _check_event(self, name: str, event: dict[str, Any]) -> None:
         """A site charges what it said before the first round; a report about anything else would be false."""
-        from privfl.site.allowance import training_steps
+        from privfl.admission.plan import training_steps
 
         site = self._sites[name]
         step = training_steps(name, self._experiment)(site["noise_multiplier"])
         if event != step.times(self._experiment.local_steps).to_dict():
             raise ProtocolError(f"site {name} reports another mechanism than it announced")
 
-    def _views(self, name: str, told: dict[str, Any]) -> list[float]:
+    def _epsilons_of(self, name: str, told: dict[str, Any]) -> list[float]:
         """Epsilon of a site's records so far against the public, one other site, two, and so on; with distributed noise by RDP, all of them."""
-        from privfl.accounting import views
-        from privfl.site.allowance import training_steps
+        from privfl.accounting import adversaries
+        from privfl.admission.plan import training_steps
 
         experiment = self._experiment
         if not experiment.private:
             return []
         so_far = training_steps(name, experiment)(self._sites[name]["noise_multiplier"]).times(told["steps"])
-        found = views(experiment.privacy.noise, len(experiment.sites), experiment.collusion)
+        found = adversaries(experiment.privacy.noise, len(experiment.sites), experiment.collusion)
         delta = experiment.privacy.delta
-        return [told["epsilon"] if experiment.privacy.noise == "site" else view.epsilon([so_far], delta) for view in found]
+        return [
+            told["epsilon"] if experiment.privacy.noise == "site" else adversary.epsilon([so_far], delta) for adversary in found
+        ]
 
     def _round(self, facts: dict[str, Any]) -> None:
         from privfl.reporting.history import now
 
         for name, site in facts["sites"].items():
             self._check_event(name, site["event"])
-            site["views"] = self._views(name, site)
+            site["adversaries"] = self._epsilons_of(name, site)
         self._last = facts
         self._metrics = facts["metrics"] or self._metrics
         self._folder.add_round(
@@ -301,7 +303,7 @@ class _Leader:
         self._terminal.round_done(self._experiment.rounds, facts)
 
     def _histories(self) -> list[History]:
-        from privfl.cli.run_report import histories
+        from privfl.reporting.from_rounds import histories
 
         return histories(self._run.hex(), self._folder.path, self._experiment, self._sites, self._trust)
 
@@ -312,14 +314,16 @@ class _Leader:
 
     def _adversaries(self, name: str, accountant: str) -> dict[str, Any]:
         """Who could learn how much of a site's training records."""
-        from privfl.accounting import views
+        from privfl.accounting import adversaries
 
-        privacy, epsilons = self._experiment.privacy, self._last["sites"][name]["views"]
+        privacy, epsilons = self._experiment.privacy, self._last["sites"][name]["adversaries"]
         if not self._experiment.private:
             return {}
-        seen = views(privacy.noise, len(self._experiment.sites), self._experiment.collusion)
+        seen = adversaries(privacy.noise, len(self._experiment.sites), self._experiment.collusion)
         by = accountant if privacy.noise == "site" else "rdp"
-        return {"adversaries": {"accountant": by, "epsilon": dict(zip((view.who for view in seen), epsilons, strict=True))}}
+        return {
+            "adversaries": {"accountant": by, "epsilon": dict(zip((adversary.who for adversary in seen), epsilons, strict=True))}
+        }
 
     def _summary(self) -> dict[str, Any]:
         from privfl.accounting import ADJACENCY

@@ -28,10 +28,10 @@ from privfl.accounting import (
 from privfl.dp.checks import check_constants, check_model, check_neighbours, constants, digest_of, wrapping
 from privfl.dp.ghost import GhostModule
 from privfl.dp.optimizer import SecureSumGhostOptimizer, SecureSumOptimizer, SystemNoiseGhostOptimizer, SystemNoiseOptimizer
-from privfl.dp.randomness import Randomness
 from privfl.dp.sampling import PoissonBatches, poisson_loader, rate_of
-from privfl.dp.shares import SENSITIVITY
 from privfl.errors import PrivflError
+from privfl.noise.distributed import SENSITIVITY
+from privfl.noise.randomness import Randomness
 
 _MODES = ("hooks", "functorch", "ghost")
 

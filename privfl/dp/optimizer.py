@@ -13,9 +13,9 @@ from opacus.optimizers.optimizer import _check_processed_flag, _mark_as_processe
 
 from privfl.dp.clipping import clip_factors, weighted_sum
 from privfl.dp.ghost import GhostModule, clipped_sums
-from privfl.dp.randomness import Randomness, gaussian
-from privfl.dp.shares import CLIP_MARGIN
 from privfl.errors import InternalError, PrivflError
+from privfl.noise.distributed import CLIP_MARGIN
+from privfl.noise.randomness import Randomness, gaussian
 
 # From a site's sum of clipped gradients to what the optimizer is to follow: the noisy sum over all sites over the public number of records.
 Exchange = Callable[[NDArray[np.float64]], NDArray[np.float64]]

@@ -10,8 +10,8 @@ from opacus.data_loader import wrap_collate_with_empty
 from opacus.utils.uniform_sampler import UniformWithReplacementSampler
 from torch.utils.data import DataLoader, IterableDataset, RandomSampler, SequentialSampler
 
-from privfl.dp.randomness import Randomness, poisson_sample
 from privfl.errors import PrivflError
+from privfl.noise.randomness import Randomness, poisson_sample
 
 
 class PoissonBatches(UniformWithReplacementSampler):  # type: ignore[misc]

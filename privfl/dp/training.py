@@ -15,8 +15,8 @@ from torch.utils.data import TensorDataset, default_collate
 
 from privfl.dp.checks import TRIED, check_constants, check_isolation, check_model, constants, digest_of, wrapping
 from privfl.dp.optimizer import SecureSumOptimizer, SystemNoiseOptimizer
-from privfl.dp.randomness import Randomness, poisson_sample
 from privfl.errors import PrivflError, in_one_line
+from privfl.noise.randomness import Randomness, poisson_sample
 
 # Per-example gradients of one physical batch may take this much memory; larger Poisson batches are processed in pieces.
 _GRADIENT_BYTES = 512 << 20

@@ -12,8 +12,8 @@ from dataclasses import replace
 from typing import Any
 
 from privfl.errors import PrivflError, ProtocolError
-from privfl.federation import gathering
-from privfl.federation.leading import (
+from privfl.federation import coordinator_setup
+from privfl.federation.coordinator_state import (
     Dismiss,
     Fold,
     OpenSum,
@@ -85,7 +85,7 @@ def step(plan: Plan, state: State, rank: int, message: Message) -> Result:
     if isinstance(body, Failed):
         return fail(state, f"site {state.site(rank)}: {body.error}", body.exit_code)
     if isinstance(body, Hello):
-        return gathering.greet(plan, state, rank, body)
+        return coordinator_setup.greet(plan, state, rank, body)
     if message.run != plan.run:
         raise ProtocolError(f"site {state.site(rank)} sent a {message.kind.name} message for another run")
     if (message.round, message.attempt) < (state.round, state.attempt):
@@ -93,11 +93,11 @@ def step(plan: Plan, state: State, rank: int, message: Message) -> Result:
     if (message.round, message.attempt) > (state.round, state.attempt):
         raise ProtocolError(f"site {state.site(rank)} sent a {message.kind.name} message for a round that is not open")
     if isinstance(body, Signed):
-        return gathering.take_signature(plan, state, rank, body)
+        return coordinator_setup.take_signature(plan, state, rank, body)
     if message.kind is Kind.SEALED_KEY:
-        return gathering.relay_key(plan, state, rank, message)
+        return coordinator_setup.relay_key(plan, state, rank, message)
     if isinstance(body, Prepared):
-        state, outputs = gathering.prepare(plan, state, rank, body)
+        state, outputs = coordinator_setup.prepare(plan, state, rank, body)
         if state.begin is None:
             return state, outputs
         state, opening = _open_round(plan, state)

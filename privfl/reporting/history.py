@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 
 from privfl.accounting import Account as AccountName
 from privfl.accounting import Event, RenyiFilter
-from privfl.reporting.budget import Check
+from privfl.reporting.schema import Check
 
 
 def now() -> str:

@@ -9,8 +9,8 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Final
 
 from privfl.accounting import DiscreteGaussian
-from privfl.reporting.budget import Account, Book, Charge, Check, Cost, Epsilon, Report, Run
 from privfl.reporting.numbers import plain, up
+from privfl.reporting.schema import Account, Book, Charge, Check, Cost, Epsilon, Report, Run
 
 if TYPE_CHECKING:
     from markupsafe import Markup

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from decimal import ROUND_CEILING, Decimal
 
-from privfl.reporting.budget import Epsilon
+from privfl.reporting.schema import Epsilon
 
 
 def decimals(epsilon: float, digits: int = 4) -> str:

@@ -10,8 +10,8 @@ from html import escape
 from itertools import pairwise
 from typing import TYPE_CHECKING, Final, NamedTuple
 
-from privfl.reporting.budget import Account, Epsilon, Point
 from privfl.reporting.numbers import plain, up
+from privfl.reporting.schema import Account, Epsilon, Point
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes

@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 
 from privfl.errors import InternalError, ProtocolError
 from privfl.secagg.parameters import CIPHERTEXT_WORDS, DEGREE, Parameters
-from privfl.secagg.serial import body_of, load_body
+from privfl.secagg.seal import body_of, load_body
 
 _WORD_BYTES = 8 * CIPHERTEXT_WORDS
 _HALF_BYTES = 8 * DEGREE

@@ -15,7 +15,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from privfl.errors import ProtocolError
-from privfl.secagg.exchange import ExchangeKey
+from privfl.secagg.key_exchange import ExchangeKey
 from privfl.secagg.keystream import Keystream
 
 _ATTEMPT = struct.Struct("<QQ")

@@ -21,18 +21,18 @@ from numpy.typing import NDArray
 from privfl.errors import EXIT_OURS, EXIT_USER, InternalError, PrivflError, ProtocolError, in_one_line
 from privfl.federation import member, messages, metrics
 from privfl.federation.messages import Body, Kind, Message
+from privfl.noise.metrics import noised, randomness_of
 from privfl.secagg import Exact, Layout
-from privfl.secagg.probe import prove
 from privfl.secagg.quantise import Quantiser
-from privfl.site import replicas, sums
-from privfl.site.book import Book
-from privfl.site.child import Trainer, threads_for
-from privfl.site.evaluation import noised, randomness_of
-from privfl.site.joining import Joining
-from privfl.site.outbox import Outbox
-from privfl.site.outputs import places, share_model
+from privfl.secagg.self_test import prove
+from privfl.secagg.session import replicas, sums
+from privfl.secagg.session.handshake import Joining
+from privfl.site.algorithms import Updates, updates_for
+from privfl.site.artifacts import places, share_model
+from privfl.site.run_ledger import Book
 from privfl.site.setup import SiteSetup, account, versions
-from privfl.site.updates import Updates, updates_for
+from privfl.site.upload import Outbox
+from privfl.trainer.process import Trainer, threads_for
 from privfl.transport import Transport, forbid_reading
 
 _Thing = TypeVar("_Thing")

@@ -9,13 +9,13 @@ from pathlib import Path
 from typing import Any
 
 from privfl import __version__
+from privfl.admission.plan import Allowance, allow
 from privfl.config import Experiment, SiteFile
 from privfl.errors import PrivflError
 from privfl.federation import messages
 from privfl.secagg import Grid, Identity, Parameters
-from privfl.site.agreement import load_identity
-from privfl.site.allowance import Allowance, allow
-from privfl.site.sums import parameters_for
+from privfl.secagg.session.roster import load_identity
+from privfl.secagg.session.sums import parameters_for
 
 
 def versions() -> dict[str, str]:

@@ -8,8 +8,8 @@ import torch
 from torch import nn
 from torch.utils.data import TensorDataset
 
-from privfl.dp.randomness import SystemRandomness
 from privfl.dp.training import LocalTraining, Recipe
+from privfl.noise.randomness import SystemRandomness
 
 CPU = torch.device("cpu")
 

@@ -15,9 +15,9 @@ from torch.utils.data import TensorDataset
 
 from privfl.dp import training
 from privfl.dp.optimizer import SystemNoiseOptimizer
-from privfl.dp.randomness import SystemRandomness
-from privfl.dp.shares import CLIP_MARGIN
 from privfl.dp.training import LocalTraining
+from privfl.noise.distributed import CLIP_MARGIN
+from privfl.noise.randomness import SystemRandomness
 from tests.dp.helpers import local, records, train_once, zero_linear
 
 # -- clipping and noise ---------------------------------------------------------------------------------------------------

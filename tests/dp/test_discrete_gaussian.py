@@ -16,10 +16,10 @@ from cryptography.hazmat.primitives.ciphers import Cipher, algorithms, modes
 from numpy.typing import NDArray
 from scipy import stats
 
-from privfl.dp import discrete_gaussian, randomness
-from privfl.dp.discrete_gaussian import DiscreteGaussian
-from privfl.dp.randomness import SeededRandomness, SystemRandomness
-from privfl.dp.shares import _LEAST_DEVIATION
+from privfl.noise import discrete_gaussian, randomness
+from privfl.noise.discrete_gaussian import DiscreteGaussian
+from privfl.noise.distributed import _LEAST_DEVIATION
+from privfl.noise.randomness import SeededRandomness, SystemRandomness
 
 # Of tests that compare what is random with what is exact: they fail by chance once in ten million.
 RARE = 1e-7
@@ -328,7 +328,7 @@ def test_shares_that_are_not_refused_add_up_to_discrete_gaussian_noise():
 
 def test_two_instances_and_two_processes_differ():
     code = (
-        "from privfl.dp.randomness import SystemRandomness as R; from privfl.dp.discrete_gaussian import DiscreteGaussian as D\n"
+        "from privfl.noise.randomness import SystemRandomness as R; from privfl.noise.discrete_gaussian import DiscreteGaussian as D\n"
         "print(*[D(1e6, R()).draw(20).tolist() for _ in range(2)], sep='\\n')"
     )
     run = [subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout for _ in range(2)]
@@ -337,7 +337,7 @@ def test_two_instances_and_two_processes_differ():
 
 
 def test_a_source_needs_no_torch_and_neither_does_the_noise():
-    code = "import sys, privfl.dp.discrete_gaussian, privfl.dp.randomness; sys.exit('torch' in sys.modules)"
+    code = "import sys, privfl.noise.discrete_gaussian, privfl.noise.randomness; sys.exit('torch' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
 
 

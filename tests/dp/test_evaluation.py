@@ -11,9 +11,9 @@ import torch
 from torch import nn
 
 from privfl.dp.evaluation import measure, measure_each
-from privfl.dp.randomness import SystemRandomness
 from privfl.dp.training import LocalTraining
 from privfl.errors import PrivflError
+from privfl.noise.randomness import SystemRandomness
 from tests.dp.helpers import CPU, recipe, records, zero_linear
 
 OUTPUT, TARGET = torch.randn(40, 3, generator=torch.Generator().manual_seed(1)), torch.arange(40) % 3

@@ -14,8 +14,8 @@ from torch import nn
 from torch.utils.data import TensorDataset
 
 from privfl.dp import training
-from privfl.dp.randomness import SystemRandomness
 from privfl.dp.sampling import PoissonBatches
+from privfl.noise.randomness import SystemRandomness
 from tests.dp.helpers import local
 
 RECORDS, RATE, STEPS = 60, 0.23, 1000

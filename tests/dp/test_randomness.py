@@ -12,7 +12,7 @@ import torch
 from scipy import stats
 from torch import nn
 
-from privfl.dp.randomness import SeededRandomness, SystemRandomness, gaussian, poisson_sample
+from privfl.noise.randomness import SeededRandomness, SystemRandomness, gaussian, poisson_sample
 from tests.dp.helpers import local, records
 
 # -- where the randomness comes from --------------------------------------------------------------------------------------

@@ -15,11 +15,11 @@ from scipy import stats
 from torch import nn
 
 from privfl.dp import clipping
-from privfl.dp.discrete_gaussian import DiscreteGaussian
 from privfl.dp.optimizer import SecureSumOptimizer
-from privfl.dp.randomness import SystemRandomness
-from privfl.dp.shares import CLIP_MARGIN, SENSITIVITY, Shares, StepGrid, derived_span, step_grid
 from privfl.errors import PrivflError
+from privfl.noise.discrete_gaussian import DiscreteGaussian
+from privfl.noise.distributed import CLIP_MARGIN, SENSITIVITY, Shares, StepGrid, derived_span, step_grid
+from privfl.noise.randomness import SystemRandomness
 
 LEAST_P = 1e-7
 # Where not said otherwise: noise multiplier, clipping norm, sites, and how many of them may collude.

@@ -9,7 +9,8 @@ import signal
 import sys
 
 from privfl.cli import main
-from privfl.site import coordinator, keys
+from privfl.coordinator import driver
+from privfl.secagg.session import keys
 
 target = sys.argv[1]
 make = keys.RunKeys.make.__func__
@@ -23,15 +24,15 @@ def spying(cls: type[keys.RunKeys], parameters: object) -> keys.RunKeys:
     return made
 
 
-perform = coordinator._Driver._perform
+perform = driver._Driver._perform
 
 
-def stopping(self: coordinator._Driver, output: coordinator.coordinator.Output) -> None:
+def stopping(self: driver._Driver, output: driver.coordinator.Output) -> None:
     perform(self, output)
     if os.path.exists(target):
         os.kill(os.getpid(), signal.SIGSTOP)
 
 
 keys.RunKeys.make = classmethod(spying)
-coordinator._Driver._perform = stopping
+driver._Driver._perform = stopping
 main(sys.argv[2:])

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from privfl.reporting.budget import (
+from privfl.reporting.schema import (
     FORMAT,
     Account,
     Adversary,

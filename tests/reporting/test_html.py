@@ -233,7 +233,7 @@ def test_ten_sites_take_little_time(tmp_path):
     (tmp_path / "report.json").write_text(found.model_dump_json())
     script = """
 import sys, time
-from privfl.reporting.budget import Report
+from privfl.reporting.schema import Report
 report = Report.model_validate_json(open(sys.argv[1]).read())
 began = time.process_time()
 from privfl.reporting.html import to_html

@@ -13,7 +13,7 @@ from privfl.errors import ProtocolError
 from privfl.secagg import SumKey, derive
 from privfl.secagg.packing import centred
 from privfl.secagg.parameters import CIPHERTEXT_WORDS, DEGREE
-from privfl.secagg.serial import Memory
+from privfl.secagg.seal import Memory
 from tests.secagg.world import Members
 
 P = derive(4, 20)

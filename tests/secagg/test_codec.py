@@ -10,6 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from privfl.errors import PrivflError, ProtocolError
+from privfl.identity import verify
 from privfl.secagg import (
     Checksum,
     Decryption,
@@ -23,13 +24,12 @@ from privfl.secagg import (
     derive,
     encrypt,
 )
-from privfl.secagg.adding import reduce_words
+from privfl.secagg.adders import reduce_words
 from privfl.secagg.checksum import checksum_length
 from privfl.secagg.codec import encrypt_seeded, expand
-from privfl.secagg.identity import verify
 from privfl.secagg.layout import BLOCK_INTEGERS
 from privfl.secagg.parameters import CIPHERTEXT_WORDS
-from privfl.site.keys import RunKeys
+from privfl.secagg.session.keys import RunKeys
 from tests.secagg.test_parameters import every
 from tests.secagg.world import Members
 

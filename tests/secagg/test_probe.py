@@ -6,23 +6,23 @@ import numpy as np
 import pytest
 
 from privfl.errors import PrivflError
-from privfl.secagg import adding, checksum, ckks, masks, probe
+from privfl.secagg import adders, checksum, ckks, masks, self_test
 
 
 def test_it_holds_here():
-    assert probe.prove() is True
+    assert self_test.prove() is True
 
 
 def test_words_that_do_not_add_up_mean_the_evaluator(monkeypatch: pytest.MonkeyPatch):
-    real = adding.WordAdder.add
+    real = adders.WordAdder.add
 
     def wrong(self, index, block):
         words = np.frombuffer(block, dtype="<u8").copy()
         words[-1] ^= np.uint64(1)
         real(self, index, words.data.cast("B"))
 
-    monkeypatch.setattr(adding.WordAdder, "add", wrong)
-    assert probe.prove() is False
+    monkeypatch.setattr(adders.WordAdder, "add", wrong)
+    assert self_test.prove() is False
 
 
 def no_masks(self, integers):
@@ -43,10 +43,10 @@ def wrong_rounding(self, coefficients):
 def test_a_stage_that_fails_is_refused(monkeypatch: pytest.MonkeyPatch, place, name, sabotage, sentence):
     monkeypatch.setattr(place, name, sabotage)
     with pytest.raises(PrivflError, match=sentence):
-        probe.prove()
+        self_test.prove()
 
 
 def test_a_checksum_that_takes_everything_is_refused(monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setattr(checksum.Checksum, "fits", lambda self, sums: True)
     with pytest.raises(PrivflError, match="the sum of a wrong set of members decodes"):
-        probe.prove()
+        self_test.prove()

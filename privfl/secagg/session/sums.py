@@ -28,8 +28,8 @@ from privfl.secagg import (
 )
 from privfl.secagg.limbs import join, limb_count, split
 from privfl.secagg.quantise import Quantiser
-from privfl.site.agreement import Agreement
-from privfl.site.keys import RunKeys
+from privfl.secagg.session.keys import RunKeys
+from privfl.secagg.session.roster import Agreement
 
 # How a sum of words comes about; the results are the same to the last bit.
 Path = Literal["star", "reduce"]

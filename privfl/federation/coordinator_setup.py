@@ -6,7 +6,20 @@ from collections.abc import Mapping
 from dataclasses import replace
 
 from privfl.errors import PrivflError, ProtocolError
-from privfl.federation.leading import Phase, Plan, Result, Send, SetAdder, State, Tell, expect, fail, rank_of, ranks, to_all
+from privfl.federation.coordinator_state import (
+    Phase,
+    Plan,
+    Result,
+    Send,
+    SetAdder,
+    State,
+    Tell,
+    expect,
+    fail,
+    rank_of,
+    ranks,
+    to_all,
+)
 from privfl.federation.messages import (
     Agreed,
     Begin,

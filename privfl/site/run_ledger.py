@@ -10,13 +10,13 @@ from pathlib import Path
 from typing import Any
 
 from privfl.accounting import Account, Event, NonPrivate
+from privfl.admission.plan import check_members
 from privfl.errors import InternalError, PrivflError, ProtocolError
 from privfl.federation.messages import SignedHead
+from privfl.identity import verify
 from privfl.ledger import Head, Ledger, Row, head_bytes
-from privfl.secagg.identity import verify
-from privfl.site.agreement import Agreement
-from privfl.site.allowance import check_members
-from privfl.site.outputs import open_log
+from privfl.secagg.session.roster import Agreement
+from privfl.site.artifacts import open_log
 from privfl.site.setup import SiteSetup
 
 

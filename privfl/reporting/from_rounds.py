@@ -35,8 +35,8 @@ def _history(
     rounds: list[dict[str, Any]],
     trust: str,
 ) -> History:
-    from privfl.reporting.budget import Check
     from privfl.reporting.history import Charged, History, RunFacts
+    from privfl.reporting.schema import Check
 
     mechanisms: list[Event] = []
     charges: list[Charged] = []
@@ -99,14 +99,14 @@ def _history(
 
 def write_page(path: Path) -> None:
     """The site's own report, beside its ledger. The run is over and sound: if this fails, it is said and nothing else."""
-    from privfl.cli import books
     from privfl.ledger import Ledger
-    from privfl.reporting.compute import report
+    from privfl.reporting import from_ledger
+    from privfl.reporting.build import report
     from privfl.reporting.html import to_html
 
     try:
         with Ledger.read(path) as ledger:
-            found = report(f"Privacy budget of {ledger.site}", [books.history(ledger, books.checks(ledger, []))])
+            found = report(f"Privacy budget of {ledger.site}", [from_ledger.history(ledger, from_ledger.checks(ledger, []))])
         path.with_suffix(".report.html").write_text(to_html(found), encoding="utf-8")
     except (PrivflError, OSError) as error:
         sys.stderr.write(f"privfl: the report beside the ledger {path} could not be written: {in_one_line(error)}\n")

@@ -15,8 +15,8 @@ from typing import Final
 
 from privfl.errors import PrivflError, ProtocolError
 from privfl.federation.messages import Welcome
+from privfl.identity import verify
 from privfl.secagg import ExchangeKey, Identity, Parameters
-from privfl.secagg.identity import verify
 
 PINNED: Final = "pinned keys"
 SINGLE: Final = "single trust domain"

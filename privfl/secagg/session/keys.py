@@ -8,9 +8,9 @@ import os
 
 from privfl.errors import ProtocolError
 from privfl.secagg import ExchangeKey, Parameters, SumKey
-from privfl.secagg.exchange import open_sealed, seal
+from privfl.secagg.key_exchange import open_sealed, seal
 from privfl.secagg.keystream import KEY_BYTES, derive_key
-from privfl.site.agreement import Agreement
+from privfl.secagg.session.roster import Agreement
 
 
 class RunKeys:

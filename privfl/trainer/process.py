@@ -12,7 +12,7 @@ import sys
 from typing import Any, TextIO
 
 from privfl.errors import InternalError, PrivflError
-from privfl.site.link import Closed, Link, SharedVector
+from privfl.trainer.channel import Closed, Link, SharedVector
 
 # What launchers tell a rank about itself. A child that inherits it may be taken for the rank, by MPI or by a library.
 _LAUNCHER_PREFIXES = (
@@ -64,7 +64,7 @@ class Trainer:
         passed = (theirs.fileno(), alive, self.replica.descriptor, self.update.descriptor)
         # A fresh interpreter and never a fork: MPI and TenSEAL do not survive one.
         self._process = subprocess.Popen(
-            [sys.executable, "-m", "privfl.site.trainer", site, *map(str, passed)],
+            [sys.executable, "-m", "privfl.trainer.main", site, *map(str, passed)],
             pass_fds=passed,
             stdin=subprocess.DEVNULL,
             stdout=log,

@@ -14,9 +14,9 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-from privfl.dp.discrete_gaussian import DiscreteGaussian
-from privfl.dp.randomness import Randomness
 from privfl.errors import PrivflError
+from privfl.noise.discrete_gaussian import DiscreteGaussian
+from privfl.noise.randomness import Randomness
 
 # Norms are taken in float64; what is left is the rounding of the clip factor, of its product with the gradient and of sums in float32,
 # together below 1e-5 for clipping and below 1e-3 for the sums of batches of 10^4 records.

@@ -13,7 +13,7 @@ from privfl.errors import PrivflError
 from privfl.federation.messages import Message
 from privfl.secagg import Layout
 from privfl.secagg.parameters import CIPHERTEXT_WORDS
-from privfl.site.sums import Path
+from privfl.secagg.session.sums import Path
 from privfl.transport import Reduction, Transport
 
 # So many sums may be under way while the next block is encrypted.

@@ -15,28 +15,29 @@ Noise = Literal["site", "distributed"]
 
 
 @dataclass(frozen=True)
-class View:
+class Adversary:
     """An adversary who wants to learn about a record of one site.
 
     Attributes:
-        sites: how many of the other sites pool what they see; 0 for whoever sees only what is published.
-        shares: of how many sites the noise is that it cannot subtract.
-        noise: how much noise this adversary cannot subtract, as a multiple of sigma: the noise multiplier that stands against ``collusion`` sites.
+        colluders: how many of the other sites pool what they see; 0 for whoever sees only what is published.
+        honest_shares: how many sites' shares of the noise it cannot subtract.
+        noise_factor: the noise this adversary cannot subtract, as a multiple of sigma, the noise multiplier that stands against ``collusion`` sites.
         sees: in plain words.
     """
 
     who: str
-    sites: int
-    shares: int
-    noise: float
+    colluders: int
+    honest_shares: int
+    noise_factor: float
     sees: str
 
     def epsilon(self, events: Iterable[Event], delta: float) -> float:
-        """Upper bound at ``delta`` on what this adversary learns of a record from ``events``, charged for who faces a ``noise`` of 1.
+        """Upper bound at ``delta`` on what this adversary learns of a record from ``events``, which are charged for the adversary whose
+        ``noise_factor`` is 1.
 
         Of a history whose parameters were fixed in advance.
         """
-        return _epsilon(tuple(_with(event, self.noise) for event in events), delta)
+        return _epsilon(tuple(_with(event, self.noise_factor) for event in events), delta)
 
 
 # Sites of a run are often alike.
@@ -51,29 +52,29 @@ def _with(event: Event, factor: float) -> Event:
     return event
 
 
-def views(noise: Noise, members: int, collusion: int = 0) -> tuple[View, ...]:
+def adversaries(noise: Noise, members: int, collusion: int = 0) -> tuple[Adversary, ...]:
     """The adversaries of a run with so many sites, weakest first.
 
     With ``site`` noise every site adds all of its noise itself, so that all adversaries face the same. With ``distributed`` noise each of n
     sites adds a share of variance sigma^2 C^2 / (n - t), with t the ``collusion``; k sites subtract theirs and face sigma sqrt((n - k) / (n - t))
-    (docs/accounting.md). The charged view is that of k = t, which is at least 1.
+    (docs/accounting.md). The charged adversary is the one with k = t, which is at least 1.
 
     Raises:
         ValueError: fewer than two sites, or as many colluders as sites.
     """
     if members < 2 or not 0 <= collusion < members:
-        raise ValueError(f"there is no view of {members} sites of which {collusion} collude")
+        raise ValueError(f"no adversaries can be listed for {members} sites of which {collusion} collude")
 
     def factor(k: int) -> float:
         return 1.0 if noise == "site" else math.sqrt((members - k) / (members - collusion))
 
-    public = View("the public", 0, members, factor(0), "the finished model, and every report")
+    public = Adversary("the public", 0, members, factor(0), "the finished model, and every report")
     found = [public]
     for k in range(1, members):
         who = "one other site" if k == 1 else f"{k} other sites together"
         rest = members - k
         sums = "this site's own updates" if rest == 1 else f"sums over {rest} sites, this one among them"
         found.append(
-            View(f"{who}, also with the coordinator", k, members - k, factor(k), f"the model after every round, and {sums}")
+            Adversary(f"{who}, also with the coordinator", k, members - k, factor(k), f"the model after every round, and {sums}")
         )
     return tuple(found)

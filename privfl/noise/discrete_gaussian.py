@@ -31,7 +31,7 @@ from decimal import Context, Decimal, localcontext
 import numpy as np
 from numpy.typing import NDArray
 
-from privfl.dp.randomness import Randomness
+from privfl.noise.randomness import Randomness
 
 _COLUMN_BITS, _COLUMNS = 54, 1 << 10
 _REACH = 12.0

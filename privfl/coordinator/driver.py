@@ -15,10 +15,10 @@ from privfl.federation import coordinator, messages
 from privfl.federation.coordinator import Phase
 from privfl.federation.messages import Kind, Message
 from privfl.secagg import Adder, EvaluatorAdder, Layout, Parameters, WordAdder
-from privfl.secagg.adding import reduce_words
+from privfl.secagg.adders import reduce_words
 from privfl.secagg.parameters import CIPHERTEXT_WORDS
-from privfl.site.outbox import finish
-from privfl.site.sums import layout_of
+from privfl.secagg.session.sums import layout_of
+from privfl.site.upload import finish
 from privfl.transport import Reduction, Transport
 
 Told = Callable[[str, dict[str, Any]], None]

@@ -5,8 +5,8 @@ from __future__ import annotations
 import math
 
 from privfl.config import Experiment
-from privfl.dp.randomness import Randomness, SeededRandomness, SystemRandomness, gaussian
 from privfl.federation.metrics import Measured
+from privfl.noise.randomness import Randomness, SeededRandomness, SystemRandomness, gaussian
 
 # A cover for rounding: of the sums to the grid of metrics, and of each record's part to length 1.
 _MARGIN = 2.0**-10

@@ -7,10 +7,10 @@ from collections.abc import Mapping
 from privfl.errors import InternalError
 from privfl.federation.messages import Welcome
 from privfl.secagg import ExchangeKey
-from privfl.site.agreement import Agreement
-from privfl.site.keys import RunKeys, open_keys, seal_keys
+from privfl.secagg.session.keys import RunKeys, open_keys, seal_keys
+from privfl.secagg.session.roster import Agreement
+from privfl.secagg.session.sums import Sums
 from privfl.site.setup import SiteSetup
-from privfl.site.sums import Sums
 
 
 class Joining:

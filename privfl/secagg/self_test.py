@@ -8,11 +8,11 @@ import numpy as np
 from numpy.typing import NDArray
 
 from privfl.errors import PrivflError
-from privfl.secagg.adding import Adder, EvaluatorAdder, WordAdder
+from privfl.secagg.adders import Adder, EvaluatorAdder, WordAdder
 from privfl.secagg.checksum import Checksum
 from privfl.secagg.ckks import SumKey
 from privfl.secagg.codec import Decryption, MismatchError, encrypt
-from privfl.secagg.exchange import ExchangeKey
+from privfl.secagg.key_exchange import ExchangeKey
 from privfl.secagg.keystream import KEY_BYTES
 from privfl.secagg.layout import Layout
 from privfl.secagg.masks import Pairs

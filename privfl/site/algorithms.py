@@ -8,17 +8,17 @@ from typing import Any, Protocol
 import numpy as np
 from numpy.typing import NDArray
 
-from privfl.dp.shares import Shares, StepGrid, derived_span, step_grid
 from privfl.errors import InternalError
 from privfl.federation import messages
 from privfl.federation.strategies import fedavg
+from privfl.noise.distributed import Shares, StepGrid, derived_span, step_grid
+from privfl.noise.metrics import randomness_of
 from privfl.secagg import Grid, Parameters
 from privfl.secagg.quantise import Quantiser, Whole
-from privfl.site import sums
-from privfl.site.child import Trainer
-from privfl.site.evaluation import randomness_of
-from privfl.site.keys import RunKeys
+from privfl.secagg.session import sums
+from privfl.secagg.session.keys import RunKeys
 from privfl.site.setup import SiteSetup
+from privfl.trainer.process import Trainer
 
 Replica = NDArray[np.float32]
 

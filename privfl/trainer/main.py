@@ -1,6 +1,6 @@
 """A site's trainer: the process that holds torch, the user's code and the records, and no key.
 
-Started by the agent as ``python -m privfl.site.trainer SITE ...``; it answers requests until the agent goes away. It never imports
+Started by the agent as ``python -m privfl.trainer.main SITE ...``; it answers requests until the agent goes away. It never imports
 mpi4py: an MPI library in a child of a rank would take itself for that rank.
 """
 
@@ -23,7 +23,7 @@ import numpy as np
 
 from privfl.config import Experiment, load_function
 from privfl.errors import EXIT_OURS, EXIT_USER, OutsideGuarantee, PrivflError, in_one_line
-from privfl.site.link import Closed, Link, SharedVector
+from privfl.trainer.channel import Closed, Link, SharedVector
 
 if TYPE_CHECKING:
     from privfl.dp.training import Recipe
@@ -106,8 +106,8 @@ class _Trainer:
     def __init__(self, site: str, setup: dict[str, Any], replica: SharedVector, update: SharedVector) -> None:
         import torch
 
-        from privfl.dp.randomness import SeededRandomness, SystemRandomness
         from privfl.dp.training import LocalTraining
+        from privfl.noise.randomness import SeededRandomness, SystemRandomness
 
         experiment = Experiment.model_validate_json(setup["experiment"])
         folder = Path(setup["folder"])

@@ -25,9 +25,9 @@ from privfl.accounting import (
     least_noise_multiplier,
 )
 from privfl.config import Budget, Experiment, SiteFile
-from privfl.dp.shares import SENSITIVITY
 from privfl.errors import InternalError, PrivflError, ProtocolError
 from privfl.ledger import BudgetError, Head, Ledger
+from privfl.noise.distributed import SENSITIVITY
 
 # Whoever sets one of these wants protection, which a known seed takes away.
 _POLICY = {

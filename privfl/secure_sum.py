@@ -17,14 +17,14 @@ from privfl.errors import PrivflError, ProtocolError, in_one_line
 from privfl.federation import messages
 from privfl.federation.messages import Body, Kind, Message
 from privfl.secagg import Exact, ExchangeKey, Grid, Identity, Layout, MismatchError, WordAdder
-from privfl.secagg.adding import reduce_words
-from privfl.secagg.probe import prove
+from privfl.secagg.adders import reduce_words
 from privfl.secagg.quantise import Quantiser, Rounding
-from privfl.site.agreement import Agreement
-from privfl.site.keys import RunKeys, open_keys, seal_keys
-from privfl.site.outbox import Outbox, finish
+from privfl.secagg.self_test import prove
+from privfl.secagg.session.keys import RunKeys, open_keys, seal_keys
+from privfl.secagg.session.roster import Agreement
+from privfl.secagg.session.sums import OneSum, Path, Sums, parameters_for
 from privfl.site.setup import versions
-from privfl.site.sums import OneSum, Path, Sums, parameters_for
+from privfl.site.upload import Outbox, finish
 from privfl.transport import Transport
 
 

@@ -11,22 +11,10 @@ import numpy as np
 from numpy.typing import NDArray
 
 from privfl import __version__
-from privfl.accounting import ACCOUNTS, ADJACENCY, Event, NonPrivate, epsilon_of, epsilons, person_epsilon, views
+from privfl.accounting import ACCOUNTS, ADJACENCY, Event, NonPrivate, adversaries, epsilon_of, epsilons, person_epsilon
 from privfl.accounting import Account as AccountName
-from privfl.reporting.budget import (
-    FORMAT,
-    Account,
-    Adversary,
-    Book,
-    Budget,
-    Charge,
-    Cost,
-    Person,
-    Point,
-    Report,
-    Run,
-)
 from privfl.reporting.history import Charged, History, RunFacts, now
+from privfl.reporting.schema import FORMAT, Account, Adversary, Book, Budget, Charge, Cost, Person, Point, Report, Run
 
 # More points do not show in a plot.
 _POINTS = 400
@@ -292,16 +280,18 @@ def _adversaries(history: History, facts: RunFacts, cost: Cost | None, charges: 
     found = [coordinator] if facts.coordinator else []
     events = _events(history, _planned(_steps(charges), facts.plans.get("training")))
     because = "noise: this site adds all of it itself, so it holds against everybody"
-    for view in views(facts.noise, len(facts.members), facts.collusion):
+    for adversary in adversaries(facts.noise, len(facts.members), facts.collusion):
         epsilon = cost.epsilon
         if facts.noise == "distributed":
-            # A filter bounds the charged view only. All rows by one accountant, or they would not rise from one to the next.
-            epsilon = view.epsilon(events, facts.delta)
-            shares = "one share of it that is" if view.shares == 1 else f"{view.shares} shares of it that are"
-            because = f"noise: {shares} not theirs, {view.noise:.3g} times the noise that is charged (by RDP, as a plan fixed in advance)"
+            # A filter bounds the charged adversary only. All rows by one accountant, or they would not rise from one to the next.
+            epsilon = adversary.epsilon(events, facts.delta)
+            shares = (
+                "one share of it that is" if adversary.honest_shares == 1 else f"{adversary.honest_shares} shares of it that are"
+            )
+            because = f"noise: {shares} not theirs, {adversary.noise_factor:.3g} times the noise that is charged (by RDP, as a plan fixed in advance)"
         if cost.epsilon == "infinite":
             because = "nothing: what was released is not protected by noise"
-        found.append(Adversary(who=view.who, sees=view.sees, epsilon=epsilon, because=because))
+        found.append(Adversary(who=adversary.who, sees=adversary.sees, epsilon=epsilon, because=because))
     owner = Adversary(
         who="whoever owns an account under which several parties ran",
         sees="everything that the processes of that account hold, the records too",

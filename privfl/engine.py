@@ -15,17 +15,17 @@ import numpy as np
 from numpy.typing import NDArray
 
 from privfl.accounting import Account, DiscreteGaussian, Event, RenyiFilter
+from privfl.admission.plan import limits_of
 from privfl.dp.engine import Engine, Home, Loop
-from privfl.dp.randomness import SystemRandomness
-from privfl.dp.shares import Shares, StepGrid
 from privfl.errors import InternalError, PrivflError
 from privfl.ledger import Ledger
+from privfl.noise.distributed import Shares, StepGrid
+from privfl.noise.randomness import SystemRandomness
 from privfl.secagg import derive
 from privfl.secagg.parameters import MOST_BITS
 from privfl.secagg.quantise import Rounding, Whole
-from privfl.site.allowance import limits_of
-from privfl.site.secure_sum import SecureSum
-from privfl.site.updates import grid_of
+from privfl.secure_sum import SecureSum
+from privfl.site.algorithms import grid_of
 
 # The range of sums is made for so many steps; a loop of one's own does not say how many it will make.
 _STEPS = 1 << 20

@@ -6,7 +6,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from privfl.errors import PrivflError, ProtocolError
-from privfl.site.keys import RunKeys
+from privfl.secagg.session.keys import RunKeys
 
 # Of the largest parameter: some hundred times the rounding of float32, and far below what a step moves.
 _TOLERANCE = 2.0**-16

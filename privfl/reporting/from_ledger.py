@@ -13,8 +13,8 @@ from privfl.errors import PrivflError, ProtocolError
 if TYPE_CHECKING:
     from privfl.accounting import Account
     from privfl.ledger import Head, Ledger
-    from privfl.reporting.budget import Check
     from privfl.reporting.history import History, RunFacts
+    from privfl.reporting.schema import Check
 
 
 @dataclass(frozen=True)
@@ -93,7 +93,7 @@ def _heads_of(file: Path) -> list[Shown]:
 
 def checks(ledger: Ledger, heads: Sequence[Shown]) -> list[Check]:
     """What can be said without computing divergences again: the chain held when the ledger was opened; now the heads."""
-    from privfl.reporting.budget import Check
+    from privfl.reporting.schema import Check
 
     found = [Check(what="chain", ok=True, detail=f"the hashes of all {len(ledger.rows)} rows fit")]
     ours = [shown for shown in heads if shown.head.ledger == ledger.name]
@@ -114,8 +114,8 @@ def checks(ledger: Ledger, heads: Sequence[Shown]) -> list[Check]:
 
 
 def _problem(ledger: Ledger, shown: Shown, identities: dict[str, str]) -> str | None:
+    from privfl.identity import verify
     from privfl.ledger import head_bytes
-    from privfl.secagg.identity import verify
 
     known, signed = shown.run in identities, False
     try:
