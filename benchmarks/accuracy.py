@@ -65,12 +65,11 @@ def run(task: tuple[str, str, float]) -> float:
     import numpy as np
     import torch
 
+    from privfl.admission.plan import parameters_of
     from privfl.config import load_experiment
     from privfl.dp.training import LocalTraining
-    from privfl.noise.distributed import Shares
+    from privfl.noise.distributed import DistributedNoise, Shares
     from privfl.noise.randomness import SystemRandomness
-    from privfl.secagg.session.sums import parameters_for
-    from privfl.site.algorithms import grid_of
     from privfl.trainer.main import recipe_of
 
     mode, scaling, epsilon = task
@@ -89,16 +88,13 @@ def run(task: tuple[str, str, float]) -> float:
             mean = sum(t.train_round(replica).astype(np.float64) * (t.records / records) for t in trainers)
             replica = (replica + mean).astype(np.float32)
     else:
-        grid = grid_of(
-            parameters_for(len(trainers), experiment.secure_aggregation.value_bits, experiment.secure_aggregation.path),
-            span=None,
+        grid = DistributedNoise(sigma, clip, len(trainers), experiment.collusion).grid(
+            value_range=None,
+            largest_total=parameters_of(experiment).largest_total,
+            parameters=trainers[0].parameters,
             expected=experiment.rate(experiment.sites[0]) * records,
             records=records,
-            length=trainers[0].parameters,
             steps=experiment.rounds,
-            noise_multiplier=sigma,
-            max_grad_norm=clip,
-            collusion=experiment.collusion,
         )
         shares = [Shares(grid, SystemRandomness()) for _ in trainers]
         for _ in range(experiment.rounds):

@@ -71,7 +71,7 @@ def ours(parameters: int, peers: int) -> Way:
         Checksum,
         Decryption,
         ExchangeKey,
-        Grid,
+        FixedPoint,
         Layout,
         Masks,
         Pairs,
@@ -84,7 +84,7 @@ def ours(parameters: int, peers: int) -> Way:
     from privfl.transport import mpi
 
     p = derive(SITES, usual_value_bits(SITES))
-    key, check, vector, grid = SumKey(p), bytes(32), vector_of(0, parameters), Grid(p, SPAN)
+    key, check, vector, grid = SumKey(p), bytes(32), vector_of(0, parameters), FixedPoint(p, SPAN)
     exchange = [ExchangeKey() for _ in range(peers + 1)]
     pairs = Pairs(exchange[0], [k.public for k in exchange])
     attempt = iter(range(1, 1 << 30))

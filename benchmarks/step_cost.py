@@ -118,7 +118,7 @@ def _one_sum(parameters: int, bits: int, timed: Callable[[str, Callable[[], Any]
     from privfl.secagg.codec import _masked, _words
     from privfl.secagg.layout import Layout
     from privfl.secagg.masks import Masks
-    from privfl.secagg.quantise import Whole
+    from privfl.secagg.quantise import WrappingIntegers
 
     derived = derive(len(SITES), bits)
     layout = Layout(parameters, derived)
@@ -128,13 +128,13 @@ def _one_sum(parameters: int, bits: int, timed: Callable[[str, Callable[[], Any]
     integers = timed("noise", lambda: shares.add(vector))
     # Masks with each of the three others; the sum below is of vectors without, as if they had cancelled.
     pairs = [(os.urandom(32), True) for _ in range(len(SITES) - 1)]
-    masked = timed("masks", lambda: list(_masked(integers, Whole(), Checksum(check, derived), Masks(pairs), derived)))
+    masked = timed("masks", lambda: list(_masked(integers, WrappingIntegers(), Checksum(check, derived), Masks(pairs), derived)))
     timed("ahead", lambda: [key.encrypt_ahead(layout.all_ciphertexts) for _ in range(layout.all_ciphertexts)])
     timed("encryption", lambda: [_words(block, key) for block in masked])
     adder = WordAdder(derived)
     adder.open(layout)
     for _ in SITES:
-        for number, block in enumerate(_masked(integers, Whole(), Checksum(check, derived), Masks([]), derived)):
+        for number, block in enumerate(_masked(integers, WrappingIntegers(), Checksum(check, derived), Masks([]), derived)):
             adder.add(number, _words(block, key).data.cast("B"))
     sums = [bytes(adder.block(number)) for number in range(blocks)]
 

@@ -1,4 +1,16 @@
-"""The two kinds of failure. Every part of privfl may import this module, and it imports nothing of privfl."""
+"""All failures of privfl, as one tree. Every part of privfl may import this module, and it imports nothing of privfl.
+
+::
+
+    PrivflError              one sentence for the person at the keyboard, who can mend the cause (exit code 2)
+    ├── BudgetError          a charge that the budget does not admit
+    ├── DamagedError         a ledger whose rows are not what was written
+    └── InternalError        a state that correct code cannot reach (exit code 1)
+        └── ProtocolError    a message that the protocol does not allow at this point
+            └── MismatchError    a decrypted sum that is not the sum of what the sites sent
+
+    OutsideGuarantee         a warning of user code: records are used in a way that no epsilon covers
+"""
 
 from __future__ import annotations
 
@@ -19,6 +31,14 @@ class PrivflError(Exception):
     exit_code: int = EXIT_USER
 
 
+class BudgetError(PrivflError):
+    """A charge that the budget does not admit; nothing was written to the ledger and nothing was released."""
+
+
+class DamagedError(PrivflError):
+    """A ledger whose rows are not what was written: altered, cut off, or no ledger of privfl at all."""
+
+
 class InternalError(PrivflError):
     """A state that correct code cannot reach; the job ends with exit code 1."""
 
@@ -27,6 +47,16 @@ class InternalError(PrivflError):
 
 class ProtocolError(InternalError):
     """A message that the protocol does not allow at this point; nothing of it is used."""
+
+
+class MismatchError(ProtocolError):
+    """The one error for every sum that is not what the members sent; which check failed would help an attacker, so it is not said."""
+
+    def __init__(self) -> None:
+        super().__init__(
+            "a decrypted sum is not the sum of what the sites sent: it was altered, replayed or mixed up on the way; "
+            "nothing of it is used, and the keys of this run are given up"
+        )
 
 
 class OutsideGuarantee(UserWarning):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import base64
 import binascii
+from pathlib import Path
 
 from cryptography.exceptions import InvalidSignature
 from cryptography.hazmat.primitives import serialization
@@ -75,3 +76,25 @@ def public_bytes(public: str) -> bytes:
     if text == public or len(raw) != 32 or base64.urlsafe_b64encode(raw).decode().rstrip("=") != text:
         raise ValueError("must be 'ed25519:' and 43 characters, as `privfl keys show` prints it")
     return raw
+
+
+def load_identity(path: str) -> Identity:
+    """The identity in a file that `privfl keys generate` wrote.
+
+    Raises:
+        PrivflError: it cannot be read, others may read it too, or it holds no such key.
+    """
+    file = Path(path)
+    try:
+        others = file.stat().st_mode & 0o077
+        pem = file.read_bytes()
+    except OSError as error:
+        raise PrivflError(
+            f"cannot read the identity {path}: {error.strerror}; make one with `privfl keys generate {path}`"
+        ) from error
+    if others:
+        raise PrivflError(f"the identity {path} may be read or changed by others; `chmod 600 {path}`")
+    try:
+        return Identity.from_pem(pem)
+    except PrivflError as error:
+        raise PrivflError(f"{path} {error}") from error

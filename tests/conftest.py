@@ -13,9 +13,12 @@ import threading
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import pytest
+
+if TYPE_CHECKING:
+    from privfl.site.observer import Observer
 
 ROOT = Path(__file__).resolve().parent.parent
 MPIEXEC = str(Path(sysconfig.get_path("scripts")) / "mpiexec")
@@ -37,7 +40,7 @@ def trainers_as_threads(monkeypatch: pytest.MonkeyPatch) -> None:
     from privfl.site import agent
     from tests.trainers import ThreadTrainer
 
-    monkeypatch.setattr(agent, "Trainer", ThreadTrainer)
+    monkeypatch.setattr(agent, "TrainerProcess", ThreadTrainer)
     monkeypatch.setattr(sys, "path", sys.path.copy())
 
 
@@ -135,6 +138,7 @@ def run_twin(
     ranks: int,
     wrap: Callable[[object], object] = lambda t: t,
     sites: Path | None = None,
+    observer: Observer | None = None,
 ) -> Twin:
     """The same code as under mpiexec over the in-process transport; ``wrap`` may put something around each rank's transport."""
     from privfl.cli.train import run
@@ -145,7 +149,7 @@ def run_twin(
 
     def rank(number: int) -> None:
         try:
-            twin.codes[number] = run(world[number], experiment, sites=sites, output=output, settings=settings)
+            twin.codes[number] = run(world[number], experiment, sites=sites, output=output, settings=settings, observer=observer)
         except BaseException as error:
             twin.codes[number] = error
 

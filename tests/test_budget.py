@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import re
 import shutil
-import threading
 from pathlib import Path
 from typing import Any
 
@@ -14,8 +13,10 @@ import pytest
 
 from privfl.accounting import PoissonGaussian
 from privfl.federation.messages import Kind, decode
+from privfl.federation.metrics import pack
 from privfl.ledger import Ledger
 from privfl.reporting.schema import Report
+from privfl.site.observer import Observer
 from tests.books import PRIVATE, read, run_books
 from tests.conftest import ROOT, Twin, edit, run_twin
 
@@ -106,17 +107,18 @@ def test_a_seeded_run_is_not_private_in_the_book_either(small: Path, tmp_path: P
 
 
 def test_every_round_is_charged_before_the_trainer_hears_of_it(small: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
-    from privfl.trainer.process import Trainer
+    from privfl.trainer.process import TrainerProcess
+    from privfl.trainer.requests import Train
 
-    ask, seen = Trainer.ask, []
+    ask, seen = TrainerProcess.ask, []
 
-    def watch(self: Trainer, request: dict[str, Any]) -> None:
-        if request.get("do") == "train":
+    def watch(self: TrainerProcess, request: Any) -> None:
+        if isinstance(request, Train):
             (path,) = (tmp_path / "runs").rglob("aa/*.ledger")
             seen.append(sum(row.steps for row in read(path).charges()))
         ask(self, request)
 
-    monkeypatch.setattr(Trainer, "ask", watch)
+    monkeypatch.setattr(TrainerProcess, "ask", watch)
     twin = run_twin(small, output=tmp_path / "runs", ranks=3)
     assert twin.codes == [0, 0, 0], twin.err
     # Two sites, so each count is seen twice, perhaps before the other site has written.
@@ -128,12 +130,12 @@ def test_every_round_is_charged_before_the_trainer_hears_of_it(small: Path, tmp_
 @pytest.mark.parametrize("forgotten", ["charge_round", "charge_metrics"])
 def test_a_charge_that_is_forgotten_stops_the_run(small: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, forgotten: str):
     """The releases are checked against the ledger itself, also if the count of noise draws is fooled."""
-    from privfl.site.run_ledger import Book
+    from privfl.site.run_ledger import RunLedger
 
-    def forget(self: Book, round_: int) -> None:
+    def forget(self: RunLedger, round_: int) -> None:
         self._steps["training" if forgotten == "charge_round" else "evaluation"] += 3
 
-    monkeypatch.setattr(Book, forgotten, forget)
+    monkeypatch.setattr(RunLedger, forgotten, forget)
     twin = run_twin(small, PRIVATE, output=tmp_path / "runs", ranks=3)
     assert twin.codes == [1, 1, 1]
     assert "was not charged to the" in twin.err
@@ -142,9 +144,9 @@ def test_a_charge_that_is_forgotten_stops_the_run(small: Path, tmp_path: Path, m
 
 @pytest.mark.usefixtures("trainers_as_threads")
 def test_protections_are_looked_at_before_every_release(small: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
-    from privfl.secagg.session.sums import Sums
+    from privfl.secagg.session.sums import SumSession
 
-    monkeypatch.setattr(Sums, "masked_members", property(lambda self: 1))
+    monkeypatch.setattr(SumSession, "masked_members", property(lambda self: 1))
     twin = run_twin(small, output=tmp_path / "runs", ranks=3)
     assert twin.codes == [1, 1, 1]
     assert "masks is not active at site" in twin.err
@@ -189,7 +191,7 @@ def test_a_ledger_that_changes_while_the_run_starts(
     from privfl.site import agent
 
     assert run_twin(small, output=tmp_path / "first", ranks=3, sites=sites).codes == [0, 0, 0]
-    make = agent.Book
+    make = agent.RunLedger
     ledger = tmp_path / "aa.ledger"
 
     def swapped(setup: Any, *rest: Any) -> Any:
@@ -202,7 +204,7 @@ def test_a_ledger_that_changes_while_the_run_starts(
                 ledger.touch()
         return make(setup, *rest)
 
-    monkeypatch.setattr(agent, "Book", swapped)
+    monkeypatch.setattr(agent, "RunLedger", swapped)
     twin = run_twin(small, output=tmp_path / "second", ranks=3, sites=sites)
     assert twin.codes == [2, 2, 2]
     assert "aa.ledger was changed or replaced while this run started" in twin.err
@@ -239,51 +241,40 @@ def test_a_book_without_limits_is_no_budget(small: Path, tmp_path: Path, sites: 
     shutil.copy(run_books(twin)["aa"], tmp_path / "aa.ledger")
     refused = run_twin(small, output=tmp_path / "more", ranks=3, sites=sites)
     assert refused.codes == [2, 2, 2]
-    assert "is the book of a single run and has no limits for the budget of site aa" in refused.err
+    assert "was written for a single run and has no limits for the budget of site aa" in refused.err
 
 
 # -- metrics with noise ---------------------------------------------------------------------------------------------------
 
 
-def _watch_metrics(monkeypatch: pytest.MonkeyPatch) -> dict[str, list[Any]]:
-    """What the trainers measured, and what their agents hand to the sum."""
-    from privfl.federation import metrics
-    from privfl.site import agent
+class _Metrics(Observer):
+    """What the trainers measured, and what their agents hand to the sum: numbers as a contribution has them."""
 
-    seen: dict[str, list[Any]] = {"measured": [], "packed": []}
-    lock, contribute, pack = threading.Lock(), agent._Agent._contribute_metrics, metrics.pack
+    def __init__(self) -> None:
+        self.measured_numbers: list[np.ndarray] = []
+        self.sent_numbers: list[np.ndarray] = []
 
-    def watch(self: Any, measured: Any) -> None:
-        with lock:
-            seen["measured"].append(pack(measured, self._begin().layout))
-        contribute(self, measured)
+    def measured(self, site: str, round_: int, metrics: Any) -> None:
+        self.measured_numbers.append(pack(metrics, {name: len(sums) for name, (sums, _) in metrics.items()}))
 
-    def packed(measured: Any, layout: Any) -> Any:
-        numbers = pack(measured, layout)
-        with lock:
-            seen["packed"].append(numbers)
-        return numbers
-
-    monkeypatch.setattr(agent._Agent, "_contribute_metrics", watch)
-    monkeypatch.setattr(agent.metrics, "pack", packed)
-    return seen
+    def contributed(self, site: str, round_: int, attempt: int, vector: np.ndarray) -> None:
+        if attempt == 2:
+            self.sent_numbers.append(vector.copy())
 
 
-def _noise(seen: dict[str, list[Any]]) -> np.ndarray:
+def _noise(seen: _Metrics) -> np.ndarray:
     """The difference in sums and counts, over all sites and rounds."""
-    sent = np.concatenate([vector[:2] for vector in seen["packed"]])
-    true = np.concatenate([vector[:2] for vector in seen["measured"]])
+    sent = np.concatenate([vector[:2] for vector in seen.sent_numbers])
+    true = np.concatenate([vector[:2] for vector in seen.measured_numbers])
     return np.sort(sent) - np.sort(true) if len(sent) == len(true) else np.zeros(0)
 
 
 @pytest.mark.usefixtures("trainers_as_threads")
-def test_metrics_of_private_records_leave_with_noise_and_are_charged(
-    small: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-):
-    seen = _watch_metrics(monkeypatch)
-    twin = run_twin(small, PRIVATE, "rounds=4", output=tmp_path / "runs", ranks=3)
+def test_metrics_of_private_records_leave_with_noise_and_are_charged(small: Path, tmp_path: Path):
+    seen = _Metrics()
+    twin = run_twin(small, PRIVATE, "rounds=4", output=tmp_path / "runs", ranks=3, observer=seen)
     assert twin.codes == [0, 0, 0], twin.err
-    assert len(seen["packed"]) == 8
+    assert len(seen.sent_numbers) == 8
     assert np.abs(_noise(seen)).min() > 1e-6, "every number has noise"
     rounds = [json.loads(line) for line in (twin.folder / "rounds.jsonl").read_text().splitlines()]
     for site, path in run_books(twin).items():
@@ -294,17 +285,17 @@ def test_metrics_of_private_records_leave_with_noise_and_are_charged(
         assert 19.9 < epsilon <= 20.0
         assert rounds[-1]["sites"][site]["evaluation"]["epsilon"] == pytest.approx(epsilon, rel=1e-6)
     # What everybody sees in the end is made from the noised numbers alone.
-    total = np.sum(seen["packed"][-2:], axis=0)
+    total = np.sum(seen.sent_numbers[-2:], axis=0)
     assert rounds[-1]["metrics"]["accuracy"] == pytest.approx(total[0] / total[1], abs=1e-6)
 
 
 @pytest.mark.usefixtures("trainers_as_threads")
 def test_that_check_sees_when_the_noise_is_missing(small: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
-    from privfl.site import agent
+    from privfl.site import active_run
 
-    monkeypatch.setattr(agent, "noised", lambda measured, noise, randomness: measured)
-    seen = _watch_metrics(monkeypatch)
-    assert run_twin(small, PRIVATE, output=tmp_path / "runs", ranks=3).codes == [0, 0, 0]
+    monkeypatch.setattr(active_run, "noised", lambda measured, noise, randomness: measured)
+    seen = _Metrics()
+    assert run_twin(small, PRIVATE, output=tmp_path / "runs", ranks=3, observer=seen).codes == [0, 0, 0]
     assert np.abs(_noise(seen)).max() == 0.0
 
 

@@ -19,8 +19,8 @@ from torch.utils.data import DataLoader, TensorDataset
 import privfl
 from privfl.accounting import DiscreteGaussian, PoissonGaussian, epsilon_of
 from privfl.dp.optimizer import _SystemNoise
-from privfl.errors import PrivflError
-from privfl.ledger import BudgetError, Ledger
+from privfl.errors import BudgetError, PrivflError
+from privfl.ledger import Ledger
 from privfl.noise.discrete_gaussian import DiscreteGaussian as Sampler
 from privfl.secure_sum import SecureSum
 from privfl.transport import connect

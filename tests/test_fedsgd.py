@@ -19,12 +19,12 @@ from privfl.federation import messages
 from privfl.noise.discrete_gaussian import DiscreteGaussian
 from privfl.noise.distributed import Shares
 from privfl.reporting.numbers import decimals
-from privfl.site import agent
-from privfl.site.algorithms import Steps
-from privfl.site.run_ledger import Book
+from privfl.site import agent, algorithms
+from privfl.site.active_run import ActiveRun
+from privfl.site.run_ledger import RunLedger
 from tests.books import read, run_books
 from tests.conftest import Twin, run_cli, run_twin, secure_experiment
-from tests.inside import Seen, watch
+from tests.inside import Seen
 from tests.test_run import user_module
 
 SITES = ("aa", "bbb", "cccc")
@@ -37,9 +37,8 @@ RANKS = len(SITES) + 1
 def observed(tmp_path_factory: pytest.TempPathFactory) -> tuple[Twin, Seen]:
     """Sixty steps of three sites, each with a trainer that is a process of its own."""
     folder = tmp_path_factory.mktemp("fedsgd")
-    with pytest.MonkeyPatch.context() as monkeypatch:
-        seen = watch(monkeypatch)
-        twin = run_twin(secure_experiment(folder), output=folder / "runs", ranks=RANKS, wrap=seen.wrap)
+    seen = Seen()
+    twin = run_twin(secure_experiment(folder), output=folder / "runs", ranks=RANKS, wrap=seen.wrap, observer=seen)
     assert twin.codes == [0] * RANKS, twin.err
     return twin, seen
 
@@ -56,7 +55,7 @@ def test_decrypted_sums_are_the_sums_of_the_integers(observed: tuple[Twin, Seen]
 def test_what_a_site_gives_is_its_rounded_sum_and_a_fresh_share(observed: tuple[Twin, Seen]):
     _, seen = observed
     for site in SITES:
-        grid = seen.updates[site]._grid
+        grid = seen.algorithms[site].grid
         for total, share, integers in zip(seen.sums[site], seen.noise[site], seen.integers[site], strict=True):
             assert np.array_equal(integers - share, np.rint(total / grid.step).astype(np.int64))
     shares = np.array([seen.noise[site] for site in SITES], dtype=np.float64)
@@ -88,7 +87,7 @@ def test_steps_charged_are_sums_given_to_are_shares_drawn(observed: tuple[Twin, 
         assert sum(book.steps("training").values()) == 60
         assert [row.steps for row in book.charges()] == [1] * 60
         assert seen.contributions(rank) == [(number, 1) for number in range(1, 61)]
-        assert seen.updates[site]._shares.drawn == 60
+        assert len(seen.noise[site]) == 60
         assert summary["sites"][site]["steps"] == 60
         assert [record["sites"][site]["steps"] for record in rounds] == list(range(1, 61))
         (event,) = (e for e in book.events.values() if e.kind == "discrete_gaussian" and e.steps == 1)
@@ -143,8 +142,8 @@ def test_adversaries_rise_whatever_admits_the_run(steps: Path, tmp_path: Path):
 @pytest.mark.long
 @pytest.mark.parametrize("optimizer", ["{name: sgd, lr: 0.1, momentum: 0.9}", "{name: adam, lr: 0.01}"])
 def test_replicas_stay_one_over_500_steps(steps: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, optimizer: str):
-    seen = watch(monkeypatch)
-    twin = run_twin(steps, "rounds=500", f"optimizer={optimizer}", output=tmp_path / "runs", ranks=RANKS)
+    seen = Seen()
+    twin = run_twin(steps, "rounds=500", f"optimizer={optimizer}", output=tmp_path / "runs", ranks=RANKS, observer=seen)
     assert twin.codes == [0] * RANKS, twin.err
     assert all(len(seen.replicas[site]) == 501 for site in SITES)
     assert all(len({seen.replicas[site][n].tobytes() for site in SITES}) == 1 for n in range(501))
@@ -181,9 +180,9 @@ def central(
 @pytest.mark.usefixtures("trainers_as_threads")
 def test_without_noise_it_is_sgd_over_all_records_in_one_place(steps: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setattr(DiscreteGaussian, "draw", lambda self, count: np.zeros(count, dtype=np.int64))
-    seen = watch(monkeypatch)
+    seen = Seen()
     settings = ("rounds=20", "sampling_rate=1.0", "privacy.max_grad_norm=0.5", "optimizer={name: sgd, lr: 0.5, momentum: 0.5}")
-    twin = run_twin(steps, *settings, "secure_aggregation.value_bits=28", output=tmp_path / "runs", ranks=RANKS)
+    twin = run_twin(steps, *settings, "secure_aggregation.value_bits=28", output=tmp_path / "runs", ranks=RANKS, observer=seen)
     assert twin.codes == [0] * RANKS, twin.err
     path, norms = central(tmp_path / "task.py", seen.replicas["aa"][0], 20, clip=0.5, lr=0.5, momentum=0.5)
     assert 0.1 < (norms > 0.5).mean() < 0.95, "clipping matters, and not to all"
@@ -194,11 +193,11 @@ def test_without_noise_it_is_sgd_over_all_records_in_one_place(steps: Path, tmp_
 @pytest.mark.usefixtures("trainers_as_threads")
 def test_a_step_is_divided_by_the_expected_batch_of_all_sites(steps: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     """Rates of their own, and never the batch that was drawn: that is private."""
-    seen = watch(monkeypatch)
+    seen = Seen()
     rates = "sampling_rate={aa: 0.1, bbb: 0.2, cccc: 0.35}"
-    twin = run_twin(steps, "rounds=4", rates, output=tmp_path / "runs", ranks=RANKS)
+    twin = run_twin(steps, "rounds=4", rates, output=tmp_path / "runs", ranks=RANKS, observer=seen)
     assert twin.codes == [0] * RANKS, twin.err
-    step = seen.updates["aa"]._grid.step
+    step = seen.algorithms["aa"].grid.step
     for before, after, total in zip(seen.replicas["aa"], seen.replicas["aa"][1:], seen.totals["aa"], strict=False):
         assert after - before == pytest.approx(-0.2 * total * step / (10 + 20 + 35), rel=1e-4, abs=1e-6)
 
@@ -215,9 +214,9 @@ def assert_stopped(twin: Twin, sentence: str) -> None:
 
 @pytest.mark.usefixtures("trainers_as_threads")
 def test_a_trainer_that_draws_two_batches_for_one_charged_step(steps: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
-    once, seen = LocalTraining.sum_gradients, watch(monkeypatch)
+    once, seen = LocalTraining.sum_gradients, Seen()
     monkeypatch.setattr(LocalTraining, "sum_gradients", lambda self, replica: once(self, replica) + once(self, replica))
-    twin = run_twin(steps, "rounds=3", output=tmp_path / "runs", ranks=RANKS)
+    twin = run_twin(steps, "rounds=3", output=tmp_path / "runs", ranks=RANKS, observer=seen)
     assert_stopped(twin, "2 batches and 0 shares of noise were drawn for 1 charged steps; nothing is sent")
     assert not seen.integers, "nothing was even rounded"
 
@@ -245,8 +244,10 @@ def test_a_share_that_was_not_drawn(steps: Path, tmp_path: Path, monkeypatch: py
 
 @pytest.mark.usefixtures("trainers_as_threads")
 def test_a_sum_that_would_be_sent_twice(steps: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
-    vector = Steps.vector
-    monkeypatch.setattr(Steps, "vector", lambda self: vector(self) + vector(self))
+    summand = algorithms._GradientSum.summand
+    monkeypatch.setattr(
+        algorithms._GradientSum, "summand", lambda self, ranges: (summand(self, ranges), summand(self, ranges))[1]
+    )
     twin = run_twin(steps, "rounds=3", output=tmp_path / "runs", ranks=RANKS)
     assert_stopped(twin, "a sum of gradients was to be sent twice")
     assert "round 1/" not in twin.out
@@ -254,12 +255,12 @@ def test_a_sum_that_would_be_sent_twice(steps: Path, tmp_path: Path, monkeypatch
 
 @pytest.mark.usefixtures("trainers_as_threads")
 def test_a_step_that_was_not_charged(steps: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
-    def forget(self: Book, round_: int) -> None:
+    def forget(self: RunLedger, round_: int) -> None:
         self._steps["training"] += 1
 
-    monkeypatch.setattr(Book, "charge_round", forget)
-    seen = watch(monkeypatch)
-    twin = run_twin(steps, "rounds=3", output=tmp_path / "runs", ranks=RANKS, wrap=seen.wrap)
+    monkeypatch.setattr(RunLedger, "charge_round", forget)
+    seen = Seen()
+    twin = run_twin(steps, "rounds=3", output=tmp_path / "runs", ranks=RANKS, wrap=seen.wrap, observer=seen)
     assert_stopped(twin, "round 1 was not charged to the training records; nothing was sent")
     assert not any(seen.contributions(rank) for rank in (1, 2, 3))
 
@@ -277,24 +278,24 @@ def test_a_sum_that_is_not_finite(steps: Path, tmp_path: Path, monkeypatch: pyte
 @pytest.mark.parametrize("told", [True, False], ids=["and are compared", "and the coordinator hides it"])
 def test_replicas_that_drift_apart_end_the_run(steps: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, told: bool):
     """One last bit at one site: a sum of gradients at different models is no gradient, and nothing more is said about any record."""
-    move = agent._Agent._move_to
+    move = ActiveRun._move_to
 
-    def drift(self: Any, replica: NDArray[np.float32]) -> None:
+    def drift(self: Any, state: Any, replica: NDArray[np.float32]) -> Any:
         if self._setup.site == "bbb":
             replica = replica.copy()
             replica[3] = np.nextafter(replica[3], np.float32(np.inf))
-        move(self, replica)
+        return move(self, state, replica)
 
     report = agent._Agent._report
 
     def hide(self: Any, body: Any) -> None:
         report(self, messages.Applied(tag="alike") if isinstance(body, messages.Applied) else body)
 
-    monkeypatch.setattr(agent._Agent, "_move_to", drift)
+    monkeypatch.setattr(ActiveRun, "_move_to", drift)
     if not told:
         monkeypatch.setattr(agent._Agent, "_report", hide)
-    seen = watch(monkeypatch)
-    twin = run_twin(steps, "rounds=3", output=tmp_path / "runs", ranks=RANKS)
+    seen = Seen()
+    twin = run_twin(steps, "rounds=3", output=tmp_path / "runs", ranks=RANKS, observer=seen)
     assert twin.codes != [0] * RANKS
     assert "round 2/" not in twin.out
     assert ("replicas differ after round 1" if told else "not the sum of what the sites sent") in twin.err

@@ -10,9 +10,9 @@ from pathlib import Path
 import pytest
 
 from privfl.errors import PrivflError, ProtocolError
-from privfl.identity import public_bytes, verify
-from privfl.secagg import ExchangeKey, Identity, derive
-from privfl.secagg.session.roster import Agreement, Party, load_identity
+from privfl.identity import Identity, load_identity, public_bytes, verify
+from privfl.secagg import ExchangeKey, derive
+from privfl.secagg.session.roster import Member, Roster
 from privfl.site.artifacts import share_model
 from tests.conftest import Job, run_cli, run_job, train
 
@@ -171,19 +171,19 @@ def test_what_is_no_public_key(text: str):
 
 
 def test_everything_that_is_agreed_on_is_in_the_digest():
-    def party(site: str) -> Party:
-        return Party(site, ExchangeKey().public, Identity().public)
+    def party(site: str) -> Member:
+        return Member(site, ExchangeKey().public, Identity().public)
 
     members = (party("a"), party("b"))
-    base = Agreement.of("run", "digest", derive(2, 20), members)
-    assert base.digest == Agreement.of("run", "digest", derive(2, 20), members).digest
+    base = Roster.of("run", "digest", derive(2, 20), members)
+    assert base.digest == Roster.of("run", "digest", derive(2, 20), members).digest
     others = [
-        Agreement.of("other", "digest", derive(2, 20), members),
-        Agreement.of("run", "other", derive(2, 20), members),
-        Agreement.of("run", "digest", derive(2, 21), members),
-        Agreement.of("run", "digest", derive(2, 20), members[::-1]),
-        Agreement.of("run", "digest", derive(2, 20), (members[0], party("b"))),
-        Agreement.of("run", "digest", derive(2, 20), (members[0], Party("b", members[1].exchange_key, Identity().public))),
+        Roster.of("other", "digest", derive(2, 20), members),
+        Roster.of("run", "other", derive(2, 20), members),
+        Roster.of("run", "digest", derive(2, 21), members),
+        Roster.of("run", "digest", derive(2, 20), members[::-1]),
+        Roster.of("run", "digest", derive(2, 20), (members[0], party("b"))),
+        Roster.of("run", "digest", derive(2, 20), (members[0], Member("b", members[1].exchange_key, Identity().public))),
     ]
     assert len({base.digest, *(other.digest for other in others)}) == 7
 

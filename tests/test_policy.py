@@ -9,7 +9,8 @@ import pytest
 import yaml
 
 from privfl.accounting import PoissonGaussian, RenyiFilter
-from privfl.admission.plan import Allowance, allow
+from privfl.admission.admit import admit
+from privfl.admission.plan import RunPlan
 from privfl.config import Experiment, load_experiment, load_site
 from privfl.errors import PrivflError
 from privfl.ledger import Ledger
@@ -21,9 +22,9 @@ RUN = "ab" * 16
 def policy(small: Path, tmp_path: Path) -> Any:
     """From the keys of a site file and settings of the experiment to what site aa would spend."""
 
-    def found(keys: dict[str, Any], *settings: str) -> Allowance:
+    def found(keys: dict[str, Any], *settings: str) -> RunPlan:
         (tmp_path / "aa.yaml").write_text(yaml.safe_dump(keys))
-        return allow("aa", load_experiment(small, settings), load_site(tmp_path, "aa"))
+        return admit("aa", load_experiment(small, settings), load_site(tmp_path, "aa"))
 
     return found
 
@@ -131,7 +132,7 @@ def test_a_ledger_lies_beside_the_site_file(tmp_path: Path):
 # -- budgets --------------------------------------------------------------------------------------------------------------
 
 
-def spend(path: Path, found: Allowance, steps: int) -> None:
+def spend(path: Path, found: RunPlan, steps: int) -> None:
     """What a run of so many steps writes."""
     with Ledger.write(path, "aa", found.filters) as book:
         book.charge("training", found.training.times(steps), RUN, 1)

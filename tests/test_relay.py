@@ -13,8 +13,9 @@ import pytest
 
 from privfl.federation import messages
 from privfl.federation.messages import Kind, Message, decode
-from privfl.secagg import ExchangeKey, Identity, derive, usual_value_bits
-from privfl.secagg.session.handshake import Joining
+from privfl.identity import Identity
+from privfl.secagg import ExchangeKey, derive, usual_value_bits
+from privfl.secagg.session.handshake import Handshake
 from privfl.site import agent, algorithms
 from tests.conftest import Twin, edit, run_twin
 
@@ -51,13 +52,13 @@ def used(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     """What the sites used: 'keys' where one took the run's keys, 'mean' where one applied a sum."""
     things: list[str] = []
     lock = threading.Lock()
-    take, average = Joining._take, algorithms.fedavg
+    take, average = Handshake._take, algorithms.fedavg
 
     def note(what: str) -> None:
         with lock:
             things.append(what)
 
-    monkeypatch.setattr(Joining, "_take", lambda self, keys: (note("keys"), take(self, keys))[1])
+    monkeypatch.setattr(Handshake, "_take", lambda self, keys: (note("keys"), take(self, keys))[1])
     monkeypatch.setattr(algorithms, "fedavg", lambda replica, mean: (note("mean"), average(replica, mean))[1])
     return things
 
@@ -279,10 +280,10 @@ def test_replicas_that_differ_do_not_decode_even_if_the_coordinator_does_not_com
 def test_a_coordinator_cannot_run_more_rounds_than_the_sites_planned(
     small: Path, tmp_path: Path, used: list[str], monkeypatch: pytest.MonkeyPatch
 ):
-    from privfl.federation import coordinator
+    from privfl.coordinator import run
 
-    longer = coordinator.Plan
-    monkeypatch.setattr(coordinator, "Plan", lambda **facts: longer(**facts | {"rounds": 4}))
+    longer = run.Plan
+    monkeypatch.setattr(run, "Plan", lambda **facts: longer(**facts | {"rounds": 4}))
     twin = run_twin(small, output=tmp_path / "o", ranks=3)
     assert twin.codes == [1, 1, 1], twin.err
     assert "the coordinator opened round 3 of an experiment of 2 rounds" in twin.err
@@ -321,7 +322,7 @@ def test_ranges_of_another_round_are_refused(small: Path, tmp_path: Path, used: 
     def old_ranges(to: int, message: Message, earlier: list[Message]) -> list[Message]:
         if message.kind is Kind.SUM and message.body.vector == "update" and message.round == 2:
             old = next(m for m in earlier if m.kind is Kind.SUM)
-            return [replace(message, body=message.body.model_copy(update={"spans": old.body.spans}))]
+            return [replace(message, body=message.body.model_copy(update={"sealed_ranges": old.body.sealed_ranges}))]
         return [message]
 
     twin = run_with(small, tmp_path, old_ranges)

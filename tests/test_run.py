@@ -20,10 +20,11 @@ import yaml
 from dp_accounting import rdp
 from safetensors.torch import load_file
 
+from privfl.admission.plan import parameters_of
 from privfl.config import load_experiment
 from privfl.federation.messages import Kind, decode
 from privfl.secagg.packing import unpack
-from privfl.site.setup import parameters_of
+from privfl.site.observer import Observer
 from privfl.transport import Recorded, Recording
 from tests.conftest import Job, edit, run_twin, train
 
@@ -177,34 +178,31 @@ def test_two_runs_differ_in_noise(small: Path, tmp_path: Path):
     assert not np.allclose(first, second, atol=1e-4)
 
 
-def _watch_vectors(monkeypatch: pytest.MonkeyPatch) -> dict[str, list[np.ndarray]]:
-    """Every update where a site encrypts it, and every mean where a site applies it."""
-    from privfl.site import algorithms
+class _Vectors(Observer):
+    """Every update where a site encrypts it, every mean that it decrypts, and every replica."""
 
-    seen: dict[str, list[np.ndarray]] = {"update": [], "mean": [], "replica": []}
-    lock = threading.Lock()
-    vector, average = algorithms.Averages.vector, algorithms.fedavg
+    def __init__(self) -> None:
+        self.updates: list[np.ndarray] = []
+        self.means: list[np.ndarray] = []
+        self.replicas: list[np.ndarray] = []
 
-    def watch(self: Any) -> np.ndarray:
-        with lock:
-            seen["update"].append(vector(self).copy())
-        return vector(self)
+    def contributed(self, site: str, round_: int, attempt: int, vector: np.ndarray) -> None:
+        if attempt == 1:
+            self.updates.append(vector.copy())
 
-    def mean(replica: np.ndarray, total: np.ndarray) -> np.ndarray:
-        with lock:
-            seen["mean"].append(total)
-            seen["replica"].append(replica)
-        return average(replica, total)
+    def summed(self, site: str, round_: int, attempt: int, total: np.ndarray) -> None:
+        if attempt == 1:
+            self.means.append(total.copy())
 
-    monkeypatch.setattr(algorithms.Averages, "vector", watch)
-    monkeypatch.setattr(algorithms, "fedavg", mean)
-    return seen
+    def replica(self, site: str, round_: int, replica: np.ndarray) -> None:
+        if round_:
+            self.replicas.append(replica.copy())
 
 
 @pytest.mark.usefixtures("trainers_as_threads")
-def test_what_crosses_the_wire(small: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
-    wire, seen = Wire(), _watch_vectors(monkeypatch)
-    twin = run_twin(small, output=tmp_path / "runs", ranks=3, wrap=wire.wrap)
+def test_what_crosses_the_wire(small: Path, tmp_path: Path):
+    wire, seen = Wire(), _Vectors()
+    twin = run_twin(small, output=tmp_path / "runs", ranks=3, wrap=wire.wrap, observer=seen)
     assert twin.codes == [0, 0, 0], twin.err
     received = [decode(r.head, r.bulk) for r in wire.received_by(0)]
     kinds = Counter(m.kind for m in received)
@@ -216,19 +214,19 @@ def test_what_crosses_the_wire(small: Path, tmp_path: Path, monkeypatch: pytest.
     assert flat == {Kind.CONTRIBUTION, Kind.SEALED_KEY}
     said = {name for m in received if m.body is not None for name in type(m.body).model_fields}
     assert said <= {
-        "site", "digest", "versions", "exchange_key", "identity", "account", "signature", "error", "exit_code", "records", "parameters", "layout",
-        "noise_multiplier", "sampling_rate", "planned_epsilon", "evaluation_epsilon", "metrics_noise", "accountant", "book", "head", "tag",
-        "pinned", "outside", "words_add", "event", "steps", "epsilon", "span", "metrics", "model", "log",
+        "site", "digest", "versions", "exchange_key", "identity", "user", "signature", "error", "exit_code", "records", "parameters", "layout",
+        "noise_multiplier", "sampling_rate", "planned_epsilon", "evaluation_epsilon", "metrics_noise", "accountant", "ledger", "head", "tag",
+        "pinned", "outside", "words_add", "event", "steps", "epsilon", "sealed_range", "metrics", "model", "log",
     }  # fmt: skip
     # No update, mean or replica crosses in the clear, weighted or not, in either precision.
     crossed = b"\n".join(bytes(r.bulk) for r in wire.kept)
-    assert len(seen["update"]) == 4
+    assert len(seen.updates) == 4
     # The residues of c0 and c1 are uniform on [0, q): nothing of the integers shows, whatever else they are.
     contributions = [np.frombuffer(m.bulk, dtype="<u8") for m in received if m.kind is Kind.CONTRIBUTION]
     assert (
         scipy.stats.kstest(np.concatenate(contributions) / parameters_of(load_experiment(small)).prime, "uniform").pvalue > 1e-6
     )
-    for vector in [*seen["update"], *seen["mean"], *seen["replica"][2:]]:
+    for vector in [*seen.updates, *seen.means, *seen.replicas]:
         for scaled in (vector, 2 * vector):
             for number in scaled:
                 assert np.float64(number).tobytes() not in crossed
@@ -251,25 +249,25 @@ def test_that_search_finds_what_is_sent_in_the_clear(small: Path, tmp_path: Path
     assert refused.codes == [2, 2, 2]
     assert "the encryption probe failed" in refused.err, "first the self-proof must be switched off as well"
     monkeypatch.setattr(agent, "prove", lambda: True)
-    wire, seen = Wire(), _watch_vectors(monkeypatch)
-    run_twin(small, output=tmp_path / "runs", ranks=3, wrap=wire.wrap)
+    wire, seen = Wire(), _Vectors()
+    run_twin(small, output=tmp_path / "runs", ranks=3, wrap=wire.wrap, observer=seen)
     parameters = parameters_of(load_experiment(small))
     received = [decode(r.head, r.bulk) for r in wire.received_by(0)]
     words = next(np.frombuffer(m.bulk, dtype="<u8") for m in received if m.kind is Kind.CONTRIBUTION)
     assert scipy.stats.kstest(words / parameters.prime, "uniform").pvalue < 1e-6
     shown = unpack(words[:6], 12, parameters)
-    assert max(abs(np.corrcoef(shown, update)[0, 1]) for update in seen["update"]) > 0.999
+    assert max(abs(np.corrcoef(shown, update)[0, 1]) for update in seen.updates) > 0.999
 
 
 @pytest.mark.usefixtures("trainers_as_threads")
 def test_the_decrypted_mean_is_the_plain_mean(small: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     """Every site's true update is caught where it enters the encryption, the mean where it leaves the decryption."""
-    seen = _watch_vectors(monkeypatch)
+    seen = _Vectors()
     twin = run_twin(small, "weights=records", "rounds=1", output=tmp_path / "runs", ranks=3)
     assert twin.codes == [0, 0, 0], twin.err
-    plain = np.sum(seen["update"], axis=0)
-    assert (len(seen["update"]), len(seen["mean"])) == (2, 2)
-    assert max(np.abs(total - plain).max() for total in seen["mean"]) <= 1e-6
+    plain = np.sum(seen.updates, axis=0)
+    assert (len(seen.updates), len(seen.means)) == (2, 2)
+    assert max(np.abs(total - plain).max() for total in seen.means) <= 1e-6
 
 
 def test_site_files_overrides_and_private_records(small: Path, tmp_path: Path):
@@ -365,13 +363,13 @@ def test_an_error_of_ours_is_one_sentence_with_exit_code_1(
     small: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, where: str
 ):
     from privfl.coordinator import driver
-    from privfl.site import agent
+    from privfl.site.active_run import ActiveRun
 
     def broken(*_: Any) -> None:
         raise KeyError("ours")
 
     if where == "a site":
-        monkeypatch.setattr(agent._Agent, "_contribute", broken)
+        monkeypatch.setattr(ActiveRun, "contribute", broken)
     else:
         monkeypatch.setattr(driver._Driver, "_release", broken)
     twin = run_twin(small, output=tmp_path / "runs", ranks=3)

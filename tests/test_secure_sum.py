@@ -64,7 +64,7 @@ def test_no_vector_crosses_in_the_clear_and_no_two_sums_look_alike():
 @pytest.mark.parametrize("wrong", [0, 1, 2])
 def test_an_altered_sum_is_refused_and_ends_the_keys(wrong: int):
     """Rank ``wrong`` is told something else than the others; rank 0 cannot alter what it decrypts itself but by adding wrongly."""
-    from privfl.secagg import MismatchError
+    from privfl.errors import MismatchError
 
     class Altering:
         def __init__(self, inner: Any) -> None:

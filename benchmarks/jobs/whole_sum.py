@@ -69,10 +69,11 @@ def _share(transport: Any, mine: bytes) -> list[bytes]:
 def _privfl(transport: Any, sites: int, parameters: int, way: str) -> Callable[[int], None]:
     from privfl.coordinator.driver import ReducingAdder
     from privfl.federation.messages import Kind, Message
-    from privfl.secagg import ExchangeKey, Grid, Identity, Layout, WordAdder, derive, usual_value_bits
+    from privfl.identity import Identity
+    from privfl.secagg import ExchangeKey, FixedPoint, Layout, WordAdder, derive, usual_value_bits
     from privfl.secagg.session.keys import RunKeys
-    from privfl.secagg.session.roster import Agreement, Party
-    from privfl.secagg.session.sums import Sums
+    from privfl.secagg.session.roster import Member, Roster
+    from privfl.secagg.session.sums import SumSession
     from privfl.site.upload import Outbox
 
     p = derive(sites, usual_value_bits(sites))
@@ -100,11 +101,11 @@ def _privfl(transport: Any, sites: int, parameters: int, way: str) -> Callable[[
         return add
 
     exchange = ExchangeKey()
-    members = [Party(f"s{r}", public, Identity().public) for r, public in enumerate(_share(transport, exchange.public)) if r]
+    members = [Member(f"s{r}", public, Identity().public) for r, public in enumerate(_share(transport, exchange.public)) if r]
     own = RunKeys.make(p).secret_bytes() if transport.rank == 1 else b""
     keys = RunKeys.from_secret_bytes(_share(transport, own)[1], p)
-    sums = Sums(Agreement(tuple(members), bytes(32)), exchange, keys)
-    vector, grid = vector_of(transport.rank, parameters), Grid(p, SPAN)
+    sums = SumSession(Roster(tuple(members), bytes(32)), exchange, keys)
+    vector, grid = vector_of(transport.rank, parameters), FixedPoint(p, SPAN)
 
     def contribute(number: int) -> None:
         one = sums.open(number, 1, parameters, grid, [])

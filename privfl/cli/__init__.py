@@ -9,8 +9,8 @@ from typing import NoReturn
 
 import click
 
-from privfl import __version__
-from privfl.cli import launcher
+from privfl import environment
+from privfl._version import __version__
 from privfl.errors import EXIT_USER, PrivflError
 
 _COMMANDS = {
@@ -68,5 +68,5 @@ def main(arguments: Sequence[str] | None = None) -> NoReturn:
 
 def _complain(sentence: str) -> None:
     # Every rank of a job meets the same mistake; only the first one speaks.
-    if launcher.rank_by_environment() in (None, 0):
+    if environment.launcher_rank() in (None, 0):
         sys.stderr.write(f"privfl: {sentence}\n")

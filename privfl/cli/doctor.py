@@ -9,7 +9,8 @@ from importlib.metadata import PackageNotFoundError, version
 
 import click
 
-from privfl import __version__
+from privfl import environment
+from privfl._version import __version__
 from privfl.cli import launcher
 from privfl.errors import PrivflError
 
@@ -65,7 +66,7 @@ def _mpi() -> None:
         _show("mpiexec", launcher.matching_mpiexec())
     except PrivflError as error:
         _show("mpiexec", f"none: {error}")
-    started = launcher.size_by_environment()
+    started = environment.launcher_size()
     _show(
         "MPI ranks",
         f"{transport.size}" + (f" (the launcher says {started})" if started is not None else " (not under a launcher)"),
@@ -78,7 +79,7 @@ def _mpi() -> None:
 
 
 def _threads() -> None:
-    from privfl.trainer.process import threads_for
+    from privfl.environment import threads_for
 
     usable = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     _show(

@@ -22,7 +22,7 @@ def generate(file: Path) -> None:
 
     Name FILE as `identity` in this site's file; give the public key to the other sites, on a way you trust, for their `peers`.
     """
-    from privfl.secagg import Identity
+    from privfl.identity import Identity
 
     identity = Identity()
     try:
@@ -40,6 +40,6 @@ def generate(file: Path) -> None:
 @click.argument("file", type=click.Path(path_type=Path))
 def show(file: Path) -> None:
     """Print the public key of the private key in FILE."""
-    from privfl.secagg.session.roster import load_identity
+    from privfl.identity import load_identity
 
     click.echo(load_identity(str(file)).public)

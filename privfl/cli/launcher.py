@@ -2,28 +2,11 @@
 
 from __future__ import annotations
 
-import os
 import shutil
 import subprocess
 import sysconfig
-from collections.abc import Mapping
 
 from privfl.errors import PrivflError
-
-# SLURM_NTASKS is also set in a batch script itself, where one process is right; SLURM_STEP_NUM_TASKS only by srun.
-_SIZES = ("OMPI_COMM_WORLD_SIZE", "PMI_SIZE", "PALS_SIZE", "SLURM_STEP_NUM_TASKS")
-_RANKS = ("OMPI_COMM_WORLD_RANK", "PMI_RANK", "PALS_RANKID", "PMIX_RANK")
-
-
-def size_by_environment(environment: Mapping[str, str] = os.environ) -> int | None:
-    """How many processes the launcher says it started, or None."""
-    return next((int(environment[name]) for name in _SIZES if environment.get(name, "").isdigit()), None)
-
-
-def rank_by_environment(environment: Mapping[str, str] = os.environ) -> int | None:
-    """Which of them this one is, or None."""
-    names = (*_RANKS, "SLURM_PROCID") if "SLURM_STEP_NUM_TASKS" in environment else _RANKS
-    return next((int(environment[name]) for name in names if environment.get(name, "").isdigit()), None)
 
 
 def matching_mpiexec() -> str:

@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     from rich.console import Console
 
     from privfl.accounting import Event
-    from privfl.admission.plan import Allowance
+    from privfl.admission.plan import RunPlan
     from privfl.config import Experiment, SiteFile
 
 # Around the plan: less and more noise, fewer and more rounds.
@@ -38,7 +38,7 @@ _LINES = 8
 )
 @click.option("--json", "as_json", is_flag=True, help="Print everything as JSON.")
 def command(experiment: Path | None, sites: Path | None, settings: tuple[str, ...], as_json: bool) -> None:
-    """Say for each site of EXPERIMENT how much noise it needs, what that costs, and whether its budget has room.
+    """Say for each site of EXPERIMENT how much noise it needs, what that costs, and whether its budget has fit.
 
     Nothing is trained and nothing is charged. Ends with exit code 2 if a site would refuse, with what would pass.
     """
@@ -58,7 +58,9 @@ def command(experiment: Path | None, sites: Path | None, settings: tuple[str, ..
 
 
 def _plans(experiment: Experiment, folder: Path | None) -> tuple[dict[str, Any], list[str]]:
-    from privfl.admission.plan import check_noise, check_policy, check_room, propose
+    from privfl.admission.admit import check_budget, check_noise
+    from privfl.admission.plan import plan_run
+    from privfl.admission.policy import check_policy
     from privfl.config import SiteFile, load_site
 
     if folder is not None and not any((folder / f"{site}.yaml").exists() for site in experiment.sites):
@@ -69,12 +71,12 @@ def _plans(experiment: Experiment, folder: Path | None) -> tuple[dict[str, Any],
     for site in experiment.sites:
         there = folder is not None and (folder / f"{site}.yaml").exists()
         file = load_site(folder, site) if there else SiteFile()
-        found = propose(site, experiment, file)
+        found = plan_run(site, experiment, file)
         refusal = None
         try:
             check_policy(site, experiment, file)
             check_noise(site, experiment, file, found)
-            check_room(site, experiment, file, found)
+            check_budget(site, experiment, file, found)
         except PrivflError as error:
             refusal = str(error)
             refusals.append(refusal)
@@ -82,7 +84,7 @@ def _plans(experiment: Experiment, folder: Path | None) -> tuple[dict[str, Any],
     return plans, refusals
 
 
-def _facts(site: str, experiment: Experiment, file: SiteFile, found: Allowance) -> dict[str, Any]:
+def _facts(site: str, experiment: Experiment, file: SiteFile, found: RunPlan) -> dict[str, Any]:
     training = found.training
     facts: dict[str, Any] = {
         "noise_multiplier": training.noise_multiplier,
@@ -117,7 +119,7 @@ def _facts(site: str, experiment: Experiment, file: SiteFile, found: Allowance) 
     return facts
 
 
-def _epsilons(found: Allowance, event: Event) -> dict[str, float | None]:
+def _epsilons(found: RunPlan, event: Event) -> dict[str, float | None]:
     """By each accountant; by the filter of the site's budget, or of one that would just be spent by this run."""
     from privfl.accounting import RenyiFilter, epsilon_of
 
@@ -130,7 +132,7 @@ def _epsilons(found: Allowance, event: Event) -> dict[str, float | None]:
     }
 
 
-def _adversaries(experiment: Experiment, found: Allowance) -> list[dict[str, Any]]:
+def _adversaries(experiment: Experiment, found: RunPlan) -> list[dict[str, Any]]:
     """Who could learn how much of a training record."""
     from privfl.accounting import adversaries
 
@@ -146,7 +148,7 @@ def _adversaries(experiment: Experiment, found: Allowance) -> list[dict[str, Any
     ]
 
 
-def _table(experiment: Experiment, found: Allowance) -> dict[str, Any]:
+def _table(experiment: Experiment, found: RunPlan) -> dict[str, Any]:
     """Epsilon for less and more noise and rounds, in the accountant that admits the run."""
     noises = [float(f"{found.training.noise_multiplier * factor:.3g}") for factor in _NOISE]
     noises[_NOISE.index(1.0)] = found.training.noise_multiplier
@@ -156,21 +158,21 @@ def _table(experiment: Experiment, found: Allowance) -> dict[str, Any]:
     return {"noise_multipliers": noises, "rounds": rounds, "epsilon": cells}
 
 
-def _budget(site: str, experiment: Experiment, found: Allowance) -> dict[str, Any] | None:
-    from privfl.admission.plan import noise_that_fits, room
+def _budget(site: str, experiment: Experiment, found: RunPlan) -> dict[str, Any] | None:
+    from privfl.admission.admit import fit, least_noise_that_fits
 
     if not found.kept:
         return None
     facts: dict[str, Any] = {}
     for account in found.plans():
-        left, limit = room(experiment, found, account), found.filters[account]
-        way_out = noise_that_fits(site, experiment, found, account)
+        left, limit = fit(experiment, found, account), found.filters[account]
+        way_out = least_noise_that_fits(site, experiment, found, account)
         facts[account] = {
             "epsilon": limit.epsilon,
             "delta": limit.delta,
             "spent": left.spent,
             "after": _finite(left.after),
-            "fits": left.fit,
+            "fits": left.fitting,
             "of": left.times,
             "least_noise_multiplier": None if way_out is None else way_out[0],
             "more_such_runs": limit.times(found.spent.get(account, limit.nothing()), limit.cost(found.plans()[account])),

@@ -5,7 +5,7 @@ from __future__ import annotations
 import time
 import traceback
 from collections.abc import Callable
-from typing import Any, TextIO
+from typing import TextIO
 
 import numpy as np
 from numpy.typing import NDArray
@@ -14,14 +14,15 @@ from privfl.errors import EXIT_OURS, EXIT_USER, InternalError, PrivflError, Prot
 from privfl.federation import coordinator, messages
 from privfl.federation.coordinator import Phase
 from privfl.federation.messages import Kind, Message
+from privfl.federation.news import News
 from privfl.secagg import Adder, EvaluatorAdder, Layout, Parameters, WordAdder
 from privfl.secagg.adders import reduce_words
 from privfl.secagg.parameters import CIPHERTEXT_WORDS
-from privfl.secagg.session.sums import layout_of
-from privfl.site.upload import finish
-from privfl.transport import Reduction, Transport
+from privfl.secagg.session.metrics import layout_of
+from privfl.transport import Reduction, Transport, finish
 
-Told = Callable[[str, dict[str, Any]], None]
+# Called with what happened, and the seconds spent in each phase since the last call.
+Tell = Callable[[News, dict[str, float]], None]
 
 _GREETING_SECONDS = 180.0
 _GOODBYE_SECONDS = 20.0
@@ -39,13 +40,14 @@ _CLOCKS = {
 }
 
 
-def coordinate(transport: Transport, plan: coordinator.Plan, parameters: Parameters, tell: Told, trace: TextIO) -> int:
+def coordinate(transport: Transport, plan: coordinator.Plan, parameters: Parameters, tell: Tell, trace: TextIO) -> int:
     """Lead one run; the exit code of the job.
 
     Args:
+        transport: connects rank 0 to the sites.
+        plan: what does not change during the run.
         parameters: those of the encrypted sums.
-        tell: called with what happened ('greeted', 'started', 'round', 'finished', 'failed') and its facts, each with the seconds spent
-            per phase since the last call.
+        tell: called with everything that a person or the run folder should know.
         trace: where the traceback of an error of ours goes.
     """
     return _Driver(transport, plan, parameters, tell, trace).run()
@@ -61,7 +63,7 @@ def dismiss(transport: Transport, exit_code: int) -> int:
     while waiting and time.monotonic() < deadline:
         try:
             frame = transport.receive(deadline - time.monotonic())
-        except ProtocolError:  # the run is over; what is damaged now is nobody's concern
+        except ProtocolError:  # the run is over; what is damaged now concerns nobody
             continue
         if frame is not None and messages.is_kind(frame.head, Kind.BYE):
             waiting.discard(frame.peer)
@@ -72,7 +74,7 @@ def dismiss(transport: Transport, exit_code: int) -> int:
 
 
 class _Driver:
-    def __init__(self, transport: Transport, plan: coordinator.Plan, parameters: Parameters, tell: Told, trace: TextIO) -> None:
+    def __init__(self, transport: Transport, plan: coordinator.Plan, parameters: Parameters, tell: Tell, trace: TextIO) -> None:
         self._transport = transport
         self._plan = plan
         self._parameters = parameters
@@ -127,14 +129,14 @@ class _Driver:
             case coordinator.SetAdder():
                 self._adder = self._make_adder(output.words_add)
             case coordinator.OpenSum():
-                self._our_adder().open(layout_of(output.vector, output.numbers, self._parameters))
+                self._our_adder().open(layout_of(output.numbers, self._parameters, wide=output.vector == "metrics"))
             case coordinator.Fold():
                 self._our_adder().add(output.part, output.block)
             case coordinator.Release():
                 self._release(output)
             case coordinator.Tell():
-                self._tell(output.what, {**output.facts, "seconds": self._seconds})
-                self._seconds = {}
+                seconds, self._seconds = self._seconds, {}
+                self._tell(output.news, seconds)
             case coordinator.Dismiss():
                 self._exit_code = output.exit_code
 

@@ -37,7 +37,7 @@ _MODES = ("hooks", "functorch", "ghost")
 
 
 @dataclass(frozen=True)
-class Loop:
+class LoopFacts:
     """What is public about a training loop: ``steps`` is how many a pass over the loader has, ``parameters`` how many are trained.
 
     ``expected``: records of all sites together that take part in a step, on average. ``constants``: a digest of all in the model that is not trained.
@@ -51,16 +51,16 @@ class Loop:
     expected: float
 
 
-class Home(Protocol):
+class EngineBackend(Protocol):
     """Where an engine's steps are written down, and where the other sites are."""
 
     shared: bool
 
-    def refuse(self, error: BaseException) -> None:
+    def abort_peers(self, error: BaseException) -> None:
         """Let the other sites know that this one cannot go on, where they would wait for it."""
         ...
 
-    def room(self, delta: float) -> Callable[[Event], bool]:
+    def admits_plan(self, delta: float) -> Callable[[Event], bool]:
         """Whether what is left of the budget admits a plan, all of it; runs are reported at ``delta``.
 
         Raises:
@@ -68,11 +68,11 @@ class Home(Protocol):
         """
         ...
 
-    def agree(self, loop: Loop) -> Loop:
+    def agree(self, loop: LoopFacts) -> LoopFacts:
         """The loop as all sites run it: a pass must have the same number of steps everywhere."""
         ...
 
-    def begin(self, loop: Loop, model: str, data: str, delta: float, plan: Event, max_grad_norm: float) -> Event:
+    def begin(self, loop: LoopFacts, model: str, data: str, delta: float, plan: Event, max_grad_norm: float) -> Event:
         """Write down that a run begins; the plan with the noise on which the sites agree."""
         ...
 
@@ -125,13 +125,13 @@ class EventAccountant(IAccountant):  # type: ignore[misc]
 
 
 class Engine(opacus.PrivacyEngine):  # type: ignore[misc]
-    """Opacus' engine at a :class:`Home`."""
+    """Opacus' engine at a :class:`EngineBackend`."""
 
-    def __init__(self, home: Home, randomness: Randomness) -> None:
+    def __init__(self, backend: EngineBackend, randomness: Randomness) -> None:
         # Not Opacus' own __init__: it would warn of randomness that is not used here, and of a secure mode that has been dead since torch 1.8.
         self.accountant = EventAccountant()
         self.secure_mode, self.secure_rng, self.dataset = False, None, None
-        self._home, self._randomness = home, randomness
+        self._backend, self._randomness = backend, randomness
 
     def make_private(self, *, noise_multiplier: float, **arguments: Any) -> Any:
         """As Opacus' ``make_private``, with the same arguments and results.
@@ -142,7 +142,7 @@ class Engine(opacus.PrivacyEngine):  # type: ignore[misc]
             PrivflError: an argument, the model or the loader would break the guarantee.
         """
 
-        def noise(loop: Loop) -> float:
+        def noise(loop: LoopFacts) -> float:
             _check_noise(noise_multiplier)
             # A number of numpy or torch would not go into the ledger.
             return float(noise_multiplier)
@@ -158,8 +158,8 @@ class Engine(opacus.PrivacyEngine):  # type: ignore[misc]
             PrivflError: as :meth:`make_private`, or no noise is enough.
         """
 
-        def noise(loop: Loop) -> float:
-            admits = self._home.room(target_delta)
+        def noise(loop: LoopFacts) -> float:
+            admits = self._backend.admits_plan(target_delta)
 
             def spent(sigma: float) -> float:
                 plan = self._event(loop, sigma).times(epochs * loop.steps)
@@ -177,12 +177,14 @@ class Engine(opacus.PrivacyEngine):  # type: ignore[misc]
 
         return self._make(arguments, noise, delta=target_delta, epochs=epochs)
 
-    def _event(self, loop: Loop, noise_multiplier: float) -> PoissonGaussian | DiscreteGaussian:
+    def _event(self, loop: LoopFacts, noise_multiplier: float) -> PoissonGaussian | DiscreteGaussian:
         """One step, as it is charged."""
         common: dict[str, Any] = {"sampling_rate": loop.sampling_rate, "noise_multiplier": noise_multiplier}
-        return DiscreteGaussian(**common, sensitivity=SENSITIVITY) if self._home.shared else PoissonGaussian(**common)
+        return DiscreteGaussian(**common, sensitivity=SENSITIVITY) if self._backend.shared else PoissonGaussian(**common)
 
-    def _make(self, arguments: dict[str, Any], noise: Callable[[Loop], float], *, delta: float | None, epochs: int = 0) -> Any:
+    def _make(
+        self, arguments: dict[str, Any], noise: Callable[[LoopFacts], float], *, delta: float | None, epochs: int = 0
+    ) -> Any:
         try:
             given = _Arguments(**arguments)
             given.check()
@@ -191,18 +193,18 @@ class Engine(opacus.PrivacyEngine):  # type: ignore[misc]
             sigma = noise(own)
             wrapped = self._wrap(given)
         except Exception as error:
-            self._home.refuse(error)
+            self._backend.abort_peers(error)
             raise
-        loop = self._home.agree(own)
+        loop = self._backend.agree(own)
         # Another site may need more steps for a pass; everything else that the noise depends on is this site's own.
         try:
             sigma = sigma if loop.steps == own.steps else noise(loop)
         except Exception as error:
-            self._home.refuse(error)
+            self._backend.abort_peers(error)
             raise
         plan = self._event(loop, sigma).times(epochs * loop.steps)
         names = (type(plain).__name__, type(given.data_loader.dataset).__name__)
-        event = self._home.begin(loop, *names, delta or _usual_delta(loop.records), plan, given.max_grad_norm).once()
+        event = self._backend.begin(loop, *names, delta or _usual_delta(loop.records), plan, given.max_grad_norm).once()
 
         ahead = given.data_loader.num_workers > 0
         batches = PoissonBatches(loop.records, loop.sampling_rate, loop.steps, self._randomness, ahead=ahead)
@@ -214,13 +216,13 @@ class Engine(opacus.PrivacyEngine):  # type: ignore[misc]
             # The optimizer's own numbers are the user's to change (a scheduler may); what is charged is what will be done.
             _check_noise(optimizer.noise_multiplier)
             now = self._event(loop, float(optimizer.noise_multiplier))
-            if self._home.shared and (now != event or optimizer.max_grad_norm != given.max_grad_norm):
+            if self._backend.shared and (now != event or optimizer.max_grad_norm != given.max_grad_norm):
                 raise PrivflError(
                     "noise_multiplier and max_grad_norm were agreed on by all sites and cannot change during training"
                 )
             batches.use(optimizer.examples_in_step)
             check_constants(plain, untrained)
-            self._home.charge(now)
+            self._backend.charge(now)
             self.accountant.add(now)
 
         optimizer = self._optimizer(given, inner, wrapped, event, loop, charge)
@@ -251,7 +253,13 @@ class Engine(opacus.PrivacyEngine):  # type: ignore[misc]
             return GhostModule(given.module, **common)
 
     def _optimizer(
-        self, given: _Arguments, inner: torch.optim.Optimizer, wrapped: Any, event: Any, loop: Loop, charge: Callable[[], None]
+        self,
+        given: _Arguments,
+        inner: torch.optim.Optimizer,
+        wrapped: Any,
+        event: Any,
+        loop: LoopFacts,
+        charge: Callable[[], None],
     ) -> Any:
         ghost = given.grad_sample_mode == "ghost"
         common: dict[str, Any] = {
@@ -260,7 +268,7 @@ class Engine(opacus.PrivacyEngine):  # type: ignore[misc]
             "expected_batch_size": loop.sampling_rate * loop.records,
             "loss_reduction": given.loss_reduction,
         } | ({"ghost": wrapped} if ghost else {})
-        if not self._home.shared:
+        if not self._backend.shared:
             kind = SystemNoiseGhostOptimizer if ghost else SystemNoiseOptimizer
             return kind(inner, randomness=self._randomness, charge=charge, **common)
 
@@ -268,14 +276,14 @@ class Engine(opacus.PrivacyEngine):  # type: ignore[misc]
             try:
                 charge()
             except Exception as error:
-                self._home.refuse(error)
+                self._backend.abort_peers(error)
                 raise
             replica = b"".join(p.detach().cpu().numpy().tobytes() for p in optimizer.params)
-            summed = self._home.sum(total, replica)
+            summed = self._backend.sum(total, replica)
             return summed / loop.expected if given.loss_reduction == "mean" else summed
 
         optimizer = (SecureSumGhostOptimizer if ghost else SecureSumOptimizer)(
-            inner, exchange=exchange, refuse=self._home.refuse, **common
+            inner, exchange=exchange, abort_peers=self._backend.abort_peers, **common
         )
         return optimizer
 
@@ -288,7 +296,7 @@ class Engine(opacus.PrivacyEngine):  # type: ignore[misc]
         return bool(super().is_compatible(module=module, **arguments))
 
     def validate(self, *, module: nn.Module, **arguments: Any) -> None:
-        """Say why :meth:`make_private` would refuse ``module``.
+        """Say why :meth:`make_private` would abort_peers ``module``.
 
         Raises:
             PrivflError, opacus.validators.errors.UnsupportedModuleError: it would.
@@ -363,7 +371,7 @@ def _check_noise(noise_multiplier: float) -> None:
         )
 
 
-def _loop_of(given: _Arguments, model: nn.Module, optimizer: torch.optim.Optimizer) -> tuple[Loop, dict[str, torch.Tensor]]:
+def _loop_of(given: _Arguments, model: nn.Module, optimizer: torch.optim.Optimizer) -> tuple[LoopFacts, dict[str, torch.Tensor]]:
     """What is public about the loop, if the model, the loader and the optimizer fit; and all in the model that is not trained."""
     check_model(model)
     check_neighbours(model, given.data_loader)
@@ -372,7 +380,7 @@ def _loop_of(given: _Arguments, model: nn.Module, optimizer: torch.optim.Optimiz
     if {id(p) for p in parameters} != {id(p) for p in model.parameters() if p.requires_grad}:
         raise PrivflError("optimizer must have the trainable parameters of module, all of them and no others")
     untrained = constants(model)
-    loop = Loop(records, rate, steps, sum(p.numel() for p in parameters), digest_of(untrained), rate * records)
+    loop = LoopFacts(records, rate, steps, sum(p.numel() for p in parameters), digest_of(untrained), rate * records)
     return loop, untrained
 
 

@@ -204,11 +204,11 @@ class _SecureSum:
         optimizer: torch.optim.Optimizer,
         *,
         exchange: Exchange | None = None,
-        refuse: Callable[[BaseException], None] = lambda _: None,
+        abort_peers: Callable[[BaseException], None] = lambda _: None,
         **kwargs: Any,
     ) -> None:
         super().__init__(optimizer, **kwargs)  # type: ignore[call-arg]
-        self._exchange, self._refuse = exchange, refuse
+        self._exchange, self._abort_peers = exchange, abort_peers
 
     def collect(self) -> NDArray[np.float64] | None:
         """The sum of clipped gradients of the logical step, shape (parameters,); None if more of its batch is to come."""
@@ -237,7 +237,7 @@ class _SecureSum:
         try:
             total = self.collect()
         except Exception as error:
-            self._refuse(error)
+            self._abort_peers(error)
             raise
         if total is not None:
             if self._exchange is None:

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import replace
-from typing import Any
 
 from privfl.errors import PrivflError, ProtocolError
 from privfl.federation import coordinator_setup
@@ -53,6 +52,7 @@ from privfl.federation.messages import (
     Vector,
     vector_length,
 )
+from privfl.federation.news import EvaluationCost, Outputs, RoundDone, RunFinished, SiteRound
 
 __all__ = [
     "Dismiss",
@@ -126,11 +126,11 @@ def _open_sum(plan: Plan, state: State, vector: Vector) -> Result:
         parts_in=dict.fromkeys(ranks(plan), 0),
     )
     trained = state.trained if vector == "update" else {}
-    spans = {state.site(rank): body.span for rank, body in trained.items()}
+    sealed_ranges = {state.site(rank): body.sealed_range for rank, body in trained.items()}
     heads = {state.site(rank): body.head for rank, body in trained.items()}
-    # Told first and opened then: where the transport adds, opening may wait until the members take part.
-    told = to_all(plan, state, Sum(vector=vector, members=plan.sites, spans=spans, heads=heads))
-    return state, (*told, OpenSum(vector, vector_length(_begun(state), vector)))
+    # Sent first and opened then: where the transport adds, opening may wait until the members take part.
+    call = to_all(plan, state, Sum(vector=vector, members=plan.sites, sealed_ranges=sealed_ranges, heads=heads))
+    return state, (*call, OpenSum(vector, vector_length(_begun(state), vector)))
 
 
 def _blocks(plan: Plan, state: State) -> int:
@@ -227,31 +227,29 @@ def _close_round(plan: Plan, state: State, metrics: Mapping[str, float], measure
     by_site = {state.site(rank): body for rank, body in state.trained.items()}
     heads = {site: (measured.get(site) or by_site[site]).head for site in plan.sites}
     sites = {
-        site: {
-            "event": by_site[site].event,
-            "steps": by_site[site].steps,
-            "epsilon": by_site[site].epsilon,
-            "head": heads[site].model_dump(),
-        }
-        | _evaluation(measured.get(site))
+        site: SiteRound(
+            event=by_site[site].event,
+            steps=by_site[site].steps,
+            epsilon=by_site[site].epsilon,
+            head=heads[site].model_dump(),
+            evaluation=_evaluation(measured.get(site)),
+        )
         for site in plan.sites
     }
-    adopted = {"adopted": list(state.adopting)} if state.adopting else {}
-    told = Tell("round", {"round": state.round, "members": list(plan.sites), "metrics": dict(metrics), "sites": sites, **adopted})
+    done = Tell(RoundDone(state.round, plan.sites, dict(metrics), sites, state.adopting))
     if state.round < plan.rounds:
         state, outputs = _open_round(plan, state)
-        return state, (told, *outputs)
+        return state, (done, *outputs)
     state = replace(state, phase=Phase.FINISHING, answers={})
-    return state, (told, *to_all(plan, state, Finish(heads=heads)))
+    return state, (done, *to_all(plan, state, Finish(heads=heads)))
 
 
-def _evaluation(measured: Measured | None) -> dict[str, Any]:
+def _evaluation(measured: Measured | None) -> EvaluationCost | None:
     if measured is None or measured.event is None:
-        return {}
-    return {"evaluation": {"event": measured.event, "epsilon": measured.epsilon}}
+        return None
+    return EvaluationCost(measured.event, measured.epsilon)
 
 
 def _finished(plan: Plan, state: State) -> Result:
     by_site = {state.site(r): b for r, b in state.answers.items() if isinstance(b, Finished)}
-    told = Tell("finished", {"sites": {s: {"model": by_site[s].model, "log": by_site[s].log} for s in plan.sites}})
-    return end(state, 0, told)
+    return end(state, 0, RunFinished({site: Outputs(by_site[site].model, by_site[site].log) for site in plan.sites}))

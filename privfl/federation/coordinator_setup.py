@@ -31,6 +31,7 @@ from privfl.federation.messages import (
     Welcome,
     weights_of,
 )
+from privfl.federation.news import Greeted, ReadySite, Started
 
 
 def greet(plan: Plan, state: State, rank: int, hello: Hello) -> Result:
@@ -59,14 +60,16 @@ def greet(plan: Plan, state: State, rank: int, hello: Hello) -> Result:
         )
     if len(state.hellos) < len(plan.sites):
         return state, ()
-    members = tuple(
-        Member(site=site, rank=rank, exchange_key=state.hellos[rank].exchange_key, identity=state.hellos[rank].identity)
-        for site in plan.sites
-        for rank in [rank_of(state, site)]
-    )
+    members = tuple(_member(state, site) for site in plan.sites)
     state = replace(state, phase=Phase.SIGNING)
     welcome = Welcome(run=plan.run.hex(), folder=plan.folder, digest=plan.digest, members=members)
-    return state, (Tell("greeted", {}), *to_all(plan, state, welcome))
+    return state, (Tell(Greeted()), *to_all(plan, state, welcome))
+
+
+def _member(state: State, site: str) -> Member:
+    rank = rank_of(state, site)
+    hello = state.hellos[rank]
+    return Member(site=site, rank=rank, exchange_key=hello.exchange_key, identity=hello.identity)
 
 
 def _versions(versions: Mapping[str, str]) -> str:
@@ -122,25 +125,28 @@ def prepare(plan: Plan, state: State, rank: int, body: Prepared) -> Result:
         noise_multiplier=max(p.noise_multiplier for p in everybody) if plan.shared_noise else 0.0,
     )
     shares = weights_of(plan.weights, begin)
-    sites = {
-        site: {
-            "records": p.records,
-            "weight": shares[site],
-            "noise_multiplier": begin.noise_multiplier or p.noise_multiplier,
-            "sampling_rate": p.sampling_rate,
-            "planned_epsilon": p.planned_epsilon,
-            "evaluation_epsilon": p.evaluation_epsilon,
-            "metrics_noise": p.metrics_noise,
-            "accountant": p.accountant,
-            "book": p.book,
-            "outside": list(p.outside),
-        }
-        for site in plan.sites
-        for p in [state.prepared[rank_of(state, site)]]
-    }
-    words_add = all(p.words_add for p in everybody)
-    pinned = [site for site in plan.sites if state.prepared[rank_of(state, site)].pinned]
-    accounts = [plan.account, *(state.hellos[rank].account for rank in ranks(plan))]
-    facts = {"words_add": words_add, "pinned": pinned, "accounts": len(set(accounts)) == len(accounts)}
-    started = Tell("started", {"parameters": begin.parameters, "sites": sites, **facts})
-    return replace(state, begin=begin), (started, SetAdder(words_add), *to_all(plan, state, begin))
+    by_site = {site: state.prepared[rank_of(state, site)] for site in plan.sites}
+    users = [plan.user, *(state.hellos[rank].user for rank in ranks(plan))]
+    started = Started(
+        parameters=begin.parameters,
+        sites={site: _ready(prepared, shares[site], begin) for site, prepared in by_site.items()},
+        words_add=all(prepared.words_add for prepared in everybody),
+        pinned=tuple(site for site, prepared in by_site.items() if prepared.pinned),
+        separate_users=len(set(users)) == len(users),
+    )
+    return replace(state, begin=begin), (Tell(started), SetAdder(started.words_add), *to_all(plan, state, begin))
+
+
+def _ready(prepared: Prepared, weight: float, begin: Begin) -> ReadySite:
+    return ReadySite(
+        records=prepared.records,
+        weight=weight,
+        noise_multiplier=begin.noise_multiplier or prepared.noise_multiplier,
+        sampling_rate=prepared.sampling_rate,
+        planned_epsilon=prepared.planned_epsilon,
+        evaluation_epsilon=prepared.evaluation_epsilon,
+        metrics_noise=prepared.metrics_noise,
+        accountant=prepared.accountant,
+        ledger=prepared.ledger,
+        outside=prepared.outside,
+    )

@@ -5,7 +5,7 @@ from __future__ import annotations
 import enum
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
-from typing import Any, Literal, NamedTuple
+from typing import Literal, NamedTuple
 
 from privfl.errors import ProtocolError
 from privfl.federation.messages import (
@@ -18,6 +18,7 @@ from privfl.federation.messages import (
     Trained,
     Vector,
 )
+from privfl.federation.news import News, RunFailed
 
 
 class Phase(enum.Enum):
@@ -55,7 +56,7 @@ class Plan:
     shared_noise: bool
     blocks: Callable[[Vector, int], int]
     path: Literal["star", "reduce"] = "star"
-    account: str = ""
+    user: str = ""
 
 
 @dataclass(frozen=True)
@@ -123,10 +124,9 @@ class Dismiss(NamedTuple):
 
 
 class Tell(NamedTuple):
-    """What a person or the run folder should know; ``what`` is 'greeted', 'started', 'round', 'finished' or 'failed'."""
+    """Tell a person and the run folder."""
 
-    what: str
-    facts: dict[str, Any]
+    news: News
 
 
 Output = Send | SetAdder | OpenSum | Fold | Release | Dismiss | Tell
@@ -135,12 +135,12 @@ Result = tuple[State, tuple[Output, ...]]
 
 def fail(state: State, error: str, exit_code: int) -> Result:
     """Stop the run with one sentence."""
-    return end(state, exit_code, Tell("failed", {"error": error, "round": state.round}))
+    return end(state, exit_code, RunFailed(error, state.round))
 
 
-def end(state: State, exit_code: int, told: Tell) -> Result:
+def end(state: State, exit_code: int, news: News) -> Result:
     """End the run, and say what happened."""
-    return replace(state, phase=Phase.ENDED), (told, Dismiss(exit_code))
+    return replace(state, phase=Phase.ENDED), (Tell(news), Dismiss(exit_code))
 
 
 def ranks(plan: Plan) -> range:

@@ -7,6 +7,7 @@ is not newer than the last one is refused: a relay that repeats a message must n
 from __future__ import annotations
 
 import enum
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import NamedTuple
 
@@ -108,10 +109,10 @@ class Train(NamedTuple):
 
 
 class Contribute(NamedTuple):
-    """Encrypt this vector for the sum of the members and send it; ``spans``: what they need to agree on its range; ``heads`` of their ledgers."""
+    """Encrypt this vector for the sum of the members and send it; ``sealed_ranges``: what they need to agree on its range; ``heads`` of their ledgers."""
 
     vector: Vector
-    spans: dict[str, str]
+    sealed_ranges: dict[str, str]
     heads: dict[str, SignedHead]
 
 
@@ -147,10 +148,10 @@ class Write(NamedTuple):
 Action = Prepare | Verify | Unseal | Start | Train | Contribute | Collect | Combine | Lend | Adopt | Write
 
 
-def step(state: State, message: Message, blocks_of: dict[Vector, int]) -> tuple[State, tuple[Action, ...]]:
+def step(state: State, message: Message, blocks_of: Callable[[Vector], int]) -> tuple[State, tuple[Action, ...]]:
     """The state after a message of the coordinator (but Stop, which needs no state), and what to do.
 
-    ``blocks_of`` is the number of blocks of each vector.
+    ``blocks_of`` gives the number of blocks of a vector, once the run has begun.
 
     Raises:
         ProtocolError: the message is not allowed now; nothing has changed.
@@ -276,11 +277,11 @@ def _open_sum(state: State, message: Message, body: Sum) -> tuple[State, tuple[A
             )
     if body.members != state.sites:
         raise ProtocolError("the coordinator opened a sum for other members than this run's sites")
-    if body.spans and tuple(sorted(body.spans)) != tuple(sorted(state.sites)):
+    if body.sealed_ranges and tuple(sorted(body.sealed_ranges)) != tuple(sorted(state.sites)):
         raise ProtocolError("the coordinator relays ranges of other sites than this run's members")
     measured = state.round if body.vector == "metrics" else state.measured
     state = replace(state, phase=Phase.CONTRIBUTING, attempt=message.attempt, vector=body.vector, measured=measured, parts_in=0)
-    return state, (Contribute(body.vector, body.spans, body.heads),)
+    return state, (Contribute(body.vector, body.sealed_ranges, body.heads),)
 
 
 def _settle_replicas(state: State, message: Message) -> tuple[State, tuple[Action, ...]]:
@@ -298,9 +299,9 @@ def _settle_replicas(state: State, message: Message) -> tuple[State, tuple[Actio
     return replace(state, phase=Phase.WORKING), (Adopt(message.bulk),)
 
 
-def _take_total(state: State, message: Message, blocks_of: dict[Vector, int]) -> tuple[State, tuple[Action, ...]]:
+def _take_total(state: State, message: Message, blocks_of: Callable[[Vector], int]) -> tuple[State, tuple[Action, ...]]:
     _expect(state, message, Phase.SUMMING)
-    blocks = blocks_of[state.vector]
+    blocks = blocks_of(state.vector)
     if (
         (message.round, message.attempt) != (state.round, state.attempt)
         or message.parts != blocks

@@ -40,7 +40,7 @@ class Hello(Body):
     versions: dict[str, str] = {}
     exchange_key: str = ""
     identity: str = ""
-    account: str = ""
+    user: str = ""
     error: str | None = None
     exit_code: int = 0
 
@@ -80,7 +80,7 @@ class Prepared(Body):
 
     ``tag`` is the keyed digest of the replica; ``layout`` the number of ratios in each metric (empty: no held-out records); ``pinned`` whether
     this site has pinned the identities of all others; ``words_add`` whether its self-proof allows to add ciphertexts as words; ``accountant``
-    how its epsilons are meant; ``book`` whether it keeps one across runs, and whether that begins now; ``evaluation_epsilon`` what all
+    how its epsilons are meant; ``ledger`` whether it keeps one across runs, and whether that begins now; ``evaluation_epsilon`` what all
     releases of metrics will have cost the held-out records, whose noise is ``metrics_noise`` times what one record can change; ``outside`` what its
     data() says that no epsilon covers.
     """
@@ -94,7 +94,7 @@ class Prepared(Body):
     evaluation_epsilon: float
     metrics_noise: float
     accountant: Literal["rdp", "filter"]
-    book: Literal["none", "new", "kept"]
+    ledger: Literal["none", "new", "kept"]
     tag: str
     pinned: bool
     words_add: bool
@@ -144,7 +144,7 @@ class SignedHead(Body):
 class Trained(Body):
     """Site to coordinator: local steps are done and charged; ready for the sum.
 
-    ``head`` is that of the ledger after the charge; ``span`` is what the sites need to agree on the range of their updates, sealed between
+    ``head`` is that of the ledger after the charge; ``sealed_range`` is what the sites need to agree on the range of their updates, sealed between
     them; empty if the range is fixed.
     """
 
@@ -152,15 +152,15 @@ class Trained(Body):
     steps: int
     epsilon: float
     head: SignedHead
-    span: str = ""
+    sealed_range: str = ""
 
 
 class Sum(Body):
-    """Coordinator to sites: contribute ``vector`` to the sum of exactly these members, whose ``spans`` and ``heads`` are relayed."""
+    """Coordinator to sites: contribute ``vector`` to the sum of exactly these members, whose ``sealed_ranges`` and ``heads`` are relayed."""
 
     vector: Vector
     members: tuple[str, ...]
-    spans: dict[str, str]
+    sealed_ranges: dict[str, str]
     heads: dict[str, SignedHead]
 
 
@@ -223,7 +223,7 @@ class Ready(Body):
     state: str = ""
 
 
-class Told(Body):
+class Texts(Body):
     """What ranks that sum on their own tell each other in the clear: one text to rank 0, or those of all ranks from there."""
 
     texts: tuple[str, ...]
@@ -252,7 +252,7 @@ class Kind(enum.IntEnum):
     STOP = 18
     BYE = 19
     READY = 20
-    TOLD = 21
+    TEXTS = 21
     LEND = 22
     REPLICA = 23
 
@@ -275,7 +275,7 @@ _BODIES: dict[Kind, type[Body]] = {
     Kind.STOP: Stop,
     Kind.BYE: Bye,
     Kind.READY: Ready,
-    Kind.TOLD: Told,
+    Kind.TEXTS: Texts,
     Kind.LEND: Lend,
 }
 _KINDS = {body: kind for kind, body in _BODIES.items()}

@@ -14,9 +14,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from privfl.accounting import ACCOUNTS, ORDERS, Account, Event, RenyiFilter, account_of, divergences
-from privfl.errors import InternalError, PrivflError
+from privfl.errors import BudgetError, DamagedError, InternalError, PrivflError
 from privfl.ledger.heads import Head
-from privfl.ledger.rows import START, DamagedError, Kind, Row, chained, mechanism_of, pack_vector
+from privfl.ledger.rows import START, Kind, Row, chained, mechanism_of, pack_vector
 from privfl.ledger.storage import Storage
 
 # Why a charge may be taken back. Never an exception, NaN or too little memory: those depend on records.
@@ -37,10 +37,6 @@ class _Entry(NamedTuple):
     mechanism: int = 0
     steps: int = 0
     body: Mapping[str, Any] = {}
-
-
-class BudgetError(PrivflError):
-    """A charge that the budget does not admit; nothing was written."""
 
 
 class Ledger:
@@ -218,7 +214,7 @@ class Ledger:
         self._refundable[self.rows[-1].number] = self.rows[-1]
         return self.rows[-1]
 
-    def leaves(self, charge: Row) -> None:
+    def make_final(self, charge: Row) -> None:
         """Say that the first byte of what ``charge`` paid for is about to leave: from now on it stays."""
         self._refundable.pop(charge.number, None)
 

@@ -16,7 +16,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from privfl.accounting import Event, event_from_dict
-from privfl.errors import PrivflError
+from privfl.errors import DamagedError
 
 Kind = Literal["opened", "run", "mechanism", "charge", "refund"]
 
@@ -37,10 +37,6 @@ CREATE TABLE rows (
 INSERT: Final = "INSERT INTO rows VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?, ?)"
 SELECT: Final = "SELECT number, time, kind, run, round, account, mechanism, steps, body, hash FROM rows ORDER BY number"
 START: Final = "0" * 64
-
-
-class DamagedError(PrivflError):
-    """A book whose rows are not what was written."""
 
 
 class Row(NamedTuple):

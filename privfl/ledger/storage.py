@@ -12,8 +12,8 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Final
 
-from privfl.errors import PrivflError
-from privfl.ledger.rows import CREATE, INSERT, SELECT, START, DamagedError, Row, chained, checked
+from privfl.errors import DamagedError, PrivflError
+from privfl.ledger.rows import CREATE, INSERT, SELECT, START, Row, chained, checked
 
 APPLICATION: Final = 0x70766C67  # "pvlg"
 VERSION: Final = 1

@@ -79,6 +79,11 @@ class SeededRandomness:
         return self._generator.bytes(count)
 
 
+def randomness(seed: int | None, stream: str) -> Randomness:
+    """The operating system's randomness; a repeatable source of its own for each ``stream`` where a test gives a ``seed``."""
+    return SystemRandomness() if seed is None else SeededRandomness(seed, stream)
+
+
 def poisson_sample(records: int, sampling_rate: float, randomness: Randomness) -> NDArray[np.int64]:
     """The indices of a Poisson sample: each of ``records`` records independently with probability ``sampling_rate``.
 

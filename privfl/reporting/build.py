@@ -10,7 +10,7 @@ from itertools import pairwise
 import numpy as np
 from numpy.typing import NDArray
 
-from privfl import __version__
+from privfl._version import __version__
 from privfl.accounting import ACCOUNTS, ADJACENCY, Event, NonPrivate, adversaries, epsilon_of, epsilons, person_epsilon
 from privfl.accounting import Account as AccountName
 from privfl.reporting.history import Charged, History, RunFacts, now

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import json
+import sys
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from privfl.errors import PrivflError, ProtocolError
+from privfl.errors import PrivflError, ProtocolError, in_one_line
 
 if TYPE_CHECKING:
     from privfl.accounting import Account
@@ -194,3 +195,17 @@ def facts_of(run: str, begun: str, facts: dict[str, Any]) -> RunFacts:
         records_per_person=facts["records_per_person"],
         plans=plans,
     )
+
+
+def write_page(path: Path) -> None:
+    """The site's own report, beside its ledger. The run is over and sound: if this fails, it is said and nothing else."""
+    from privfl.ledger import Ledger
+    from privfl.reporting.build import report
+    from privfl.reporting.html import to_html
+
+    try:
+        with Ledger.read(path) as ledger:
+            found = report(f"Privacy budget of {ledger.site}", [history(ledger, checks(ledger, []))])
+        path.with_suffix(".report.html").write_text(to_html(found), encoding="utf-8")
+    except (PrivflError, OSError) as error:
+        sys.stderr.write(f"privfl: the report beside the ledger {path} could not be written: {in_one_line(error)}\n")

@@ -25,8 +25,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from privfl.secagg.keystream import Keystream
-from privfl.secagg.limbs import join, limb_count, split
 from privfl.secagg.masks import Masks
+from privfl.secagg.packing import join, limb_count, split
 from privfl.secagg.parameters import DEGREE, Parameters
 
 PRIME: Final = (1 << 61) - 1

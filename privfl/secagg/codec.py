@@ -11,7 +11,7 @@ from collections.abc import Iterator
 import numpy as np
 from numpy.typing import NDArray
 
-from privfl.errors import ProtocolError
+from privfl.errors import MismatchError, ProtocolError
 from privfl.secagg.checksum import ROW, Checksum, checksum_length
 from privfl.secagg.ckks import SEEDED_BYTES, Ring, SumKey
 from privfl.secagg.layout import Layout
@@ -22,16 +22,6 @@ from privfl.secagg.quantise import Quantiser
 
 # Values that are worked on at a time: they stay in the processor's cache, and are whole rows of the checksum.
 _PIECE = 4 * ROW
-
-
-class MismatchError(ProtocolError):
-    """The one error for every sum that is not what the members sent: which check failed is nobody's business."""
-
-    def __init__(self) -> None:
-        super().__init__(
-            "a decrypted sum is not the sum of what the sites sent: it was altered, replayed or mixed up on the way; nothing of it is used, and "
-            "the keys of this run are given up"
-        )
 
 
 def encrypt(

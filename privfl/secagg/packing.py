@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import numpy as np
 from numpy.typing import NDArray
 
@@ -46,3 +48,25 @@ def centred(integers: NDArray[np.uint64], bits: int) -> NDArray[np.int64]:
     """The lowest ``bits`` bits as a number in [-2^(bits-1), 2^(bits-1)); same shape."""
     half, modulus = np.uint64(1 << (bits - 1)), np.uint64((1 << bits) - 1)
     return ((integers + half) & modulus).view(np.int64) - np.int64(half)
+
+
+# -- numbers too wide for one value or integer: sums of limbs are the limbs of the sum
+
+
+def limb_count(bits: int, limb_bits: int) -> int:
+    """How many limbs of ``limb_bits`` bits hold a number of ``bits`` bits."""
+    return -(-bits // limb_bits)
+
+
+def split(numbers: NDArray[np.uint64], limb_bits: int, count: int) -> NDArray[np.uint64]:
+    """Each number as ``count`` limbs in [0, 2^limb_bits), lowest first; shape (len(numbers) * count,)."""
+    shifts = np.uint64(limb_bits) * np.arange(count, dtype=np.uint64)
+    return ((numbers[:, None] >> shifts) & np.uint64((1 << limb_bits) - 1)).reshape(-1)
+
+
+def join(limbs: Sequence[int], limb_bits: int, count: int) -> list[int]:
+    """The numbers, or sums of numbers, behind limbs or sums of limbs, exactly and of any size."""
+    return [
+        sum(limb << (limb_bits * place) for place, limb in enumerate(limbs[start : start + count]))
+        for start in range(0, len(limbs), count)
+    ]

@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import functools
 from dataclasses import dataclass
+from typing import Literal
 
 from privfl.errors import PrivflError
 
@@ -26,6 +27,10 @@ LEAST_BITS, MOST_BITS = 12, 28
 _PRIME_BITS = range(54, 61)
 # The default leaves this many bits where they cost nothing.
 _USUAL_MOST, _USUAL_LEAST = 24, 16
+
+
+# How a sum of words comes about; the results are the same to the last bit.
+SumPath = Literal["star", "reduce"]
 
 
 @dataclass(frozen=True)
@@ -53,6 +58,11 @@ class Parameters:
     def field_bits(self) -> int:
         """w: the bits of one value's sum."""
         return self.value_bits + self.carry_bits
+
+    @property
+    def largest_total(self) -> int:
+        """The greatest size of the sum of all members' values that its field holds."""
+        return (1 << (self.field_bits - 1)) - 1
 
     @property
     def carry_bits(self) -> int:
@@ -105,6 +115,21 @@ def derive(members: int, value_bits: int) -> Parameters:
 def usual_value_bits(members: int) -> int:
     """As many bits, from 16 to 24, as two values can have in one integer: more precision at no cost in bytes."""
     return next((bits for bits in range(_USUAL_MOST, _USUAL_LEAST, -1) if _fitting(members, bits, 2)), _USUAL_LEAST)
+
+
+def parameters_for(members: int, value_bits: int | None, path: SumPath) -> Parameters:
+    """The parameters of sums of so many members; the usual ``value_bits`` if none are given.
+
+    Raises:
+        PrivflError: so many bits do not fit so many members, or MPI cannot add their words.
+    """
+    parameters = derive(members, value_bits or usual_value_bits(members))
+    if path == "reduce" and members > parameters.additions:
+        raise PrivflError(
+            f"path reduce adds at most {parameters.additions} contributions at value_bits {parameters.value_bits}, there are {members}; "
+            "lower value_bits, or use path star"
+        )
+    return parameters
 
 
 def _fitting(members: int, value_bits: int, fields: int) -> Parameters | None:

@@ -19,7 +19,7 @@ Rounding = Literal["nearest", "stochastic"]
 # Work on pieces that stay in the processor's cache.
 _PIECE = 1 << 14
 # Far from the ends of float64, where grids and sums would be infinite or zero.
-LEAST_SPAN, LARGEST_SPAN = 2.0**-256, 2.0**256
+LEAST_RANGE, LARGEST_RANGE = 2.0**-256, 2.0**256
 
 
 class Quantiser(Protocol):
@@ -42,7 +42,7 @@ class Quantiser(Protocol):
         ...
 
 
-class Exact:
+class BoundedIntegers:
     """int64 in, int64 out."""
 
     def __init__(self, parameters: Parameters) -> None:
@@ -63,7 +63,7 @@ class Exact:
         return totals
 
 
-class Whole:
+class WrappingIntegers:
     """int64 in, int64 out, for integers that are to wrap and not to be refused: their sum modulo 2^P is what is exact, not each of them.
 
     A refusal would depend on the values, and so would a value that is cut. What a sum wraps to is off by multiples of its field, and does not
@@ -84,35 +84,37 @@ class Whole:
         return totals
 
 
-class Grid:
+class FixedPoint:
     """Numbers of a public range on a grid: x becomes round(x / g), with g = range / (2^(b-1) - 1).
 
     The error of a sum of n values is at most n g / 2 with ``nearest`` and n g with ``stochastic`` rounding, whose mean is zero:
     floor(x / g + u), u uniform on [0, 1) from the operating system's randomness.
 
     Args:
-        span: the public range; values are between -span and span.
+        value_range: the public range; values are between -value_range and value_range.
 
     Raises:
         PrivflError: a range next to the ends of what float64 can hold.
     """
 
-    def __init__(self, parameters: Parameters, span: float, rounding: Rounding = "nearest") -> None:
-        if not LEAST_SPAN <= span <= LARGEST_SPAN:
-            raise PrivflError(f"the public range of a sum must be between {LEAST_SPAN:.3g} and {LARGEST_SPAN:.3g}, got {span:g}")
-        self.span = span
-        self.grid = span / parameters.largest_value
+    def __init__(self, parameters: Parameters, value_range: float, rounding: Rounding = "nearest") -> None:
+        if not LEAST_RANGE <= value_range <= LARGEST_RANGE:
+            raise PrivflError(
+                f"the public range of a sum must be between {LEAST_RANGE:.3g} and {LARGEST_RANGE:.3g}, got {value_range:g}"
+            )
+        self.value_range = value_range
+        self.grid = value_range / parameters.largest_value
         self._limit = float(parameters.largest_value)
         self._dither = Keystream(os.urandom(KEY_BYTES)) if rounding == "stochastic" else None
 
     def check(self, vector: NDArray[np.generic]) -> None:
         # NaN makes both comparisons false, so one pass answers for NaN, infinity and range.
-        if vector.size and not (float(vector.min()) >= -self.span and float(vector.max()) <= self.span):
+        if vector.size and not (float(vector.min()) >= -self.value_range and float(vector.max()) <= self.value_range):
             if not np.isfinite(vector).all():
                 raise PrivflError("a vector to be summed contains NaN or infinite values")
             # By how much it is beyond would be said in the clear to everybody.
             raise PrivflError(
-                f"a vector to be summed has values beyond the public range {self.span:g}; raise the range, which makes the grid coarser"
+                f"a vector to be summed has values beyond the public range {self.value_range:g}; raise the range, which makes the grid coarser"
             )
 
     def integers(self, values: NDArray[np.generic]) -> NDArray[np.float64]:

@@ -7,18 +7,18 @@ import os
 import numpy as np
 from numpy.typing import NDArray
 
-from privfl.errors import PrivflError
+from privfl.errors import MismatchError, PrivflError
 from privfl.secagg.adders import Adder, EvaluatorAdder, WordAdder
 from privfl.secagg.checksum import Checksum
 from privfl.secagg.ckks import SumKey
-from privfl.secagg.codec import Decryption, MismatchError, encrypt
+from privfl.secagg.codec import Decryption, encrypt
 from privfl.secagg.key_exchange import ExchangeKey
 from privfl.secagg.keystream import KEY_BYTES
 from privfl.secagg.layout import Layout
 from privfl.secagg.masks import Pairs
 from privfl.secagg.packing import centred, pack
 from privfl.secagg.parameters import CIPHERTEXT_WORDS, derive
-from privfl.secagg.quantise import Exact
+from privfl.secagg.quantise import BoundedIntegers
 
 _MEMBERS, _BITS, _VALUES = 3, 20, 3000
 
@@ -62,7 +62,7 @@ def _contributions(vectors: NDArray[np.int64], key: SumKey, check: bytes) -> lis
     blocks = []
     for member, vector in zip(members, vectors, strict=True):
         masks, checksum = Pairs(member, public).masks(1, 1, b"probe"), Checksum(check, key.parameters)
-        blocks += [block.tobytes() for block in encrypt(vector, Exact(key.parameters), checksum, masks, key)]
+        blocks += [block.tobytes() for block in encrypt(vector, BoundedIntegers(key.parameters), checksum, masks, key)]
     return blocks
 
 

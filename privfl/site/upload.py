@@ -9,22 +9,19 @@ from dataclasses import replace
 import numpy as np
 from numpy.typing import NDArray
 
-from privfl.errors import PrivflError
 from privfl.federation.messages import Message
 from privfl.secagg import Layout
-from privfl.secagg.parameters import CIPHERTEXT_WORDS
-from privfl.secagg.session.sums import Path
-from privfl.transport import Reduction, Transport
+from privfl.secagg.parameters import CIPHERTEXT_WORDS, SumPath
+from privfl.transport import Reduction, Transport, finish
 
 # So many sums may be under way while the next block is encrypted.
 _UNDER_WAY = 4
-REDUCE_SECONDS = 120.0
 
 
-class Outbox:
+class Upload:
     """Sends one contribution of a site. ``ranks``: the members of the sum, this site included; ``head``: what each message says."""
 
-    def __init__(self, transport: Transport, ranks: Sequence[int], path: Path, head: Message) -> None:
+    def __init__(self, transport: Transport, ranks: Sequence[int], path: SumPath, head: Message) -> None:
         self._transport, self._ranks, self._path, self._head = transport, ranks, path, head
         self._handed = 0
 
@@ -56,15 +53,3 @@ class Outbox:
                 finish(waiting.popleft())
         while waiting:
             finish(waiting.popleft())
-
-
-def finish(part: Reduction) -> None:
-    """Wait for a sum that the transport makes.
-
-    Raises:
-        PrivflError: it takes too long; another member is gone.
-    """
-    if not part.done(REDUCE_SECONDS):
-        raise PrivflError(
-            f"a sum by MPI_Reduce did not end within {REDUCE_SECONDS:.0f} s: another rank is gone or stuck; path star survives that"
-        )

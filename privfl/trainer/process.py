@@ -9,10 +9,11 @@ import signal
 import socket
 import subprocess
 import sys
-from typing import Any, TextIO
+from typing import TextIO
 
 from privfl.errors import InternalError, PrivflError
-from privfl.trainer.channel import Closed, Link, SharedVector
+from privfl.trainer.channel import Channel, Closed, SharedVector
+from privfl.trainer.requests import ANSWERS, Answer, Failed, Prepare, Request
 
 # What launchers tell a rank about itself. A child that inherits it may be taken for the rank, by MPI or by a library.
 _LAUNCHER_PREFIXES = (
@@ -42,19 +43,10 @@ def trainer_environment(environment: dict[str, str], threads: int) -> dict[str, 
     return kept | {"OMP_NUM_THREADS": kept.get("OMP_NUM_THREADS") or str(threads)}
 
 
-def threads_for(sites_here: int, environment: dict[str, str]) -> int:
-    """Threads for one trainer when ``sites_here`` of them share this machine's processors."""
-    chosen = environment.get("OMP_NUM_THREADS") or environment.get("SLURM_CPUS_PER_TASK") or ""
-    if chosen.isdigit() and int(chosen) > 0:
-        return int(chosen)
-    processors = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    return max(1, processors // max(1, sites_here))
+class TrainerProcess:
+    """A running trainer. The vector ``replica`` goes to it, the vector ``update`` comes from it."""
 
-
-class Trainer:
-    """A running trainer. ``replica`` goes to it, ``update`` comes from it."""
-
-    def __init__(self, site: str, threads: int, log: TextIO, setup: dict[str, Any]) -> None:
+    def __init__(self, site: str, threads: int, log: TextIO, prepare: Prepare) -> None:
         self._log = log.name
         self.replica = SharedVector.create()
         self.update = SharedVector.create()
@@ -75,41 +67,41 @@ class Trainer:
         )
         theirs.close()
         os.close(alive)
-        self._link = Link(ours)
-        self.ask(setup)
+        self._channel = Channel(ours, ANSWERS)
+        self.ask(prepare)
 
     def fileno(self) -> int:
         """Readable when an answer or the end of the trainer is there to be read."""
-        return self._link.fileno()
+        return self._channel.fileno()
 
     def has_answer(self) -> bool:
         """Whether there is something to read, or nothing will come any more because the trainer died."""
-        return bool(select.select([self._link], [], [], 0)[0]) or self._process.poll() is not None
+        return bool(select.select([self._channel], [], [], 0)[0]) or self._process.poll() is not None
 
-    def ask(self, request: dict[str, Any]) -> None:
+    def ask(self, request: Request) -> None:
         """Send a request; the answer is read with :meth:`answer`."""
         # If the trainer is gone, reading its answer says so, and says why.
         with contextlib.suppress(Closed):
-            self._link.send(request)
+            self._channel.send(request)
 
-    def answer(self) -> dict[str, Any]:
+    def answer(self) -> Answer:
         """The trainer's next answer.
 
         Raises:
-            PrivflError: the trainer reports a failure, or died.
+            PrivflError: If the trainer reports a failure, or died.
         """
         try:
-            if self._process.poll() is not None and not select.select([self._link], [], [], 0)[0]:
+            if self._process.poll() is not None and not select.select([self._channel], [], [], 0)[0]:
                 raise Closed
-            answer = self._link.receive()
+            answer = self._channel.receive()
         except Closed:
-            raise self._obituary() from None
-        if "failed" in answer:
-            kind = PrivflError if answer.get("exit_code") == PrivflError.exit_code else InternalError
-            raise kind(str(answer["failed"]))
+            raise self._why_it_ended() from None
+        if isinstance(answer, Failed):
+            kind = PrivflError if answer.exit_code == PrivflError.exit_code else InternalError
+            raise kind(answer.error)
         return answer
 
-    def _obituary(self) -> PrivflError:
+    def _why_it_ended(self) -> PrivflError:
         try:
             code = self._process.wait(_GRACE_SECONDS)
         except subprocess.TimeoutExpired:
@@ -126,7 +118,7 @@ class Trainer:
         with contextlib.suppress(ProcessLookupError, PermissionError):
             os.killpg(self._process.pid, signal.SIGKILL)
         self._process.wait()
-        self._link.close()
+        self._channel.close()
         os.close(self._life)
         self.replica.close()
         self.update.close()

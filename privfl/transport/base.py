@@ -9,6 +9,8 @@ from typing import NoReturn, Protocol
 import numpy as np
 from numpy.typing import NDArray
 
+from privfl.errors import PrivflError
+
 # No single message is larger: MPI counts end at 2 GiB in some libraries, and smaller pieces are faster anyway.
 CHUNK = 64 << 20
 HEAD_LIMIT = 256
@@ -109,3 +111,19 @@ def check_members(rank: int, size: int, members: Sequence[int]) -> tuple[int, ..
     if not names or names[0] < 1 or names[-1] >= size or (rank and rank not in names):
         raise ValueError(f"rank {rank} of {size} cannot take part in a sum of the ranks {names}")
     return names
+
+
+# A reduction ends within this time, or another member is gone.
+REDUCE_SECONDS = 120.0
+
+
+def finish(part: Reduction) -> None:
+    """Wait for a sum that the transport makes.
+
+    Raises:
+        PrivflError: If it takes too long, because another member is gone.
+    """
+    if not part.done(REDUCE_SECONDS):
+        raise PrivflError(
+            f"a sum by MPI_Reduce did not end within {REDUCE_SECONDS:.0f} s: another rank is gone or stuck; path star survives that"
+        )

@@ -12,6 +12,7 @@ from privfl.errors import PrivflError, ProtocolError
 from privfl.federation import coordinator as lead
 from privfl.federation import messages
 from privfl.federation.messages import Kind, Message
+from privfl.federation.news import Greeted, RoundDone, RunFailed, RunFinished, Started
 from tests.federation.world import BLOCKS, RUN, SITES, World, hello, plan, prepared
 
 
@@ -20,8 +21,8 @@ def test_a_whole_run_in_any_order_of_arrival(seed: int):
     world = World(plan())
     world.run(random.Random(seed).randrange)
     assert world.code == 0
-    assert [t.what for t in world.told] == ["greeted", "started", "round", "round", "finished"]
-    assert [t.facts["metrics"] for t in world.told if t.what == "round"] == [{"accuracy": 0.5}] * 2
+    assert [type(news) for news in world.news] == [Greeted, Started, RoundDone, RoundDone, RunFinished]
+    assert [news.metrics for news in world.news if isinstance(news, RoundDone)] == [{"accuracy": 0.5}] * 2
     # Two sums a round, each of BLOCKS blocks from every site.
     assert len(world.folded) == 2 * 2 * BLOCKS * len(SITES)
     attempts = [(m.round, m.attempt) for _, to, m in world.wire if m.kind is Kind.SUM and to == 1]
@@ -31,7 +32,7 @@ def test_a_whole_run_in_any_order_of_arrival(seed: int):
 def test_metrics_are_summed_only_when_due():
     world = World(plan(rounds=5, evaluate_every=2))
     world.run()
-    assert [bool(t.facts["metrics"]) for t in world.told if t.what == "round"] == [False, True, False, True, True]
+    assert [bool(news.metrics) for news in world.news if isinstance(news, RoundDone)] == [False, True, False, True, True]
     world = World(plan(evaluate_every=0))
     world.run()
     assert not any(m.kind is Kind.SUM and m.body.vector == "metrics" for _, _, m in world.wire)
@@ -71,8 +72,8 @@ def test_where_the_transport_adds_contributions_are_one_empty_message_each():
 def test_ranges_are_relayed_with_the_sum_of_updates_only():
     world = World(plan())
     world.run()
-    spans = {(m.body.vector, tuple(sorted(m.body.spans.items()))) for _, _, m in world.wire if m.kind is Kind.SUM}
-    assert spans == {("update", (("a", "s"), ("b", "s"), ("c", "s"))), ("metrics", ())}
+    sealed_ranges = {(m.body.vector, tuple(sorted(m.body.sealed_ranges.items()))) for _, _, m in world.wire if m.kind is Kind.SUM}
+    assert sealed_ranges == {("update", (("a", "s"), ("b", "s"), ("c", "s"))), ("metrics", ())}
 
 
 @pytest.mark.parametrize(("proven", "expected"), [((True, True, True), True), ((True, False, True), False)])
@@ -198,7 +199,7 @@ def test_a_failure_of_a_site_ends_the_run_with_its_sentence_and_code():
     world, _rank, _ = at(Kind.TRAINED)
     failed = Message.of(messages.Failed(error="it broke", exit_code=2))
     state, outputs = lead.step(world.plan, world.state, 2, failed)
-    assert outputs == (lead.Tell("failed", {"error": "site b: it broke", "round": 1}), lead.Dismiss(2))
+    assert outputs == (lead.Tell(RunFailed("site b: it broke", 1)), lead.Dismiss(2))
     assert lead.step(world.plan, state, 3, failed) == (state, ()), "one error per job"
 
 

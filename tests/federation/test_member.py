@@ -31,7 +31,7 @@ def member_at(kind: Kind) -> tuple[member.State, Message]:
 
 
 FROM_LEAD = [Kind.WELCOME, Kind.AGREED, Kind.SEALED_KEY, Kind.BEGIN, Kind.ROUND, Kind.SUM, Kind.TOTAL, Kind.FINISH]
-TWO = {"update": BLOCKS, "metrics": BLOCKS}
+TWO = {"update": BLOCKS, "metrics": BLOCKS}.__getitem__
 
 
 @pytest.mark.parametrize("kind", FROM_LEAD)
@@ -62,14 +62,16 @@ def test_a_member_contributes_only_to_sums_of_all_members():
     state, message = member_at(Kind.SUM)
     for members in (("a", "b"), ("b",), ("a", "b", "c", "d"), ("c", "b", "a"), ("b", "b", "b")):
         with pytest.raises(ProtocolError, match="other members"):
-            member.step(state, replace(message, body=messages.Sum(vector="update", members=members, spans={}, heads={})), TWO)
+            member.step(
+                state, replace(message, body=messages.Sum(vector="update", members=members, sealed_ranges={}, heads={})), TWO
+            )
 
 
 def test_a_member_takes_no_ranges_of_strangers():
     state, message = member_at(Kind.SUM)
-    for spans in ({"a": "s"}, {"a": "s", "b": "s", "z": "s"}):
+    for sealed_ranges in ({"a": "s"}, {"a": "s", "b": "s", "z": "s"}):
         with pytest.raises(ProtocolError, match="ranges of other sites"):
-            member.step(state, replace(message, body=message.body.model_copy(update={"spans": spans})), TWO)
+            member.step(state, replace(message, body=message.body.model_copy(update={"sealed_ranges": sealed_ranges})), TWO)
 
 
 def test_a_member_without_public_records_sums_no_metrics():
@@ -77,7 +79,7 @@ def test_a_member_without_public_records_sums_no_metrics():
     assert state.begin is not None
     state = replace(state, phase=member.Phase.IDLE, begin=state.begin.model_copy(update={"layout": {}}))
     with pytest.raises(ProtocolError, match="none may leave"):
-        member.step(state, replace(message, body=messages.Sum(vector="metrics", members=SITES, spans={}, heads={})), TWO)
+        member.step(state, replace(message, body=messages.Sum(vector="metrics", members=SITES, sealed_ranges={}, heads={})), TWO)
 
 
 @pytest.mark.parametrize("kind", [Kind.TOTAL, Kind.ROUND, Kind.SUM, Kind.FINISH])

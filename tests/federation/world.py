@@ -8,6 +8,7 @@ from typing import Any
 from privfl.federation import coordinator as lead
 from privfl.federation import member, messages
 from privfl.federation.messages import Kind, Message, decode
+from privfl.federation.news import News
 
 RUN = bytes(range(16))
 SITES = ("a", "b", "c")
@@ -50,7 +51,7 @@ def prepared(**changes: Any) -> messages.Prepared:
         "evaluation_epsilon": 0.0,
         "metrics_noise": 0.0,
         "accountant": "rdp",
-        "book": "none",
+        "ledger": "none",
         "tag": "t",
         "pinned": False,
         "words_add": True,
@@ -60,7 +61,7 @@ def prepared(**changes: Any) -> messages.Prepared:
 
 
 HEAD = messages.SignedHead(attempt=0, ledger="l", rows=1, hash="h", signature="s")
-TRAINED = messages.Trained(event={"kind": "x"}, steps=3, epsilon=0.5, head=HEAD, span="s")
+TRAINED = messages.Trained(event={"kind": "x"}, steps=3, epsilon=0.5, head=HEAD, sealed_range="s")
 
 
 class World:
@@ -72,7 +73,7 @@ class World:
         self.members = {
             rank: member.State(site, "d", p.sites, p.rounds, p.evaluate_every) for rank, site in enumerate(p.sites, 1)
         }
-        self.told: list[lead.Tell] = []
+        self.news: list[News] = []
         self.folded: list[int] = []
         self.wire: list[tuple[int, int, Message]] = []
         self.code: int | None = None
@@ -94,14 +95,14 @@ class World:
                         for part in range(output.blocks):
                             self.to_member(rank, replace(output.message, part=part, parts=output.blocks, bulk=b"sum"))
                 case lead.Tell():
-                    self.told.append(output)
+                    self.news.append(output.news)
                 case lead.Dismiss():
                     self.code = output.exit_code
 
     def to_member(self, rank: int, message: Message) -> None:
         self.wire.append((0, rank, message))
         blocks = {"update": BLOCKS, "metrics": BLOCKS}
-        self.members[rank], actions = member.step(self.members[rank], decode(*message.encode()), blocks)
+        self.members[rank], actions = member.step(self.members[rank], decode(*message.encode()), blocks.__getitem__)
         for action in actions:
             self.act(rank, action)
 

@@ -12,8 +12,8 @@ import numpy as np
 import pytest
 
 from privfl.accounting import ACCOUNTS
-from privfl.errors import PrivflError
-from privfl.ledger import DamagedError, Ledger
+from privfl.errors import DamagedError, PrivflError
+from privfl.ledger import Ledger
 from privfl.ledger.rows import chained
 from tests.ledger.books import RUN, STEP, a_dozen_rows, by_sql, open_book
 

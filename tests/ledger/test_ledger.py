@@ -12,8 +12,8 @@ import numpy as np
 import pytest
 
 from privfl.accounting import ACCOUNTS, Event, Gaussian, NonPrivate, epsilon_of
-from privfl.errors import InternalError, PrivflError
-from privfl.ledger import BudgetError, Head, Ledger, head_bytes
+from privfl.errors import BudgetError, InternalError, PrivflError
+from privfl.ledger import Head, Ledger, head_bytes
 from tests.ledger.books import METRICS, OTHER, RUN, STEP, a_dozen_rows, limit, open_book, rewrite
 
 # -- writing and reading ------------------------------------------------------------------------------------------------
@@ -203,7 +203,7 @@ def test_a_charge_is_refunded_once(path: Path):
 def test_what_left_is_not_refunded(path: Path):
     with open_book(path) as book:
         charge, other = book.charge("training", STEP, RUN, 1), book.charge("training", STEP, RUN, 2)
-        book.leaves(charge)
+        book.make_final(charge)
         with pytest.raises(InternalError, match="may not be refunded"):
             book.refund(charge, "peer")
         book.refund(other, "peer")

@@ -6,7 +6,8 @@ from pathlib import Path
 
 import pytest
 
-from privfl.ledger import DamagedError, Ledger
+from privfl.errors import DamagedError
+from privfl.ledger import Ledger
 from tests.ledger.books import RUN, STEP, a_dozen_rows, by_sql, limit, open_book, rewrite
 
 

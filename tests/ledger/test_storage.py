@@ -14,8 +14,8 @@ from pathlib import Path
 
 import pytest
 
-from privfl.errors import PrivflError
-from privfl.ledger import DamagedError, Ledger, storage
+from privfl.errors import DamagedError, PrivflError
+from privfl.ledger import Ledger, storage
 from privfl.ledger.storage import APPLICATION, Storage, file_system
 from tests.conftest import ROOT
 from tests.ledger.books import RUN, STEP, a_dozen_rows, by_sql, open_book

@@ -52,11 +52,11 @@ def work(path: Path, released: Path, rounds: int, tick: Callable[[], None] = lam
             if round_ % 4 == 2:
                 book.refund(charge, "peer")
                 continue
-            book.leaves(charge)
+            book.make_final(charge)
             leave(charge.number)
             if round_ % 5 == 1:
                 charge = book.charge("evaluation", METRICS, run, round_)
-                book.leaves(charge)
+                book.make_final(charge)
                 leave(charge.number)
 
 

@@ -9,21 +9,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from privfl.errors import PrivflError, ProtocolError
-from privfl.identity import verify
-from privfl.secagg import (
-    Checksum,
-    Decryption,
-    EvaluatorAdder,
-    Exact,
-    Identity,
-    Layout,
-    MismatchError,
-    SumKey,
-    WordAdder,
-    derive,
-    encrypt,
-)
+from privfl.errors import MismatchError, PrivflError, ProtocolError
+from privfl.identity import Identity, verify
+from privfl.secagg import BoundedIntegers, Checksum, Decryption, EvaluatorAdder, Layout, SumKey, WordAdder, derive, encrypt
 from privfl.secagg.adders import reduce_words
 from privfl.secagg.checksum import checksum_length
 from privfl.secagg.codec import encrypt_seeded, expand
@@ -146,7 +134,7 @@ def test_half_size_contributions_add_to_the_same_sum():
     stranger, contributions = SumKey(p), []
     for number, vector in enumerate(vectors):
         how = encrypt_seeded if number % 2 else encrypt
-        blocks = list(how(vector, Exact(p), Checksum(members.check, p), members.masks(number), members.key))
+        blocks = list(how(vector, BoundedIntegers(p), Checksum(members.check, p), members.masks(number), members.key))
         if number % 2:
             assert sum(map(len, blocks)) < 0.51 * 8 * CIPHERTEXT_WORDS * Layout(length, p).ciphertexts(0)
             blocks = [expand(block, stranger.ring, stranger.seeded_front) for block in blocks]

@@ -8,8 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from privfl.secagg import derive
-from privfl.secagg.limbs import join, limb_count, split
-from privfl.secagg.packing import centred, pack, packed_length, unpack
+from privfl.secagg.packing import centred, join, limb_count, pack, packed_length, split, unpack
 
 
 @settings(deadline=None)

@@ -9,9 +9,9 @@ import numpy as np
 
 from privfl.secagg import (
     Adder,
+    BoundedIntegers,
     Checksum,
     Decryption,
-    Exact,
     ExchangeKey,
     Layout,
     Pairs,
@@ -41,7 +41,7 @@ class Members:
     def contributions(self, vectors: Sequence[np.ndarray], quantiser: Quantiser | None = None) -> list[list[np.ndarray]]:
         """The blocks of every member, in a new attempt."""
         self.attempt += 1
-        quantiser = quantiser or Exact(self.parameters)
+        quantiser = quantiser or BoundedIntegers(self.parameters)
         return [
             list(encrypt(vector, quantiser, Checksum(self.check, self.parameters), self.masks(number), self.key))
             for number, vector in enumerate(vectors)

@@ -10,7 +10,7 @@ from privfl.errors import ProtocolError
 from privfl.secagg import ExchangeKey, Parameters, SumKey
 from privfl.secagg.key_exchange import open_sealed, seal
 from privfl.secagg.keystream import KEY_BYTES, derive_key
-from privfl.secagg.session.roster import Agreement
+from privfl.secagg.session.roster import Roster
 
 
 class RunKeys:
@@ -65,23 +65,23 @@ class RunKeys:
         return derive_key(self._secret, b"", b"privfl note 1")
 
 
-def seal_keys(keys: RunKeys, exchange: ExchangeKey, agreement: Agreement) -> list[tuple[int, bytes]]:
+def seal_keys(keys: RunKeys, exchange: ExchangeKey, roster: Roster) -> list[tuple[int, bytes]]:
     """The keys sealed to every member but the first, which made them: (index of the member, sealed)."""
     return [
-        (index, exchange.seal(party.exchange_key, keys.secret_bytes(), _context(agreement, party.site)))
-        for index, party in enumerate(agreement.members[1:], 1)
+        (index, exchange.seal(member.exchange_key, keys.secret_bytes(), _context(roster, member.site)))
+        for index, member in enumerate(roster.members[1:], 1)
     ]
 
 
-def open_keys(sealed: bytes, exchange: ExchangeKey, agreement: Agreement, site: str, parameters: Parameters) -> RunKeys:
+def open_keys(sealed: bytes, exchange: ExchangeKey, roster: Roster, site: str, parameters: Parameters) -> RunKeys:
     """The keys that the first member sealed to ``site``.
 
     Raises:
-        ProtocolError: altered, or sealed by or to somebody else or for another agreement.
+        ProtocolError: altered, or sealed by or to somebody else or for another roster.
     """
-    secret = exchange.open(agreement.members[0].exchange_key, sealed, _context(agreement, site))
+    secret = exchange.open(roster.members[0].exchange_key, sealed, _context(roster, site))
     return RunKeys.from_secret_bytes(secret, parameters)
 
 
-def _context(agreement: Agreement, receiver: str) -> bytes:
-    return b"privfl run keys 1" + agreement.digest + receiver.encode()
+def _context(roster: Roster, receiver: str) -> bytes:
+    return b"privfl run keys 1" + roster.digest + receiver.encode()

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import json
+from typing import Any
+
 import numpy as np
 from numpy.typing import NDArray
 
@@ -10,6 +13,14 @@ from privfl.secagg.session.keys import RunKeys
 
 # Of the largest parameter: some hundred times the rounding of float32, and far below what a step moves.
 _TOLERANCE = 2.0**-16
+
+
+def tag(keys: RunKeys, facts: Any, replica: NDArray[np.float32]) -> str:
+    """A keyed digest of a replica and of ``facts``, as JSON, that must be the same at every site; in hexadecimal.
+
+    Without the sites' key nobody can test a guess of the replica.
+    """
+    return keys.tag(json.dumps(facts), replica.tobytes())
 
 
 def seal(keys: RunKeys, replica: NDArray[np.float32], context: bytes) -> bytes:

@@ -16,9 +16,9 @@ from torch import nn
 
 from privfl.dp import clipping
 from privfl.dp.optimizer import SecureSumOptimizer
-from privfl.errors import PrivflError
+from privfl.errors import InternalError, PrivflError
 from privfl.noise.discrete_gaussian import DiscreteGaussian
-from privfl.noise.distributed import CLIP_MARGIN, SENSITIVITY, Shares, StepGrid, derived_span, step_grid
+from privfl.noise.distributed import CLIP_MARGIN, SENSITIVITY, DistributedNoise, Shares, StepGrid
 from privfl.noise.randomness import SystemRandomness
 
 LEAST_P = 1e-7
@@ -28,17 +28,15 @@ SIGMA, CLIP, SITES, COLLUSION = 1.3, 0.7, 5, 2
 pytestmark = pytest.mark.filterwarnings("ignore:Full backward hook is firing")
 
 
+def distributed(fields: dict[str, Any]) -> DistributedNoise:
+    """The noise with these fields, which are taken out of ``fields``."""
+    usual = {"noise_multiplier": SIGMA, "max_grad_norm": CLIP, "members": SITES, "collusion": COLLUSION}
+    return DistributedNoise(**{name: fields.pop(name, value) for name, value in usual.items()})
+
+
 def grid(**changes: Any) -> StepGrid:
-    fields: dict[str, Any] = {
-        "span": 50.0,
-        "largest_total": 2**21 - 1,
-        "parameters": 1000,
-        "noise_multiplier": SIGMA,
-        "max_grad_norm": CLIP,
-        "members": SITES,
-        "collusion": COLLUSION,
-    }
-    return step_grid(**fields | changes)
+    fields: dict[str, Any] = {"value_range": 50.0, "largest_total": 2**21 - 1, "parameters": 1000} | changes
+    return distributed(fields).step_grid(**fields)
 
 
 def shares(chosen: StepGrid | None = None) -> Shares:
@@ -144,33 +142,42 @@ def test_every_share_is_used_once(monkeypatch: pytest.MonkeyPatch):
 # -- the grid -------------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("span", [50.0, 64.0, 0.37, 1e-9, 3e7])
+@pytest.mark.parametrize("value_range", [50.0, 64.0, 0.37, 1e-9, 3e7])
 @pytest.mark.parametrize("bits", [12, 16, 22, 27])
-def test_the_grid_is_the_finest_of_16_bits_that_holds_the_range(span: float, bits: int):
+def test_the_grid_is_the_finest_of_16_bits_that_holds_the_range(value_range: float, bits: int):
     largest = 2 ** (bits - 1) - 1
-    found = grid(span=span, largest_total=largest, max_grad_norm=span, noise_multiplier=1.0, parameters=1)
+    found = grid(value_range=value_range, largest_total=largest, max_grad_norm=value_range, noise_multiplier=1.0, parameters=1)
     fraction, exponent = math.frexp(found.step)
     assert math.ldexp(fraction, 16).is_integer()
-    assert span <= found.step * largest
-    assert span > (found.step - math.ldexp(1.0, exponent - 16)) * largest
-    assert found.deviation == pytest.approx(span / math.sqrt(SITES - COLLUSION) / found.step)
+    assert value_range <= found.step * largest
+    assert value_range > (found.step - math.ldexp(1.0, exponent - 16)) * largest
+    assert found.deviation == pytest.approx(value_range / math.sqrt(SITES - COLLUSION) / found.step)
 
 
 def test_a_grid_on_which_rounding_moves_a_sum_too_far_is_refused():
     """What is charged is 1.01 clipping norms: 2^-10 of the hundredth is for clipping, the rest for g sqrt(d)."""
-    room = 1.01 - 1.0 - 2.0**-10
+    for_rounding = 1.01 - 1.0 - 2.0**-10
     step = 2.0**-12
-    most = int((room * CLIP / step) ** 2)
-    at_most: dict[str, Any] = {"span": step * 1000, "largest_total": 1000, "noise_multiplier": 100.0}
+    most = int((for_rounding * CLIP / step) ** 2)
+    at_most: dict[str, Any] = {"value_range": step * 1000, "largest_total": 1000, "noise_multiplier": 100.0}
     assert grid(parameters=most, **at_most).step == step
     with pytest.raises(PrivflError, match=r"need a finer grid than the bits of a value allow.*secure_aggregation\.value_bits"):
         grid(parameters=most + 1, **at_most)
     assert (SENSITIVITY, CLIP_MARGIN) == (1.01, 2.0**-10)
 
 
+def test_sums_are_not_released_for_less_than_they_can_change():
+    made = grid()
+    assert 1.0 + CLIP_MARGIN < made.sensitivity <= SENSITIVITY
+    made.check_charged(made.sensitivity)
+    for charged in (made.sensitivity * (1 - 1e-12), 1.0, math.nan):
+        with pytest.raises(InternalError, match="on a grid with one of"):
+            made.check_charged(charged)
+
+
 def test_shares_too_narrow_or_too_wide_are_refused():
     step = 2.0**-12
-    common: dict[str, Any] = {"span": step * 1000, "largest_total": 1000, "parameters": 1}
+    common: dict[str, Any] = {"value_range": step * 1000, "largest_total": 1000, "parameters": 1}
     narrow = 8 * step * math.sqrt(SITES - COLLUSION) / CLIP
     assert grid(noise_multiplier=narrow * 1.0001, **common).deviation == pytest.approx(8.0, rel=1e-3)
     with pytest.raises(PrivflError, match=r"a standard deviation of 8 grid steps, between 8 and"):
@@ -184,18 +191,9 @@ def test_shares_too_narrow_or_too_wide_are_refused():
 # -- the range ------------------------------------------------------------------------------------------------------------
 
 
-def span(**changes: Any) -> float:
-    fields: dict[str, Any] = {
-        "expected": 30.0,
-        "most": 300,
-        "parameters": 1000,
-        "steps": 5000,
-        "noise_multiplier": SIGMA,
-        "max_grad_norm": CLIP,
-        "members": SITES,
-        "collusion": COLLUSION,
-    }
-    return derived_span(**fields | changes)
+def derived(**changes: Any) -> float:
+    fields: dict[str, Any] = {"expected": 30.0, "records": 300, "parameters": 1000, "steps": 5000} | changes
+    return distributed(fields).derived_range(**fields)
 
 
 @pytest.mark.parametrize(
@@ -204,7 +202,7 @@ def span(**changes: Any) -> float:
 )
 @pytest.mark.parametrize("steps", [1, 10**6])
 def test_batches_stay_within_the_range_by_the_exact_binomial_tail(records: int, rate: float, steps: int):
-    bound = span(expected=records * rate, most=records, steps=steps, noise_multiplier=1e-300) / CLIP / (1 + CLIP_MARGIN)
+    bound = derived(expected=records * rate, records=records, steps=steps, noise_multiplier=1e-300) / CLIP / (1 + CLIP_MARGIN)
     assert steps * stats.binom(records, rate).sf(math.floor(bound)) <= 2.0**-41
     # Bernstein's inequality gives away something, but not the range.
     assert bound <= records + 1e-6
@@ -214,7 +212,7 @@ def test_batches_stay_within_the_range_by_the_exact_binomial_tail(records: int, 
 @pytest.mark.parametrize(("parameters", "steps"), [(1, 1), (1000, 5000), (10**8, 10**6)])
 @pytest.mark.parametrize(("members", "collusion"), [(3, 1), (100, 98)])
 def test_noise_stays_within_the_range_by_the_exact_normal_tail(parameters: int, steps: int, members: int, collusion: int):
-    bound = span(expected=0.0, most=0, parameters=parameters, steps=steps, members=members, collusion=collusion)
+    bound = derived(expected=0.0, records=0, parameters=parameters, steps=steps, members=members, collusion=collusion)
     deviation = SIGMA * CLIP * math.sqrt(members / (members - collusion))
     assert steps * parameters * 2 * stats.norm.sf(bound / deviation) <= 2.0**-41
     assert steps * parameters * 2 * stats.norm.sf(0.9 * bound / deviation) > 2.0**-41
@@ -227,7 +225,7 @@ def test_simulated_sums_of_aligned_gradients_stay_within_the_range():
     batches = sum(rng.binomial(n, r, size=steps) for r, n in zip(rates, records, strict=True))
     chosen = grid(members=3, collusion=1)
     noise = sum(noise_alone(shares(chosen), steps, 1)[0] for _ in range(3)) * chosen.step
-    bound = span(expected=expected, most=sum(records), parameters=1, steps=steps, members=3, collusion=1)
+    bound = derived(expected=expected, records=sum(records), parameters=1, steps=steps, members=3, collusion=1)
     largest = float(np.abs(batches * CLIP + noise).max())
     assert largest <= bound
     assert largest > 0.4 * bound, "sums do come near it"
@@ -261,13 +259,13 @@ def clipped_sum(rows: torch.Tensor) -> NDArray[np.float64]:
 
 
 def coarsest(parameters: int) -> float:
-    """The coarsest step that :func:`step_grid` lets pass."""
+    """The coarsest step that :meth:`DistributedNoise.step_grid` lets pass."""
     return 2.0 ** math.floor(math.log2((SENSITIVITY - 1 - CLIP_MARGIN) * CLIP / math.sqrt(parameters)))
 
 
 def rounded(total: NDArray[np.float64], step: float) -> NDArray[np.int64]:
     """As a site does it, without the share."""
-    one = shares(StepGrid(step, 100.0))
+    one = shares(StepGrid(step, 100.0, SENSITIVITY))
     one.draw_ahead(len(total))
     assert one._ahead is not None
     share = one._ahead.copy()
