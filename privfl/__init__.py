@@ -1,6 +1,7 @@
 """privfl: differentially private federated learning over MPI, with an epsilon for every site.
 
-Nothing heavy is imported here: torch, MPI, TenSEAL, dp-accounting and pydantic load only where they are used.
+Nothing heavy is imported here: torch, MPI, TenSEAL, dp-accounting and pydantic load only where they
+are used.
 """
 
 from __future__ import annotations

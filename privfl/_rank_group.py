@@ -1,7 +1,6 @@
-"""The ranks of a communicator that make sums among themselves, without a coordinator that is no site: rank 0 relays and adds.
+"""How the ranks of a communicator talk among themselves, where every rank is a site: rank 0 relays.
 
-``RankGroup`` is how they talk: a greeting with keys and signatures, texts in the clear, and whether all are well. ``GroupSum`` makes sums
-over it. Both are collective: every rank makes the same calls in the same order.
+Everything is collective: every rank makes the same calls in the same order.
 """
 
 from __future__ import annotations
@@ -9,27 +8,23 @@ from __future__ import annotations
 import hashlib
 import os
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
 from privfl.environment import versions
-from privfl.errors import MismatchError, PrivflError, ProtocolError, in_one_line
+from privfl.errors import PrivflError, ProtocolError, in_one_line
 from privfl.federation import messages
 from privfl.federation.messages import Body, Kind, Message
 from privfl.identity import Identity
-from privfl.secagg import Layout, Parameters, WordAdder
-from privfl.secagg.adders import reduce_words
-from privfl.secagg.parameters import SumPath
-from privfl.secagg.quantise import Quantiser
+from privfl.secagg import Parameters
 from privfl.secagg.self_test import prove
 from privfl.secagg.session.handshake import Handshake
 from privfl.secagg.session.roster import Member, Roster
 from privfl.secagg.session.sums import SumSession
-from privfl.site.upload import Upload
-from privfl.transport import Transport, finish
+from privfl.transport import Transport
 
 
 def transport_of(comm: Any) -> Transport:
@@ -42,9 +37,12 @@ def transport_of(comm: Any) -> Transport:
         from privfl.transport import mpi
 
         return mpi.over(comm)
-    if not all(hasattr(comm, name) for name in ("rank", "size", "send", "receive", "reduce", "flush")):
+    if not all(
+        hasattr(comm, name) for name in ("rank", "size", "send", "receive", "reduce", "flush")
+    ):
         raise PrivflError(
-            f"comm must be an mpi4py communicator, for example MPI.COMM_WORLD, or a transport of privfl, got {comm!r}"
+            f"comm must be an mpi4py communicator, for example MPI.COMM_WORLD, or a transport of "
+            f"privfl, got {comm!r}"
         )
     return comm  # type: ignore[no-any-return]
 
@@ -63,7 +61,8 @@ class RankGroup:
     def __init__(self, transport: Transport, timeout: float) -> None:
         if transport.size < 2:
             raise PrivflError(
-                "a sum over ranks needs at least 2 of them, this communicator has 1; start the program with: "
+                "a sum over ranks needs at least 2 of them, this communicator has 1; start the "
+                "program with: "
                 "mpiexec -n 4 python ..."
             )
         self.transport, self.timeout = transport, timeout
@@ -75,7 +74,7 @@ class RankGroup:
         """All ranks but 0."""
         return range(1, self.size)
 
-    # -- what all know -------------------------------------------------------------------------------------------
+    # -- what all know -----------------------------------------------------------------------------
 
     def tell(self, text: str) -> tuple[str, ...]:
         """What every rank says, in the clear, by rank.
@@ -104,14 +103,17 @@ class RankGroup:
             PrivflError: At all ranks, if one of them has a problem: the first one's sentence.
         """
         self.round += 1
-        self._agree(messages.Failed(error=problem, exit_code=2) if problem else messages.Ready(shape=(), state=""))
+        self._agree(
+            messages.Failed(error=problem, exit_code=2)
+            if problem
+            else messages.Ready(shape=(), state="")
+        )
 
     def agree_on(self, accept: Callable[[], NDArray[Any]], state: str) -> NDArray[Any]:
         """What ``accept`` returns, once every rank has said that its own fits.
 
-        Args:
-            accept: returns this rank's vector, of the same shape at all ranks, or raises what is wrong with it.
-            state: what must be the same at all ranks.
+        Args: accept: returns this rank's vector, of the same shape at all ranks, or raises what is
+            wrong with it. state: what must be the same at all ranks.
 
         Raises:
             PrivflError: At all ranks, if one rank's vector does not fit: the first one's sentence.
@@ -123,8 +125,14 @@ class RankGroup:
         except PrivflError as error:
             problem = str(error)
         except Exception as error:  # whatever numpy makes of it, the other ranks must not wait
-            problem = in_one_line(f"no vector of numbers was given ({type(error).__name__}: {error})")
-        self._agree(messages.Failed(error=problem, exit_code=2) if problem else messages.Ready(shape=vector.shape, state=state))
+            problem = in_one_line(
+                f"no vector of numbers was given ({type(error).__name__}: {error})"
+            )
+        self._agree(
+            messages.Failed(error=problem, exit_code=2)
+            if problem
+            else messages.Ready(shape=vector.shape, state=state)
+        )
         return vector
 
     def _agree(self, answer: Body) -> None:
@@ -132,7 +140,9 @@ class RankGroup:
             self._send(0, answer)
             self.expect(Kind.ROUND)
             return
-        answers = {0: answer} | {rank: m.body for rank, m in self.from_all(Kind.READY, Kind.FAILED).items()}
+        answers = {0: answer} | {
+            rank: m.body for rank, m in self.from_all(Kind.READY, Kind.FAILED).items()
+        }
         self._go_on(_problem(answers), messages.Round())
 
     def _go_on(self, problem: str, go: Body) -> None:
@@ -141,17 +151,16 @@ class RankGroup:
         if problem:
             raise PrivflError(problem)
 
-    # -- keys ----------------------------------------------------------------------------------------------------
+    # -- keys --------------------------------------------------------------------------------------
 
     def join(self, arguments: str, choose: Callable[[], Parameters]) -> SumSession:
         """Exchange and sign keys; rank 0 makes those of the sums and seals them to the others.
 
-        Args:
-            arguments: what all ranks must have been called with alike, as text.
-            choose: the parameters of the sums that follow, or raises what is wrong with this rank's arguments.
+        Args: arguments: what all ranks must have been called with alike, as text. choose: the
+            parameters of the sums that follow, or raises what is wrong with this rank's arguments.
 
-        Raises:
-            PrivflError: At all ranks, if a rank was called with other arguments, runs other versions, or has a problem of its own.
+        Raises: PrivflError: At all ranks, if a rank was called with other arguments, runs other
+            versions, or has a problem of its own.
         """
         parameters, problem, site = None, "", f"rank{self.rank}"
         identity = Identity()
@@ -159,7 +168,8 @@ class RankGroup:
             parameters = choose()
             if not prove():
                 problem = (
-                    "this TenSEAL is not proven to let ciphertexts be added as words, which sums over ranks need; "
+                    "this TenSEAL is not proven to let ciphertexts be added as words, which sums "
+                    "over ranks need; "
                     "see `privfl doctor`"
                 )
         except PrivflError as error:
@@ -178,7 +188,10 @@ class RankGroup:
         welcome = self._greet(hello)
         assert handshake is not None
         assert parameters is not None
-        members = [Member.relayed(other.site, other.exchange_key, other.identity) for other in welcome.members]
+        members = [
+            Member.relayed(other.site, other.exchange_key, other.identity)
+            for other in welcome.members
+        ]
         signature = handshake.sign(Roster.of(welcome.run, hello.digest, parameters, members))
         sealed = handshake.verify(self._exchange_signatures(signature), make_key=self.rank == 0)
         for rank, keys in sealed:
@@ -195,13 +208,24 @@ class RankGroup:
             assert isinstance(message.body, messages.Welcome)
             self.run = message.run
             return message.body
-        hellos = {0: hello} | {r: m.body for r, m in self.from_all(Kind.HELLO).items() if isinstance(m.body, messages.Hello)}
+        hellos = {0: hello} | {
+            r: m.body
+            for r, m in self.from_all(Kind.HELLO).items()
+            if isinstance(m.body, messages.Hello)
+        }
         self.run = os.urandom(16)
         members = tuple(
-            messages.Member(site=f"rank{rank}", rank=rank, exchange_key=other.exchange_key, identity=other.identity)
+            messages.Member(
+                site=f"rank{rank}",
+                rank=rank,
+                exchange_key=other.exchange_key,
+                identity=other.identity,
+            )
             for rank, other in sorted(hellos.items())
         )
-        welcome = messages.Welcome(run=self.run.hex(), folder="", digest=hello.digest, members=members)
+        welcome = messages.Welcome(
+            run=self.run.hex(), folder="", digest=hello.digest, members=members
+        )
         problems = [(rank, _difference(other, hello)) for rank, other in sorted(hellos.items())]
         self._go_on(next((f"rank {rank}: {text}" for rank, text in problems if text), ""), welcome)
         return welcome
@@ -219,7 +243,7 @@ class RankGroup:
         self._to_all(messages.Agreed(signatures=signatures))
         return signatures
 
-    # -- messages ------------------------------------------------------------------------------------------------
+    # -- messages ----------------------------------------------------------------------------------
 
     def _send(self, to: int, body: Body) -> None:
         self.transport.send(to, *Message.of(body, self.run, self.round).encode())
@@ -240,7 +264,8 @@ class RankGroup:
             raise PrivflError(message.body.error)
         if message.kind is not kind or message.round != self.round:
             raise ProtocolError(
-                f"rank 0 sent a {message.kind.name} message of sum {message.round}, expected {kind.name} of sum {self.round}"
+                f"rank 0 sent a {message.kind.name} message of sum {message.round}, expected "
+                f"{kind.name} of sum {self.round}"
             )
         return message
 
@@ -256,7 +281,8 @@ class RankGroup:
             rank, message = self._next()
             if message.kind not in kinds or rank in received or message.round != self.round:
                 raise ProtocolError(
-                    f"rank {rank} sent a {message.kind.name} message, expected {' or '.join(k.name for k in kinds)}"
+                    f"rank {rank} sent a {message.kind.name} message, expected "
+                    f"{' or '.join(k.name for k in kinds)}"
                 )
             received[rank] = message
         return dict(sorted(received.items()))
@@ -265,7 +291,8 @@ class RankGroup:
         frame = self.transport.receive(self.timeout)
         if frame is None:
             raise PrivflError(
-                f"no message arrived within {self.timeout:.0f} s; another rank is gone, stuck, or does not make the same calls"
+                f"no message arrived within {self.timeout:.0f} s; another rank is gone, stuck, or "
+                f"does not make the same calls"
             )
         return frame.peer, messages.decode(frame.head, frame.bulk)
 
@@ -283,13 +310,21 @@ def _problem(answers: Mapping[int, Body | None]) -> str:
             return f"rank {rank}: {body.error}"
     first = answers[0]
     for rank, body in answers.items():
-        if isinstance(body, messages.Ready) and isinstance(first, messages.Ready) and body.state != first.state:
+        if (
+            isinstance(body, messages.Ready)
+            and isinstance(first, messages.Ready)
+            and body.state != first.state
+        ):
             return (
-                f"the model of rank {rank} is not that of rank 0: start all from the same parameters (torch.manual_seed before "
+                f"the model of rank {rank} is not that of rank 0: start all from the same "
+                f"parameters (torch.manual_seed before "
                 "it is made), and change them by optimizer.step() only"
             )
         if isinstance(body, messages.Ready) and body != first:
-            return f"rank {rank} has a vector of shape {body.shape}, rank 0 another one; they must be alike"
+            return (
+                f"rank {rank} has a vector of shape {body.shape}, rank 0 another one; they must "
+                f"be alike"
+            )
     return ""
 
 
@@ -300,118 +335,3 @@ def _difference(hello: messages.Hello, first: messages.Hello) -> str:
     if first.error or (hello.digest, hello.versions) == (first.digest, first.versions):
         return ""
     return "calls with other arguments than rank 0, or runs other versions of privfl or tenseal"
-
-
-class GroupSum:
-    """Encrypted, masked sums over a group.
-
-    Guarantee:
-        Whatever some ranks pool, rank 0 included, they learn of the other ranks' vectors only their sum. Keys are not pinned and
-        rank 0 holds the key, so it must run this code unchanged.
-
-    Args:
-        group: the ranks.
-        session: what opens the sums, from :meth:`RankGroup.join`.
-        path: whether rank 0 adds contributions, or the MPI library does.
-    """
-
-    def __init__(self, group: RankGroup, session: SumSession, path: SumPath) -> None:
-        self._group, self._session, self._path = group, session, path
-
-    @property
-    def parameters(self) -> Parameters:
-        """Those of the sums."""
-        return self._session.parameters
-
-    def sum(self, accept: Callable[[], NDArray[Any]], quantiser: Quantiser, state: str = "") -> NDArray[Any]:
-        """The sum over all ranks of what ``accept`` returns, of the same shape; ``state`` must be the same at all ranks.
-
-        Raises:
-            PrivflError: At all ranks, if one rank's vector does not fit; nothing of any vector has left then.
-            MismatchError: If the sum is not what the ranks sent; nothing more is summed.
-        """
-        group = self._group
-
-        def accepted() -> NDArray[Any]:
-            if self._session.given_up:
-                raise MismatchError
-            vector = accept()
-            quantiser.check(vector)
-            return vector
-
-        vector = group.agree_on(accepted, state)
-        flat = vector.reshape(-1)
-        attempt = self._session.open(group.round, 1, len(flat), quantiser, [])
-        layout = Layout(len(flat), self.parameters)
-        blocks = attempt.contribution(flat)
-        if group.rank:
-            head = Message(Kind.CONTRIBUTION, group.run, group.round, 1, parts=layout.blocks)
-            Upload(group.transport, [*group.others], self._path, head).send(blocks)
-            totals: Iterator[bytes | memoryview] = self._receive(layout)
-        else:
-            totals = self._add(layout, blocks)
-        for block in totals:
-            attempt.collect(block)
-        if not group.transport.flush(group.timeout):
-            raise PrivflError(f"a sum could not be sent within {group.timeout:.0f} s; another rank is gone or stuck")
-        return attempt.total().reshape(vector.shape)
-
-    def _add(self, layout: Layout, blocks: Iterator[NDArray[np.uint64]]) -> Iterator[memoryview]:
-        """On rank 0: the sums of all blocks, each sent to everybody as soon as it is there."""
-        group = self._group
-        totals = self._reduced(blocks) if self._path == "reduce" else self._added(layout, blocks)
-        for part, total in enumerate(totals):
-            message = Message(Kind.TOTAL, group.run, group.round, 1, part, layout.blocks, bulk=total)
-            for rank in group.others:
-                group.transport.send(rank, *message.encode())
-            yield total
-
-    def _reduced(self, blocks: Iterator[NDArray[np.uint64]]) -> Iterator[memoryview]:
-        group = self._group
-        under_way = [(words, group.transport.reduce([*group.others], words)) for words in blocks]
-        for words, part in under_way:
-            finish(part)
-            reduce_words(words, self.parameters.prime, group.size)
-        # Each says that it has handed over all of its part before anybody gets a total and goes on to the next sum.
-        group.from_all(Kind.CONTRIBUTION)
-        for words, _ in under_way:
-            yield words.data.cast("B")
-
-    def _added(self, layout: Layout, blocks: Iterator[NDArray[np.uint64]]) -> Iterator[memoryview]:
-        adder = WordAdder(self.parameters)
-        adder.open(layout)
-        parts = dict.fromkeys(self._group.others, 0)
-        for own, words in enumerate(blocks):
-            adder.add(own, words.data.cast("B"))
-            while self._take(adder, parts, layout, 0.0):
-                pass
-        timeout = self._group.timeout
-        while any(part < layout.blocks for part in parts.values()):
-            if not self._take(adder, parts, layout, timeout):
-                raise PrivflError(f"no contribution arrived within {timeout:.0f} s; another rank is gone or stuck")
-        for part in range(layout.blocks):
-            yield adder.block(part)
-
-    def _take(self, adder: WordAdder, parts: dict[int, int], layout: Layout, timeout: float) -> bool:
-        group = self._group
-        frame = group.transport.receive(timeout)
-        if frame is None:
-            return False
-        message = messages.decode(frame.head, frame.bulk)
-        here = (message.kind, message.run, message.round, message.part, message.parts)
-        if here != (Kind.CONTRIBUTION, group.run, group.round, parts[frame.peer], layout.blocks):
-            raise ProtocolError(
-                f"rank {frame.peer} sent a {message.kind.name} message where the next block of its contribution was due"
-            )
-        adder.add(message.part, message.bulk)
-        parts[frame.peer] += 1
-        return True
-
-    def _receive(self, layout: Layout) -> Iterator[bytes | memoryview]:
-        for part in range(layout.blocks):
-            message = self._group.expect(Kind.TOTAL)
-            if (message.part, message.parts) != (part, layout.blocks):
-                raise ProtocolError(
-                    f"rank 0 sent block {message.part} of {message.parts} of a sum, expected {part} of {layout.blocks}"
-                )
-            yield message.bulk

@@ -1,4 +1,6 @@
-"""Who a site is: an Ed25519 key pair (RFC 8032) that outlives runs, and the text form of its public half."""
+"""Who a site is: an Ed25519 key pair (RFC 8032) that outlives runs, and the text form of its
+public half.
+"""
 
 from __future__ import annotations
 
@@ -20,7 +22,9 @@ class Identity:
 
     def __init__(self, private: Ed25519PrivateKey | None = None) -> None:
         self._private = Ed25519PrivateKey.generate() if private is None else private
-        raw = self._private.public_key().public_bytes(serialization.Encoding.Raw, serialization.PublicFormat.Raw)
+        raw = self._private.public_key().public_bytes(
+            serialization.Encoding.Raw, serialization.PublicFormat.Raw
+        )
         self.public = _PREFIX + base64.urlsafe_b64encode(raw).decode().rstrip("=")
 
     @classmethod
@@ -33,15 +37,22 @@ class Identity:
         try:
             key = serialization.load_pem_private_key(pem, password=None)
         except (ValueError, TypeError) as error:
-            raise PrivflError("holds no private key that can be read; make one with `privfl keys generate`") from error
+            raise PrivflError(
+                "holds no private key that can be read; make one with `privfl keys generate`"
+            ) from error
         if not isinstance(key, Ed25519PrivateKey):
-            raise PrivflError("holds a private key of another kind than Ed25519; make one with `privfl keys generate`")
+            raise PrivflError(
+                "holds a private key of another kind than Ed25519; make one with `privfl keys "
+                "generate`"
+            )
         return cls(key)
 
     def pem(self) -> bytes:
         """The private key, unencrypted, as PKCS8 in PEM."""
         return self._private.private_bytes(
-            serialization.Encoding.PEM, serialization.PrivateFormat.PKCS8, serialization.NoEncryption()
+            serialization.Encoding.PEM,
+            serialization.PrivateFormat.PKCS8,
+            serialization.NoEncryption(),
         )
 
     def sign(self, message: bytes) -> bytes:
@@ -52,8 +63,8 @@ class Identity:
 def verify(public: str, signature: bytes, message: bytes) -> None:
     """Check a signature.
 
-    Raises:
-        ProtocolError: it is not that of ``message`` by the holder of ``public``, or ``public`` is no key.
+    Raises: ProtocolError: it is not that of ``message`` by the holder of ``public``, or ``public``
+        is no key.
     """
     try:
         Ed25519PublicKey.from_public_bytes(public_bytes(public)).verify(signature, message)
@@ -73,7 +84,11 @@ def public_bytes(public: str) -> bytes:
     except binascii.Error as error:
         raise ValueError("is no public key") from error
     # One spelling for each key: two that look different must be different.
-    if text == public or len(raw) != 32 or base64.urlsafe_b64encode(raw).decode().rstrip("=") != text:
+    if (
+        text == public
+        or len(raw) != 32
+        or base64.urlsafe_b64encode(raw).decode().rstrip("=") != text
+    ):
         raise ValueError("must be 'ed25519:' and 43 characters, as `privfl keys show` prints it")
     return raw
 
@@ -90,10 +105,13 @@ def load_identity(path: str) -> Identity:
         pem = file.read_bytes()
     except OSError as error:
         raise PrivflError(
-            f"cannot read the identity {path}: {error.strerror}; make one with `privfl keys generate {path}`"
+            f"cannot read the identity {path}: {error.strerror}; make one with `privfl keys "
+            f"generate {path}`"
         ) from error
     if others:
-        raise PrivflError(f"the identity {path} may be read or changed by others; `chmod 600 {path}`")
+        raise PrivflError(
+            f"the identity {path} may be read or changed by others; `chmod 600 {path}`"
+        )
     try:
         return Identity.from_pem(pem)
     except PrivflError as error:

@@ -1,4 +1,6 @@
-"""A run of fedsgd, looked at from inside: sums, noise, integers, totals and replicas of every site."""
+"""A run of fedsgd, looked at from inside: sums, noise, integers, totals and replicas of every
+site.
+"""
 
 from __future__ import annotations
 
@@ -23,7 +25,9 @@ class Seen(Observer):
     noise: dict[str, list[NDArray[np.int64]]] = field(default_factory=lambda: defaultdict(list))
     integers: dict[str, list[NDArray[np.int64]]] = field(default_factory=lambda: defaultdict(list))
     totals: dict[str, list[NDArray[np.int64]]] = field(default_factory=lambda: defaultdict(list))
-    replicas: dict[str, list[NDArray[np.float32]]] = field(default_factory=lambda: defaultdict(list))
+    replicas: dict[str, list[NDArray[np.float32]]] = field(
+        default_factory=lambda: defaultdict(list)
+    )
     algorithms: dict[str, Any] = field(default_factory=dict)
     wire: list[Recorded] = field(default_factory=list)
     lock: Any = field(default_factory=threading.Lock)
@@ -38,7 +42,13 @@ class Seen(Observer):
     def began(self, site: str, algorithm: Any) -> None:
         self.algorithms[site] = algorithm
 
-    def share_added(self, site: str, total: NDArray[np.float64], share: NDArray[np.int64], integers: NDArray[np.int64]) -> None:
+    def share_added(
+        self,
+        site: str,
+        total: NDArray[np.float64],
+        share: NDArray[np.int64],
+        integers: NDArray[np.int64],
+    ) -> None:
         self.sums[site].append(total.copy())
         self.noise[site].append(share.copy())
         self.integers[site].append(integers.copy())

@@ -1,4 +1,6 @@
-"""The book over whole runs: charged before anything leaves, refused beforehand, and read by those who must check it."""
+"""The book over whole runs: charged before anything leaves, refused beforehand, and read by
+those who must check it.
+"""
 
 from __future__ import annotations
 
@@ -25,12 +27,15 @@ from tests.conftest import ROOT, Twin, edit, run_twin
 def test_the_heart_example_is_refused_when_the_budget_is_spent(
     heart_disease: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ):
-    """The issue's own case: two runs on one ledger; the second is refused with the rounds that still fit, and runs with those."""
+    """The issue's own case: two runs on one ledger; the second is refused with the rounds that
+    still fit, and runs with those.
+    """
     folder = tmp_path / "sites"
     folder.mkdir()
     for site in ("cleveland", "hungarian", "switzerland", "va"):
         (folder / f"{site}.yaml").write_text(
-            f"ledger: ../{site}.ledger\nbudget: {{epsilon: 1.2, delta: 1.0e-4}}\nexact_metrics: [accuracy, balanced_accuracy, auc]\n"
+            f"ledger: ../{site}.ledger\nbudget: {{epsilon: 1.2, delta: 1.0e-4}}\nexact_metrics: "
+            f"[accuracy, balanced_accuracy, auc]\n"
         )
     example = ROOT / "examples" / "heart_disease" / "fedavg.yaml"
     monkeypatch.setenv("HEART_DISEASE_DIR", str(heart_disease))
@@ -44,7 +49,10 @@ def test_the_heart_example_is_refused_when_the_budget_is_spent(
     assert "no book is kept" not in first.out
     second = run()
     assert second.codes == [2] * 5
-    (fit,) = {int(n) for n in re.findall(r"(\d+) of the 15 rounds of this experiment would fit", second.err)}
+    (fit,) = {
+        int(n)
+        for n in re.findall(r"(\d+) of the 15 rounds of this experiment would fit", second.err)
+    }
     noise = re.search(r"would fit at noise multiplier ([\d.]+)", second.err)[1]
     assert second.err.count("privfl:") == 1, "once per job"
     assert not any("run folder" in line for line in second.out.splitlines())
@@ -56,7 +64,9 @@ def test_the_heart_example_is_refused_when_the_budget_is_spent(
     assert last.codes == [0] * 5, last.err
     book = read(tmp_path / "va.ledger")
     assert 1.15 < book.filters["training"].epsilon_of(book.spent("training")) <= 1.2
-    assert not any("evaluation" in row.account for row in book.charges()), "public records are not charged"
+    assert not any("evaluation" in row.account for row in book.charges()), (
+        "public records are not charged"
+    )
 
 
 @pytest.mark.usefixtures("trainers_as_threads")
@@ -106,7 +116,9 @@ def test_a_seeded_run_is_not_private_in_the_book_either(small: Path, tmp_path: P
     assert all(account.spent == "infinite" for book in found.books for account in book.accounts)
 
 
-def test_every_round_is_charged_before_the_trainer_hears_of_it(small: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+def test_every_round_is_charged_before_the_trainer_hears_of_it(
+    small: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
     from privfl.trainer.process import TrainerProcess
     from privfl.trainer.requests import Train
 
@@ -128,8 +140,12 @@ def test_every_round_is_charged_before_the_trainer_hears_of_it(small: Path, tmp_
 
 @pytest.mark.usefixtures("trainers_as_threads")
 @pytest.mark.parametrize("forgotten", ["charge_round", "charge_metrics"])
-def test_a_charge_that_is_forgotten_stops_the_run(small: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, forgotten: str):
-    """The releases are checked against the ledger itself, also if the count of noise draws is fooled."""
+def test_a_charge_that_is_forgotten_stops_the_run(
+    small: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, forgotten: str
+):
+    """The releases are checked against the ledger itself, also if the count of noise draws is
+    fooled.
+    """
     from privfl.site.run_ledger import RunLedger
 
     def forget(self: RunLedger, round_: int) -> None:
@@ -143,7 +159,9 @@ def test_a_charge_that_is_forgotten_stops_the_run(small: Path, tmp_path: Path, m
 
 
 @pytest.mark.usefixtures("trainers_as_threads")
-def test_protections_are_looked_at_before_every_release(small: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+def test_protections_are_looked_at_before_every_release(
+    small: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
     from privfl.secagg.session.sums import SumSession
 
     monkeypatch.setattr(SumSession, "masked_members", property(lambda self: 1))
@@ -152,9 +170,17 @@ def test_protections_are_looked_at_before_every_release(small: Path, tmp_path: P
     assert "masks is not active at site" in twin.err
 
 
-def test_what_never_left_is_refunded_when_another_site_fails(small: Path, tmp_path: Path, sites: Path):
-    """Site bbb fails at once in its second round while aa still trains; aa gets that round back, bbb does not."""
-    edit(small.parent / "task.py", "    return nn.functional", "    wait_or_fail(target)\n    return nn.functional")
+def test_what_never_left_is_refunded_when_another_site_fails(
+    small: Path, tmp_path: Path, sites: Path
+):
+    """Site bbb fails at once in its second round while aa still trains; aa gets that round back,
+    bbb does not.
+    """
+    edit(
+        small.parent / "task.py",
+        "    return nn.functional",
+        "    wait_or_fail(target)\n    return nn.functional",
+    )
     (small.parent / "task.py").write_text(
         (small.parent / "task.py").read_text()
         + """
@@ -172,13 +198,21 @@ def wait_or_fail(target):
 """
     )
     twin = run_twin(
-        small, "rounds=60", "sampling_rate=1", "privacy.noise_multiplier=20", output=tmp_path / "runs", ranks=3, sites=sites
+        small,
+        "rounds=60",
+        "sampling_rate=1",
+        "privacy.noise_multiplier=20",
+        output=tmp_path / "runs",
+        ranks=3,
+        sites=sites,
     )
     assert twin.codes == [2, 2, 2], twin.err
     aa, bbb = (read(tmp_path / f"{site}.ledger") for site in ("aa", "bbb"))
     assert [row.kind for row in aa.charges()].count("refund") == 1
     assert aa.rows[-1].facts()["cause"] == "peer"
-    assert "refund" not in [row.kind for row in bbb.charges()], "its own error may depend on its records"
+    assert "refund" not in [row.kind for row in bbb.charges()], (
+        "its own error may depend on its records"
+    )
     assert sum(aa.steps("training").values()) < sum(bbb.steps("training").values())
 
 
@@ -244,18 +278,22 @@ def test_a_book_without_limits_is_no_budget(small: Path, tmp_path: Path, sites: 
     assert "was written for a single run and has no limits for the budget of site aa" in refused.err
 
 
-# -- metrics with noise ---------------------------------------------------------------------------------------------------
+# -- metrics with noise ----------------------------------------------------------------------------
 
 
 class _Metrics(Observer):
-    """What the trainers measured, and what their agents hand to the sum: numbers as a contribution has them."""
+    """What the trainers measured, and what their agents hand to the sum: numbers as a
+    contribution has them.
+    """
 
     def __init__(self) -> None:
         self.measured_numbers: list[np.ndarray] = []
         self.sent_numbers: list[np.ndarray] = []
 
     def measured(self, site: str, round_: int, metrics: Any) -> None:
-        self.measured_numbers.append(pack(metrics, {name: len(sums) for name, (sums, _) in metrics.items()}))
+        self.measured_numbers.append(
+            pack(metrics, {name: len(sums) for name, (sums, _) in metrics.items()})
+        )
 
     def contributed(self, site: str, round_: int, attempt: int, vector: np.ndarray) -> None:
         if attempt == 2:
@@ -283,19 +321,27 @@ def test_metrics_of_private_records_leave_with_noise_and_are_charged(small: Path
         assert [row.round for row in charged] == [1, 2, 3, 4]
         epsilon = book.filters["evaluation"].epsilon_of(book.spent("evaluation"))
         assert 19.9 < epsilon <= 20.0
-        assert rounds[-1]["sites"][site]["evaluation"]["epsilon"] == pytest.approx(epsilon, rel=1e-6)
+        assert rounds[-1]["sites"][site]["evaluation"]["epsilon"] == pytest.approx(
+            epsilon, rel=1e-6
+        )
     # What everybody sees in the end is made from the noised numbers alone.
     total = np.sum(seen.sent_numbers[-2:], axis=0)
     assert rounds[-1]["metrics"]["accuracy"] == pytest.approx(total[0] / total[1], abs=1e-6)
 
 
 @pytest.mark.usefixtures("trainers_as_threads")
-def test_that_check_sees_when_the_noise_is_missing(small: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+def test_that_check_sees_when_the_noise_is_missing(
+    small: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
     from privfl.site import active_run
 
     monkeypatch.setattr(active_run, "noised", lambda measured, noise, randomness: measured)
     seen = _Metrics()
-    assert run_twin(small, PRIVATE, output=tmp_path / "runs", ranks=3, observer=seen).codes == [0, 0, 0]
+    assert run_twin(small, PRIVATE, output=tmp_path / "runs", ranks=3, observer=seen).codes == [
+        0,
+        0,
+        0,
+    ]
     assert np.abs(_noise(seen)).max() == 0.0
 
 
@@ -304,6 +350,8 @@ def test_the_noise_of_metrics_has_its_size():
     from privfl.noise.randomness import SystemRandomness
 
     measured = {"a": ([0.0] * 5000, [0.0] * 5000), "b": ([0.0] * 5000, [0.0] * 5000)}
-    values = np.concatenate([np.array(pair).ravel() for pair in noised(measured, 3.0, SystemRandomness()).values()])
+    values = np.concatenate(
+        [np.array(pair).ravel() for pair in noised(measured, 3.0, SystemRandomness()).values()]
+    )
     expected = 3.0 * np.sqrt(2 * 2)
     assert abs(values.var() / expected**2 - 1.0) < 5 * np.sqrt(2 / len(values)) + 2**-9

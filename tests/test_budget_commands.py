@@ -15,16 +15,22 @@ from privfl.ledger import Ledger
 from privfl.reporting.schema import Report
 from tests.conftest import run_cli, run_twin
 
-# -- commands -------------------------------------------------------------------------------------------------------------
+# -- commands --------------------------------------------------------------------------------------
 
 
 @pytest.mark.long
 def test_large_books_are_read_in_seconds(tmp_path: Path):
     """The bars of benchmarks.budget, loose by a factor of two, because the machine may be busy."""
     budget.make_books(tmp_path)
-    assert budget.process_seconds("budget", "show", tmp_path, repeats=3) < 2 * budget.BARS["show_seconds"]
+    assert (
+        budget.process_seconds("budget", "show", tmp_path, repeats=3)
+        < 2 * budget.BARS["show_seconds"]
+    )
     page = ("--output", tmp_path / "page.html")
-    assert budget.process_seconds("budget", "report", tmp_path, *page, repeats=3) < 2 * budget.BARS["report_seconds"]
+    assert (
+        budget.process_seconds("budget", "report", tmp_path, *page, repeats=3)
+        < 2 * budget.BARS["report_seconds"]
+    )
 
 
 def test_export_and_its_schema(small: Path, tmp_path: Path):
@@ -51,16 +57,23 @@ def test_export_and_its_schema(small: Path, tmp_path: Path):
         (("show", "."), "there is no ledger (*.ledger) in ."),
         (("verify", "text.ledger"), "text.ledger is damaged: file is not a database"),
         (("report", "text.ledger"), "text.ledger is damaged: file is not a database"),
-        (("verify", "good.ledger", "text.ledger"), "text.ledger is no log of rounds or heads of privfl"),
+        (
+            ("verify", "good.ledger", "text.ledger"),
+            "text.ledger is no log of rounds or heads of privfl",
+        ),
         (("export",), "name the ledgers to export"),
         (("show",), "Missing argument 'LEDGERS...'"),
     ],
 )
 def test_wrong_calls(tmp_path: Path, arguments: tuple[str, ...], sentence: str):
     if arguments != ("show", "."):
-        (tmp_path / "text.ledger").write_text("not a ledger, but a text that is long enough to look like something" * 20)
+        (tmp_path / "text.ledger").write_text(
+            "not a ledger, but a text that is long enough to look like something" * 20
+        )
         event = PoissonGaussian(sampling_rate=0.1, noise_multiplier=2.0)
-        with Ledger.write(tmp_path / "good.ledger", "aa", {"training": RenyiFilter.planned(1.0, 1e-5, event)}):
+        with Ledger.write(
+            tmp_path / "good.ledger", "aa", {"training": RenyiFilter.planned(1.0, 1e-5, event)}
+        ):
             pass
     job = run_cli("budget", *arguments, cwd=tmp_path)
     assert job.code == 2
@@ -68,7 +81,7 @@ def test_wrong_calls(tmp_path: Path, arguments: tuple[str, ...], sentence: str):
     assert job.err.count("\n") == 1
 
 
-# -- plan -----------------------------------------------------------------------------------------------------------------
+# -- plan ------------------------------------------------------------------------------------------
 
 
 def test_the_plan_says_what_the_run_will_cost(small: Path, tmp_path: Path, sites: Path):
@@ -80,13 +93,13 @@ def test_the_plan_says_what_the_run_will_cost(small: Path, tmp_path: Path, sites
     assert plan["budget"]["training"]["fits"] == 3
     twin = run_twin(small, "rounds=3", output=tmp_path / "runs", ranks=3, sites=sites)
     assert twin.codes == [0, 0, 0], twin.err
-    assert json.loads((twin.folder / "summary.json").read_text())["sites"]["aa"]["epsilon"] == pytest.approx(
-        plan["epsilon"]["filter"]
-    )
+    assert json.loads((twin.folder / "summary.json").read_text())["sites"]["aa"][
+        "epsilon"
+    ] == pytest.approx(plan["epsilon"]["filter"])
     assert plan["curve"][-1] == pytest.approx(plan["epsilon"]["filter"])
-    again = json.loads(run_cli("plan", small, "--sites", sites, "--json", "--set", "rounds=3").out)["sites"]["aa"]["budget"][
-        "training"
-    ]
+    again = json.loads(run_cli("plan", small, "--sites", sites, "--json", "--set", "rounds=3").out)[
+        "sites"
+    ]["aa"]["budget"]["training"]
     assert again["spent"] == pytest.approx(plan["budget"]["training"]["after"])
     assert again["more_such_runs"] == plan["budget"]["training"]["more_such_runs"] - 1
     refused = run_cli("plan", small, "--sites", sites, "--set", "rounds=100000")

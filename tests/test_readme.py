@@ -27,7 +27,10 @@ def blocks(kind: str) -> list[str]:
 
 def commands() -> list[str]:
     return [
-        line[2:].split("   #")[0].strip() for block in blocks("console") for line in block.splitlines() if line.startswith("$ ")
+        line[2:].split("   #")[0].strip()
+        for block in blocks("console")
+        for line in block.splitlines()
+        if line.startswith("$ ")
     ]
 
 
@@ -44,7 +47,9 @@ def test_every_privfl_command_of_the_readme_runs(tmp_path: Path):
     for text in ["privfl init mine", *ran]:
         words = [{"mpiexec": MPIEXEC, "privfl": PRIVFL}.get(word, word) for word in text.split()]
         words += ["--set", "rounds=1"] if "train" in words else []
-        done = subprocess.run(words, capture_output=True, text=True, cwd=tmp_path, timeout=150, check=False)
+        done = subprocess.run(
+            words, capture_output=True, text=True, cwd=tmp_path, timeout=150, check=False
+        )
         assert done.returncode == 0, f"{text}\n{done.stderr}"
         folder = Job(0, done.stdout, "").folder if "train" in words else folder
     (snippet,) = [b for b in blocks("python") if "load_file" in b]
@@ -58,7 +63,9 @@ def test_every_privfl_command_of_the_readme_runs(tmp_path: Path):
 
 def test_the_sum_alone_runs_as_shown(tmp_path: Path):
     (snippet,) = [b for b in blocks("python") if "SecureSum" in b]
-    (tmp_path / "program.py").write_text(snippet + "assert total.tolist() == [3 * n for n in range(10)]\n")
+    (tmp_path / "program.py").write_text(
+        snippet + "assert total.tolist() == [3 * n for n in range(10)]\n"
+    )
     job = run_job(3, [sys.executable, str(tmp_path / "program.py")])
     assert job.code == 0, job.err
 
@@ -71,7 +78,8 @@ from torch.utils.data import DataLoader, TensorDataset
 
 torch.manual_seed(0)
 model = torch.nn.Linear(4, 2)
-loader = DataLoader(TensorDataset(torch.randn(40, 4), torch.zeros(40, dtype=torch.long)), batch_size=10)
+records = TensorDataset(torch.randn(40, 4), torch.zeros(40, dtype=torch.long))
+loader = DataLoader(records, batch_size=10)
 optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
 """
 AFTER = """
@@ -88,7 +96,9 @@ assert 0 < engine.get_epsilon(1e-5) < 10
 def test_the_engine_runs_as_shown(tmp_path: Path):
     (snippet,) = [b for b in blocks("python") if "PrivacyEngine" in b]
     # Every rank is a site with a ledger of its own.
-    snippet = snippet.replace('"zurich"', 'f"site{MPI.COMM_WORLD.rank}"').replace('"zurich.', 'f"{MPI.COMM_WORLD.rank}.')
+    snippet = snippet.replace('"zurich"', 'f"site{MPI.COMM_WORLD.rank}"').replace(
+        '"zurich.', 'f"{MPI.COMM_WORLD.rank}.'
+    )
     (tmp_path / "program.py").write_text(BEFORE + snippet + AFTER)
     job = run_job(3, [sys.executable, str(tmp_path / "program.py")], cwd=tmp_path)
     assert job.code == 0, job.err
@@ -97,10 +107,18 @@ def test_the_engine_runs_as_shown(tmp_path: Path):
 
 def test_an_experiment_becomes_secure_dp_sgd_by_the_keys_shown(tmp_path: Path):
     (shown,) = [yaml.safe_load(b) for b in blocks("yaml") if "fedsgd" in b]
-    values = yaml.safe_load((ROOT / "privfl" / "demo" / "experiment.yaml").read_text()) | shown | {"local_steps": 1}
+    values = (
+        yaml.safe_load((ROOT / "privfl" / "demo" / "experiment.yaml").read_text())
+        | shown
+        | {"local_steps": 1}
+    )
     (tmp_path / "experiment.yaml").write_text(yaml.safe_dump(values))
     experiment = load_experiment(tmp_path / "experiment.yaml")
-    assert (experiment.algorithm, experiment.privacy.noise, experiment.collusion) == ("fedsgd", "distributed", 1)
+    assert (experiment.algorithm, experiment.privacy.noise, experiment.collusion) == (
+        "fedsgd",
+        "distributed",
+        1,
+    )
 
 
 def test_make_targets_exist():
@@ -111,7 +129,9 @@ def test_make_targets_exist():
 
 
 @pytest.mark.parametrize(
-    "page", sorted([*ROOT.glob("*.md"), *ROOT.glob("docs/*.md"), *ROOT.glob("examples/**/*.md")]), ids=lambda p: p.name
+    "page",
+    sorted([*ROOT.glob("*.md"), *ROOT.glob("docs/*.md"), *ROOT.glob("examples/**/*.md")]),
+    ids=lambda p: p.name,
 )
 def test_links_lead_somewhere(page: Path):
     for target in re.findall(r"\]\(([^)#:]+)\)", page.read_text()):

@@ -1,4 +1,6 @@
-"""The house: imports point one way, heavy packages stay where they belong, no process reaches what it must not touch."""
+"""The house: imports point one way, heavy packages stay where they belong, no process reaches
+what it must not touch.
+"""
 
 from __future__ import annotations
 
@@ -12,22 +14,66 @@ from pathlib import Path
 import pytest
 
 PACKAGE = Path(__file__).resolve().parent.parent / "privfl"
-# Which rooms a room may look into (itself, `errors` and `_version` always; docs: CONTRIBUTING.md). A file at the top is a room.
+# Which rooms a room may look into (itself, `errors` and `_version` always; docs: CONTRIBUTING.md).
+# A file at the top is a room.
 ARROWS = {
     "cli": {
-        "accounting", "admission", "config", "coordinator", "environment", "identity", "ledger", "reporting", "secagg",
-        "site", "transport",
+        "accounting",
+        "admission",
+        "config",
+        "coordinator",
+        "environment",
+        "identity",
+        "ledger",
+        "reporting",
+        "secagg",
+        "site",
+        "transport",
     },
-    "engine": {"_rank_group", "accounting", "admission", "dp", "ledger", "noise", "secagg"},
-    "secure_sum": {"_rank_group", "secagg"},
-    "_rank_group": {"environment", "federation", "identity", "secagg", "secagg.session", "site", "transport"},
+    "engine": {
+        "_group_sum",
+        "_rank_group",
+        "accounting",
+        "admission",
+        "dp",
+        "ledger",
+        "noise",
+        "secagg",
+    },
+    "secure_sum": {"_group_sum", "_rank_group", "secagg"},
+    "_group_sum": {"_rank_group", "federation", "secagg", "secagg.session", "site", "transport"},
+    "_rank_group": {
+        "environment",
+        "federation",
+        "identity",
+        "secagg",
+        "secagg.session",
+        "transport",
+    },
     "coordinator": {
-        "accounting", "admission", "config", "environment", "federation", "reporting", "secagg", "secagg.session",
+        "accounting",
+        "admission",
+        "config",
+        "environment",
+        "federation",
+        "reporting",
+        "secagg",
+        "secagg.session",
         "transport",
     },
     "site": {
-        "accounting", "admission", "config", "environment", "federation", "identity", "ledger", "noise", "secagg",
-        "secagg.session", "trainer", "transport",
+        "accounting",
+        "admission",
+        "config",
+        "environment",
+        "federation",
+        "identity",
+        "ledger",
+        "noise",
+        "secagg",
+        "secagg.session",
+        "trainer",
+        "transport",
     },
     "trainer": {"config", "dp", "noise"},
     "dp": {"accounting", "noise"},
@@ -44,7 +90,7 @@ ARROWS = {
     "identity": set(),
     "noise": set(),
     "transport": set(),
-}  # fmt: skip
+}
 # Heavy packages, and the only places that may import them (at any depth of a function).
 HOMES = {
     "torch": ("dp/", "demo/", "trainer/main.py"),
@@ -56,17 +102,34 @@ HOMES = {
     "matplotlib": ("reporting/plots.py",),
     "jinja2": ("reporting/html.py",),
 }
-# What the code of a process must never reach, however many imports away, and whichever function they stand in.
+# What the code of a process must never reach, however many imports away, and whichever function
+# they stand in.
 NEVERS = {
     "privfl.site.agent": ("torch", "opacus", "privfl.dp", "privfl.trainer.main"),
     "privfl.coordinator.run": ("torch", "opacus", "privfl.dp", "privfl.trainer", "privfl.site"),
     "privfl.trainer.main": (
-        "mpi4py", "tenseal", "privfl.secagg", "privfl.ledger", "privfl.transport", "privfl.identity", "privfl.federation",
+        "mpi4py",
+        "tenseal",
+        "privfl.secagg",
+        "privfl.ledger",
+        "privfl.transport",
+        "privfl.identity",
+        "privfl.federation",
     ),
     "privfl.secagg.session.handshake": ("torch", "mpi4py", "privfl.federation", "privfl.transport"),
-}  # fmt: skip
+}
 # What holds a secret key or uses one. Of these the coordinator's room imports nothing by name.
-KEYS = {"SumKey", "Decryption", "RunKeys", "SumSession", "SumAttempt", "Handshake", "encrypt", "open_keys", "Identity"}
+KEYS = {
+    "SumKey",
+    "Decryption",
+    "RunKeys",
+    "SumSession",
+    "SumAttempt",
+    "Handshake",
+    "encrypt",
+    "open_keys",
+    "Identity",
+}
 
 
 def _room(module: str) -> str:
@@ -74,7 +137,11 @@ def _room(module: str) -> str:
     parts = module.split(".")[1:]
     if parts[:2] == ["secagg", "session"]:
         return "secagg.session"
-    return parts[0] if parts and ((PACKAGE / parts[0]).is_dir() or (PACKAGE / f"{parts[0]}.py").exists()) else ""
+    return (
+        parts[0]
+        if parts and ((PACKAGE / parts[0]).is_dir() or (PACKAGE / f"{parts[0]}.py").exists())
+        else ""
+    )
 
 
 def _name(path: Path) -> str:
@@ -106,7 +173,9 @@ def _typing_only(path: Path) -> frozenset[int]:
         for node in ast.walk(ast.parse(path.read_text()))
         if isinstance(node, ast.If) and getattr(node.test, "id", "") == "TYPE_CHECKING"
     ]
-    return frozenset(line for block in blocks for line in range(block.lineno, (block.end_lineno or 0) + 1))
+    return frozenset(
+        line for block in blocks for line in range(block.lineno, (block.end_lineno or 0) + 1)
+    )
 
 
 def _reached(start: str) -> dict[str, str]:
@@ -124,7 +193,10 @@ def _reached(start: str) -> dict[str, str]:
             if name.startswith("privfl"):
                 target = name if name in FILES else name.rsplit(".", 1)[0]
             # Importing a module runs the packages around it as well.
-            for step in (target, *(".".join(target.split(".")[:n]) for n in range(2, target.count(".") + 1))):
+            for step in (
+                target,
+                *(".".join(target.split(".")[:n]) for n in range(2, target.count(".") + 1)),
+            ):
                 if step not in chains:
                     chains[step] = f"{chains[module]} -> {step}"
                     waiting.append(step)
@@ -141,9 +213,13 @@ def test_arrows_point_one_way(module: str):
             target = _room(name)
             assert room not in ("errors", "_version"), f"{place}:{line}: {room} imports from privfl"
             if target not in (room, "errors", "_version"):
-                assert target in ARROWS[room], f"{place}:{line}: {room} may not import privfl.{target}"
+                assert target in ARROWS[room], (
+                    f"{place}:{line}: {room} may not import privfl.{target}"
+                )
         if package in HOMES:
-            assert place.startswith(HOMES[package]), f"{place}:{line}: {package} belongs to {', '.join(HOMES[package])}"
+            assert place.startswith(HOMES[package]), (
+                f"{place}:{line}: {package} belongs to {', '.join(HOMES[package])}"
+            )
 
 
 def test_every_room_has_its_arrows_and_there_is_no_circle():
@@ -159,19 +235,38 @@ def test_every_room_has_its_arrows_and_there_is_no_circle():
 def test_a_process_never_reaches_what_it_must_not_touch(start: str):
     chains = _reached(start)
     for never in NEVERS[start]:
-        bad = [chain for module, chain in chains.items() if module == never or module.startswith(f"{never}.")]
+        bad = [
+            chain
+            for module, chain in chains.items()
+            if module == never or module.startswith(f"{never}.")
+        ]
         assert not bad, f"{start} must never reach {never}: {bad[0]}"
 
 
 def test_the_coordinator_names_nothing_that_holds_a_key():
     for module, path in FILES.items():
         if _room(module) == "coordinator":
-            assert not {name.rsplit(".", 1)[1] for name, _ in _imports(path) if "." in name} & KEYS, module
+            assert (
+                not {name.rsplit(".", 1)[1] for name, _ in _imports(path) if "." in name} & KEYS
+            ), module
 
 
-@pytest.mark.parametrize("code", ["import privfl", "import sys; from privfl.cli import main; sys.argv = ['privfl', '--help']"])
+@pytest.mark.parametrize(
+    "code",
+    ["import privfl", "import sys; from privfl.cli import main; sys.argv = ['privfl', '--help']"],
+)
 def test_the_entrance_is_light(code: str):
-    heavy = ["torch", "mpi4py", "tenseal", "dp_accounting", "pydantic", "numpy", "yaml", "opacus", "scipy"]
+    heavy = [
+        "torch",
+        "mpi4py",
+        "tenseal",
+        "dp_accounting",
+        "pydantic",
+        "numpy",
+        "yaml",
+        "opacus",
+        "scipy",
+    ]
     heavy += ["matplotlib", "jinja2", "rich"]
     script = f"""
 import atexit, json, os, sys
@@ -180,15 +275,24 @@ atexit.register(report)
 {code}
 if 'main' in globals(): main()
 """
-    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True)
+    done = subprocess.run(
+        [sys.executable, "-c", script], capture_output=True, text=True, check=True
+    )
     assert json.loads(done.stderr) == []
 
 
 def test_agent_and_coordinator_have_no_torch():
-    script = "import sys; import privfl.site.agent, privfl.coordinator.run, privfl.cli.train; sys.exit('torch' in sys.modules)"
+    script = (
+        "import sys; import privfl.site.agent, privfl.coordinator.run, privfl.cli.train; "
+        "sys.exit('torch' in sys.modules)"
+    )
     assert subprocess.run([sys.executable, "-c", script], check=False).returncode == 0
 
 
 def test_files_stay_short():
-    long = {str(p.relative_to(PACKAGE.parent)): n for p in PACKAGE.rglob("*.py") if (n := len(p.read_text().splitlines())) > 450}
+    long = {
+        str(p.relative_to(PACKAGE.parent)): n
+        for p in PACKAGE.rglob("*.py")
+        if (n := len(p.read_text().splitlines())) > 450
+    }
     assert long == {}

@@ -1,4 +1,6 @@
-"""Trainers that are threads of the test's own process: torch is loaded once, and a test can change what a trainer does."""
+"""Trainers that are threads of the test's own process: torch is loaded once, and a test can
+change what a trainer does.
+"""
 
 from __future__ import annotations
 
@@ -35,7 +37,9 @@ class ThreadTrainer(process.TrainerProcess):
         self.replica, self.update = SharedVector.create(), SharedVector.create()
         ours, theirs = socket.socketpair()
         self._channel, self._process = Channel(ours, ANSWERS), _Running()  # type: ignore[assignment]
-        self._thread = threading.Thread(target=self._serve, args=(site, Channel(theirs, REQUESTS)), daemon=True)
+        self._thread = threading.Thread(
+            target=self._serve, args=(site, Channel(theirs, REQUESTS)), daemon=True
+        )
         self._thread.start()
         self.ask(prepare.model_copy(update={"threads": 1}))
 

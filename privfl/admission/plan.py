@@ -1,4 +1,7 @@
-"""What a run would need and cost at one site: noise, steps, and the limits it is charged against. No policy, no record is read."""
+"""What a run would need and cost at one site: noise, steps, and the limits it is charged against.
+
+No policy, no record is read.
+"""
 
 from __future__ import annotations
 
@@ -34,7 +37,8 @@ from privfl.secagg.parameters import parameters_for
 Steps = PoissonGaussian | DiscreteGaussian
 _Plan = TypeVar("_Plan", PoissonGaussian | DiscreteGaussian, MetricRelease)
 
-# The budget of one run alone is its plan and this share of it, for the rounding of sums of floating-point numbers.
+# The budget of one run alone is its plan and this share of it, for the rounding of sums of
+# floating-point numbers.
 ROUNDING = 1e-9
 
 
@@ -42,14 +46,12 @@ ROUNDING = 1e-9
 class RunPlan:
     """The plan of one run at one site, and the limits it is charged against.
 
-    Attributes:
-        training: all steps of the run.
-        metrics: all releases of metrics with noise, if there are any.
-        filters: the limits of the ledger: the site's own budget, or the plan itself where no ledger is kept across runs.
-        spent: what earlier runs have charged, by account; empty without a ledger.
-        head: that of the ledger when it was read; None without a ledger, or if it begins with this run.
-        kept: whether a ledger is kept across runs.
-        delta: the delta at which the run's epsilons are given.
+    Attributes: training: all steps of the run. metrics: all releases of metrics with noise, if
+        there are any. filters: the limits of the ledger: the site's own budget, or the plan itself
+        where no ledger is kept across runs. spent: what earlier runs have charged, by account;
+        empty without a ledger. head: that of the ledger when it was read; None without a ledger, or
+        if it begins with this run. kept: whether a ledger is kept across runs. delta: the delta at
+        which the run's epsilons are given.
     """
 
     training: PoissonGaussian | DiscreteGaussian
@@ -83,7 +85,8 @@ class RunPlan:
         """
         if not self.training.noise_multiplier <= noise_multiplier < math.inf:
             raise ProtocolError(
-                f"the coordinator began a run with noise multiplier {noise_multiplier:g}, this site needs {self.training.noise_multiplier:g}"
+                f"the coordinator began a run with noise multiplier {noise_multiplier:g}, this "
+                f"site needs {self.training.noise_multiplier:g}"
             )
         return replace(self, training=replace(self.training, noise_multiplier=noise_multiplier))
 
@@ -92,7 +95,9 @@ class RunPlan:
         if not self.kept:
             return epsilon_of(events, self.delta).upper
         limit = self.filters[account]
-        return limit.epsilon_of(sum((limit.cost(event) for event in events), limit.nothing()), self.delta)
+        return limit.epsilon_of(
+            sum((limit.cost(event) for event in events), limit.nothing()), self.delta
+        )
 
     @property
     def planned_epsilon(self) -> float:
@@ -103,10 +108,14 @@ class RunPlan:
 def plan_run(site: str, experiment: Experiment, file: SiteFile) -> RunPlan:
     """What the run would need and cost, whether or not it is let happen.
 
-    Raises:
-        PrivflError: If a target cannot be reached, the noise bounds nothing, or the ledger cannot be used.
+    Raises: PrivflError: If a target cannot be reached, the noise bounds nothing, or the ledger
+        cannot be used.
     """
-    privacy, delta, ledger = experiment.privacy, experiment.privacy.delta, _LedgerState.of(site, file)
+    privacy, delta, ledger = (
+        experiment.privacy,
+        experiment.privacy.delta,
+        _LedgerState.of(site, file),
+    )
     training, metrics = training_steps(site, experiment), metric_releases(experiment)
 
     # Shares of one noise must do for the site that needs most, which is one with the largest rate.
@@ -114,36 +123,46 @@ def plan_run(site: str, experiment: Experiment, file: SiteFile) -> RunPlan:
 
     def calibrated(limit: RenyiFilter | None) -> Steps:
         plan = training_steps(neediest, experiment)
-        noise = _calibrated("privacy", plan, privacy.target_epsilon, privacy.noise_multiplier, delta, limit).noise_multiplier
+        noise = _calibrated(
+            "privacy", plan, privacy.target_epsilon, privacy.noise_multiplier, delta, limit
+        ).noise_multiplier
         return training(noise)
 
     # A ledger that is still to begin is planned for the noise that the run would need without one.
     filters = ledger.filters or (
-        limits_of(file.budget.epsilon, file.budget.delta, calibrated(None)) if file.budget is not None else {}
+        limits_of(file.budget.epsilon, file.budget.delta, calibrated(None))
+        if file.budget is not None
+        else {}
     )
     plan = calibrated(filters.get("training"))
     release = None
     if experiment.metric_releases and experiment.evaluation.records == "private":
-        release = _calibrated("evaluation", metrics, experiment.metrics_target, None, delta, filters.get("evaluation"))
+        release = _calibrated(
+            "evaluation", metrics, experiment.metrics_target, None, delta, filters.get("evaluation")
+        )
     kept = bool(filters)
     if not kept and experiment.private:
         plans: dict[Account, Event | None] = {"training": plan, "evaluation": release}
-        filters = {account: _alone(event, delta) for account, event in plans.items() if event is not None}
+        filters = {
+            account: _alone(event, delta) for account, event in plans.items() if event is not None
+        }
     return RunPlan(plan, release, filters, ledger.spent, ledger.head, kept, delta)
 
 
 def training_steps(site: str, experiment: Experiment) -> Callable[[float], Steps]:
     """From a noise multiplier to all steps of the run, as they are charged.
 
-    With distributed noise the noise multiplier is meant against ``collusion`` sites that pool what they see, and that is what is charged:
-    to every site, the others may be that coalition.
+    With distributed noise the noise multiplier is meant against ``collusion`` sites that pool what
+    they see, and that is what is charged: to every site, the others may be that coalition.
     """
     rate, steps = experiment.rate(site), experiment.steps
 
     def plan(noise: float) -> Steps:
         if experiment.privacy.noise == "site":
             return PoissonGaussian(sampling_rate=rate, noise_multiplier=noise, steps=steps)
-        return DiscreteGaussian(sampling_rate=rate, noise_multiplier=noise, sensitivity=SENSITIVITY, steps=steps)
+        return DiscreteGaussian(
+            sampling_rate=rate, noise_multiplier=noise, sensitivity=SENSITIVITY, steps=steps
+        )
 
     return plan
 
@@ -153,14 +172,18 @@ def metric_releases(experiment: Experiment) -> Callable[[float], MetricRelease]:
 
     def plan(noise: float) -> MetricRelease:
         names = tuple(sorted(experiment.evaluation.metrics))
-        return MetricRelease(metrics=names, noise_multiplier=noise, steps=experiment.metric_releases)
+        return MetricRelease(
+            metrics=names, noise_multiplier=noise, steps=experiment.metric_releases
+        )
 
     return plan
 
 
 @dataclass(frozen=True)
 class _LedgerState:
-    """What a site's ledger says before a run: the limits it fixed, what was spent, and its head; nothing if it has not begun."""
+    """What a site's ledger says before a run: the limits it fixed, what was spent, and its head;
+    nothing if it has not begun.
+    """
 
     filters: dict[Account, RenyiFilter] = field(default_factory=dict)
     spent: dict[Account, NDArray[np.float64]] = field(default_factory=dict)
@@ -173,29 +196,40 @@ class _LedgerState:
         path = Path(file.ledger.file)
         if not path.parent.is_dir():
             raise PrivflError(
-                f"the folder {path.parent} for the ledger of site {site} does not exist; make it, or correct ledger in the site file"
+                f"the folder {path.parent} for the ledger of site {site} does not exist; make it, "
+                f"or correct ledger in the site file"
             )
         begun = Ledger.look(path)
         if begun is None:
             return cls()
         with begun as ledger:
             _check_ledger(site, file.budget, ledger)
-            return cls(ledger.filters, {account: ledger.spent(account) for account in ledger.filters}, ledger.head)
+            return cls(
+                ledger.filters,
+                {account: ledger.spent(account) for account in ledger.filters},
+                ledger.head,
+            )
 
 
 def _check_ledger(site: str, budget: Budget, ledger: Ledger) -> None:
     """Whether the ledger is this site's, and was begun with this budget."""
     if ledger.site != site:
-        raise PrivflError(f"the ledger {ledger.path} belongs to site {ledger.site}, not to {site}; name another file")
+        raise PrivflError(
+            f"the ledger {ledger.path} belongs to site {ledger.site}, not to {site}; name another "
+            f"file"
+        )
     if set(ledger.filters) != set(ACCOUNTS):
         raise PrivflError(
-            f"the ledger {ledger.path} was written for a single run and has no limits for the budget of site {site}; name another file"
+            f"the ledger {ledger.path} was written for a single run and has no limits for the "
+            f"budget of site {site}; name another file"
         )
     for limit in ledger.filters.values():
         if (limit.epsilon, limit.delta) != (budget.epsilon, budget.delta):
             raise PrivflError(
-                f"the ledger {ledger.path} was begun with the budget epsilon {limit.epsilon:g} at delta {limit.delta:g}, the file of site {site} "
-                f"says epsilon {budget.epsilon:g} at delta {budget.delta:g}: a budget cannot be changed; go back to the old one, or begin a new "
+                f"the ledger {ledger.path} was begun with the budget epsilon {limit.epsilon:g} at "
+                f"delta {limit.delta:g}, the file of site {site} "
+                f"says epsilon {budget.epsilon:g} at delta {budget.delta:g}: a budget cannot be "
+                f"changed; go back to the old one, or begin a new "
                 "ledger and add both budgets up"
             )
 
@@ -217,22 +251,32 @@ def _calibrated(
     delta: float,
     limit: RenyiFilter | None,
 ) -> _Plan:
-    """The plan with the given noise multiplier, or with the least one that meets the target, by the filter if there is one, else by RDP."""
+    """The plan with the given noise multiplier, or with the least one that meets the target, by
+    the filter if there is one, else by RDP.
+    """
 
     def epsilon(noise: float) -> float:
         event = plan(noise)
-        return epsilon_of([event], delta).upper if limit is None else limit.epsilon_of(limit.cost(event), delta)
+        return (
+            epsilon_of([event], delta).upper
+            if limit is None
+            else limit.epsilon_of(limit.cost(event), delta)
+        )
 
     if noise is None:
         if target is None:
-            raise InternalError("an experiment without a target and without a noise multiplier passed validation")
+            raise InternalError(
+                "an experiment without a target and without a noise multiplier passed validation"
+            )
         noise = least_noise_multiplier(epsilon, target)
     if noise is None:
+        where = "" if limit is None else " in a ledger with so large a budget"
         raise PrivflError(
-            f"{section}.target_epsilon {target:g} cannot be reached at delta {delta:g} with {plan(1.0).steps} steps: noise of "
-            f"{LARGEST_NOISE_MULTIPLIER:g} times the clipping norm, which leaves nothing to learn, still costs "
-            f"{epsilon(LARGEST_NOISE_MULTIPLIER):.3g}{'' if limit is None else ' in a ledger with so large a budget'}; raise target_epsilon, or "
-            "lower rounds, local_steps or sampling_rate"
+            f"{section}.target_epsilon {target:g} cannot be reached at delta {delta:g} with "
+            f"{plan(1.0).steps} steps: noise of {LARGEST_NOISE_MULTIPLIER:g} times the clipping "
+            "norm, which leaves nothing to learn, still costs "
+            f"{epsilon(LARGEST_NOISE_MULTIPLIER):.3g}{where}; raise target_epsilon, or lower "
+            "rounds, local_steps or sampling_rate"
         )
     if not math.isfinite(epsilon(noise)):
         raise PrivflError(f"{section}.noise_multiplier {noise:g} gives no finite epsilon; raise it")

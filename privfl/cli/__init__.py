@@ -1,4 +1,7 @@
-"""The command line. Commands are imported when they are called, and import what they need when they run."""
+"""The command line.
+
+Commands are imported when they are called, and import what they need when they run.
+"""
 
 from __future__ import annotations
 
@@ -56,7 +59,11 @@ def main(arguments: Sequence[str] | None = None) -> NoReturn:
         click.echo(error.format_message(), err=True)
         sys.exit(EXIT_USER)
     except click.ClickException as error:
-        where = f" (see `{error.ctx.command_path} --help`)" if isinstance(error, click.UsageError) and error.ctx else ""
+        where = (
+            f" (see `{error.ctx.command_path} --help`)"
+            if isinstance(error, click.UsageError) and error.ctx
+            else ""
+        )
         _complain(error.format_message().rstrip(".") + where)
         sys.exit(EXIT_USER)
     except click.Abort:

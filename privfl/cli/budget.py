@@ -22,7 +22,10 @@ _HEADS = click.option(
     "--heads",
     multiple=True,
     type=click.Path(path_type=Path, exists=True),
-    help="Run folder, rounds.jsonl or heads.jsonl with heads that were shown to others; may be repeated.",
+    help=(
+        "Run folder, rounds.jsonl or heads.jsonl with heads that were shown to others; may be "
+        "repeated."
+    ),
 )
 
 
@@ -55,15 +58,28 @@ def show(ledgers: tuple[Path, ...], heads: tuple[Path, ...]) -> None:
     from privfl.accounting import ADJACENCY
 
     histories = _histories(ledgers, heads)
-    table = Table("site", "records", "epsilon spent", "of", "delta", "runs", "rounds", "steps", "book")
+    table = Table(
+        "site", "records", "epsilon spent", "of", "delta", "runs", "rounds", "steps", "book"
+    )
     for history in histories:
         for line in _lines(history):
             table.add_row(*line)
     Console(width=None if sys.stdout.isatty() else 160).print(table)
-    click.echo(f"epsilon protects one record ({ADJACENCY}); training and evaluation records are accounts of their own")
+    click.echo(
+        f"epsilon protects one record ({ADJACENCY}); training and evaluation records are accounts "
+        f"of their own"
+    )
     if not all(history.kept for history in histories):
-        click.echo("no book is kept across runs where the last column says so: those epsilons are of one run")
-    bad = [f"{history.site}: {check.detail}" for history in histories for check in history.checks if check.ok is False]
+        click.echo(
+            "no book is kept across runs where the last column says so: those epsilons are of one "
+            "run"
+        )
+    bad = [
+        f"{history.site}: {check.detail}"
+        for history in histories
+        for check in history.checks
+        if check.ok is False
+    ]
     if bad:
         raise PrivflError(f"NOT VERIFIED: {bad[0]}")
 
@@ -73,7 +89,13 @@ def _lines(history: History) -> Iterator[tuple[str, ...]]:
     from privfl.reporting.build import spent
     from privfl.reporting.numbers import decimals
 
-    state = "one run" if not history.kept else "NOT VERIFIED" if any(check.ok is False for check in history.checks) else "kept"
+    state = (
+        "one run"
+        if not history.kept
+        else "NOT VERIFIED"
+        if any(check.ok is False for check in history.checks)
+        else "kept"
+    )
     for account in ACCOUNTS:
         charges = [charge for charge in history.charges if charge.account == account]
         if not charges and account not in history.limits:
@@ -97,10 +119,16 @@ def _lines(history: History) -> Iterator[tuple[str, ...]]:
 @_PATHS
 @_HEADS
 @click.option(
-    "--output", type=click.Path(path_type=Path), default=Path("budget-report.html"), show_default=True, help="The file to write."
+    "--output",
+    type=click.Path(path_type=Path),
+    default=Path("budget-report.html"),
+    show_default=True,
+    help="The file to write.",
 )
 def report(ledgers: tuple[Path, ...], heads: tuple[Path, ...], output: Path) -> None:
-    """Write a report that a data protection officer can read: one HTML file, for screen and paper."""
+    """Write a report that a data protection officer can read: one HTML file, for screen and
+    paper.
+    """
     from privfl.reporting.build import report as compute
     from privfl.reporting.html import to_html
 
@@ -113,9 +141,11 @@ def report(ledgers: tuple[Path, ...], heads: tuple[Path, ...], output: Path) -> 
 @click.argument("ledger", type=click.Path(path_type=Path))
 @click.argument("heads", nargs=-1, type=click.Path(path_type=Path, exists=True))
 def verify(ledger: Path, heads: tuple[Path, ...]) -> None:
-    """Check LEDGER, a file or a folder of them: the chain of its rows, the costs in it, its limits, and the HEADS that were shown to others.
+    """Check LEDGER, a file or a folder of them: the chain of its rows, the costs in it, its
+    limits, and the HEADS that were shown to others.
 
-    HEADS are run folders, their rounds.jsonl, or a site's heads.jsonl. Without any, a tail that was cut off does not show.
+    HEADS are run folders, their rounds.jsonl, or a site's heads.jsonl. Without any, a tail that was
+    cut off does not show.
     """
     from privfl.ledger import Ledger
     from privfl.reporting import from_ledger
@@ -128,13 +158,24 @@ def verify(ledger: Path, heads: tuple[Path, ...]) -> None:
             wrong_costs = book.problems()
             for check in found:
                 click.echo(
-                    f"{path}: {check.what}: {'ok' if check.ok else 'WRONG' if check.ok is False else 'not checked'}: {check.detail}"
+                    f"{path}: {check.what}: "
+                    f"{'ok' if check.ok else 'WRONG' if check.ok is False else 'not checked'}: "
+                    f"{check.detail}"
                 )
             if not wrong_costs:
-                click.echo(f"{path}: costs: ok: recomputed from the events, and within the budget at every charge")
-            problems += [f"{path}: {problem}" for problem in [*(c.detail for c in found if c.ok is False), *wrong_costs]]
+                click.echo(
+                    f"{path}: costs: ok: recomputed from the events, and within the budget at "
+                    f"every charge"
+                )
+            problems += [
+                f"{path}: {problem}"
+                for problem in [*(c.detail for c in found if c.ok is False), *wrong_costs]
+            ]
     if problems:
-        raise PrivflError(f"NOT VERIFIED: {problems[0]}" + (f" (and {len(problems) - 1} more)" if problems[1:] else ""))
+        raise PrivflError(
+            f"NOT VERIFIED: {problems[0]}"
+            + (f" (and {len(problems) - 1} more)" if problems[1:] else "")
+        )
 
 
 @command.command()
@@ -148,10 +189,18 @@ def verify(ledger: Path, heads: tuple[Path, ...]) -> None:
     show_default=True,
     help="JSON: the report; CSV: every charge.",
 )
-@click.option("--output", type=click.Path(path_type=Path), help="The file to write; standard output if none is given.")
+@click.option(
+    "--output",
+    type=click.Path(path_type=Path),
+    help="The file to write; standard output if none is given.",
+)
 @click.option("--schema", is_flag=True, help="Print the JSON schema of the report instead.")
 def export(
-    ledgers: tuple[Path, ...], heads: tuple[Path, ...], form: Literal["json", "csv"], output: Path | None, schema: bool
+    ledgers: tuple[Path, ...],
+    heads: tuple[Path, ...],
+    form: Literal["json", "csv"],
+    output: Path | None,
+    schema: bool,
 ) -> None:
     """Write the report as JSON, or every single charge as CSV, for other programs."""
     from privfl.reporting.build import report as compute
@@ -162,7 +211,9 @@ def export(
     elif not ledgers:
         raise PrivflError("name the ledgers to export, or a folder of them")
     elif form == "json":
-        text = compute("Privacy budget", _histories(ledgers, heads)).model_dump_json(indent=2) + "\n"
+        text = (
+            compute("Privacy budget", _histories(ledgers, heads)).model_dump_json(indent=2) + "\n"
+        )
     else:
         text = "".join(_csv(_histories(ledgers, heads)))
     if output is None:
@@ -176,12 +227,31 @@ def _csv(histories: Sequence[History]) -> Iterator[str]:
     buffer = io.StringIO()
     table = csv.writer(buffer, lineterminator="\n")
     table.writerow(
-        ["site", "ledger", "time", "run", "round", "records", "mechanism", "sampling_rate", "noise_multiplier", "sigma", "steps"]
+        [
+            "site",
+            "ledger",
+            "time",
+            "run",
+            "round",
+            "records",
+            "mechanism",
+            "sampling_rate",
+            "noise_multiplier",
+            "sigma",
+            "steps",
+        ]
     )
     for history in histories:
         for charge in history.charges:
             event = history.mechanisms[charge.mechanism]
-            where = [history.site, history.ledger or "", charge.time, charge.run, charge.round, charge.account]
+            where = [
+                history.site,
+                history.ledger or "",
+                charge.time,
+                charge.run,
+                charge.round,
+                charge.account,
+            ]
             table.writerow([*where, event.kind, event.rate, event.noise, event.sigma, charge.steps])
     yield buffer.getvalue()
 

@@ -20,7 +20,8 @@ def command() -> None:
 def generate(file: Path) -> None:
     """Write a new private key to FILE, readable for its owner only, and print the public key.
 
-    Name FILE as `identity` in this site's file; give the public key to the other sites, on a way you trust, for their `peers`.
+    Name FILE as `identity` in this site's file; give the public key to the other sites, on a way
+    you trust, for their `peers`.
     """
     from privfl.identity import Identity
 
@@ -30,7 +31,9 @@ def generate(file: Path) -> None:
         with os.fdopen(os.open(file, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600), "wb") as private:
             private.write(identity.pem())
     except FileExistsError as error:
-        raise PrivflError(f"{file} exists already; nothing was written, choose another file") from error
+        raise PrivflError(
+            f"{file} exists already; nothing was written, choose another file"
+        ) from error
     except OSError as error:
         raise PrivflError(f"cannot write {file}: {error.strerror}") from error
     click.echo(identity.public)

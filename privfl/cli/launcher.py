@@ -10,7 +10,8 @@ from privfl.errors import PrivflError
 
 
 def matching_mpiexec() -> str:
-    """The mpiexec of this Python environment, which fits the MPI library that mpi4py will load; otherwise that of the PATH.
+    """The mpiexec of this Python environment, which fits the MPI library that mpi4py will load;
+    otherwise that of the PATH.
 
     Raises:
         PrivflError: there is none.
@@ -18,16 +19,22 @@ def matching_mpiexec() -> str:
     ours = shutil.which("mpiexec", path=sysconfig.get_path("scripts"))
     found = ours or shutil.which("mpiexec")
     if found is None:
-        raise PrivflError("no mpiexec was found: `pip install 'privfl[mpich]'` brings one, or load your cluster's MPI module")
+        raise PrivflError(
+            "no mpiexec was found: `pip install 'privfl[mpich]'` brings one, or load your "
+            "cluster's MPI module"
+        )
     return found
 
 
 def mpiexec_command(ranks: int) -> list[str]:
-    """The start of a command line that runs ``ranks`` processes on this machine, also where it has fewer processors."""
+    """The start of a command line that runs ``ranks`` processes on this machine, also where it
+    has fewer processors.
+    """
     mpiexec = matching_mpiexec()
     command = [mpiexec, "-n", str(ranks)]
     answer = subprocess.run([mpiexec, "--version"], capture_output=True, text=True, check=False)
-    # MPICH needs no options; Open MPI refuses more ranks than cores and binds ranks to single cores.
+    # MPICH needs no options; Open MPI refuses more ranks than cores and binds ranks to single
+    # cores.
     if "Open MPI" in answer.stdout or "OpenRTE" in answer.stdout or "PRTE" in answer.stdout:
         command += ["--oversubscribe", "--bind-to", "none"]
     return command

@@ -34,13 +34,21 @@ _LINES = 8
     help="Folder with site files; sites that have none there are planned without.",
 )
 @click.option(
-    "--set", "settings", multiple=True, metavar="KEY.PATH=VALUE", help="Change one value of the experiment; may be repeated."
+    "--set",
+    "settings",
+    multiple=True,
+    metavar="KEY.PATH=VALUE",
+    help="Change one value of the experiment; may be repeated.",
 )
 @click.option("--json", "as_json", is_flag=True, help="Print everything as JSON.")
-def command(experiment: Path | None, sites: Path | None, settings: tuple[str, ...], as_json: bool) -> None:
-    """Say for each site of EXPERIMENT how much noise it needs, what that costs, and whether its budget has fit.
+def command(
+    experiment: Path | None, sites: Path | None, settings: tuple[str, ...], as_json: bool
+) -> None:
+    """Say for each site of EXPERIMENT how much noise it needs, what that costs, and whether its
+    budget has fit.
 
-    Nothing is trained and nothing is charged. Ends with exit code 2 if a site would refuse, with what would pass.
+    Nothing is trained and nothing is charged. Ends with exit code 2 if a site would refuse, with
+    what would pass.
     """
     from privfl.config import demo_path, load_experiment
 
@@ -48,11 +56,18 @@ def command(experiment: Path | None, sites: Path | None, settings: tuple[str, ..
     proposal = load_experiment(path, settings)
     plans, refusals = _plans(proposal, sites)
     if as_json:
-        click.echo(json.dumps({"delta": proposal.privacy.delta, "rounds": proposal.rounds, "sites": plans}, indent=2))
+        click.echo(
+            json.dumps(
+                {"delta": proposal.privacy.delta, "rounds": proposal.rounds, "sites": plans},
+                indent=2,
+            )
+        )
     else:
         from rich.console import Console
 
-        _print(Console(width=None if sys.stdout.isatty() else 120, highlight=False), proposal, plans)
+        _print(
+            Console(width=None if sys.stdout.isatty() else 120, highlight=False), proposal, plans
+        )
     if refusals:
         raise PrivflError(refusals[0])
 
@@ -63,9 +78,12 @@ def _plans(experiment: Experiment, folder: Path | None) -> tuple[dict[str, Any],
     from privfl.admission.policy import check_policy
     from privfl.config import SiteFile, load_site
 
-    if folder is not None and not any((folder / f"{site}.yaml").exists() for site in experiment.sites):
+    if folder is not None and not any(
+        (folder / f"{site}.yaml").exists() for site in experiment.sites
+    ):
         raise PrivflError(
-            f"--sites {folder} holds no file of any site of the experiment ({', '.join(f'{s}.yaml' for s in experiment.sites)})"
+            f"--sites {folder} holds no file of any site of the experiment "
+            f"({', '.join(f'{s}.yaml' for s in experiment.sites)})"
         )
     plans, refusals = {}, []
     for site in experiment.sites:
@@ -94,7 +112,8 @@ def _facts(site: str, experiment: Experiment, file: SiteFile, found: RunPlan) ->
         "accountant": found.accountant,
         "epsilon": _epsilons(found, training),
         "curve": [
-            _finite(found.epsilon("training", [training.times(experiment.local_steps * n)])) for n in _some(experiment.rounds)
+            _finite(found.epsilon("training", [training.times(experiment.local_steps * n)]))
+            for n in _some(experiment.rounds)
         ],
         "curve_rounds": _some(experiment.rounds),
         "table": _table(experiment, found),
@@ -120,11 +139,17 @@ def _facts(site: str, experiment: Experiment, file: SiteFile, found: RunPlan) ->
 
 
 def _epsilons(found: RunPlan, event: Event) -> dict[str, float | None]:
-    """By each accountant; by the filter of the site's budget, or of one that would just be spent by this run."""
+    """By each accountant; by the filter of the site's budget, or of one that would just be spent
+    by this run.
+    """
     from privfl.accounting import RenyiFilter, epsilon_of
 
     rdp = epsilon_of([event], found.delta).upper
-    limit = found.filters["training"] if found.kept else RenyiFilter.planned(max(rdp, 1e-6), found.delta, event)
+    limit = (
+        found.filters["training"]
+        if found.kept
+        else RenyiFilter.planned(max(rdp, 1e-6), found.delta, event)
+    )
     return {
         "rdp": _finite(rdp),
         "pld": _finite(epsilon_of([event], found.delta, "pld").upper),
@@ -142,7 +167,11 @@ def _adversaries(experiment: Experiment, found: RunPlan) -> list[dict[str, Any]]
             "who": adversary.who,
             "colluders": adversary.colluders,
             "noise_multiplier": found.training.noise_multiplier * adversary.noise_factor,
-            "epsilon": _finite(found.planned_epsilon if noise == "site" else adversary.epsilon([found.training], found.delta)),
+            "epsilon": _finite(
+                found.planned_epsilon
+                if noise == "site"
+                else adversary.epsilon([found.training], found.delta)
+            ),
         }
         for adversary in adversaries(noise, len(experiment.sites), experiment.collusion)
     ]
@@ -154,7 +183,13 @@ def _table(experiment: Experiment, found: RunPlan) -> dict[str, Any]:
     noises[_NOISE.index(1.0)] = found.training.noise_multiplier
     rounds = sorted({max(1, round(experiment.rounds * factor)) for factor in _ROUNDS})
     plans = [replace(found.training, noise_multiplier=noise) for noise in noises]
-    cells = [[_finite(found.epsilon("training", [plan.times(n * experiment.local_steps)])) for n in rounds] for plan in plans]
+    cells = [
+        [
+            _finite(found.epsilon("training", [plan.times(n * experiment.local_steps)]))
+            for n in rounds
+        ]
+        for plan in plans
+    ]
     return {"noise_multipliers": noises, "rounds": rounds, "epsilon": cells}
 
 
@@ -175,7 +210,9 @@ def _budget(site: str, experiment: Experiment, found: RunPlan) -> dict[str, Any]
             "fits": left.fitting,
             "of": left.times,
             "least_noise_multiplier": None if way_out is None else way_out[0],
-            "more_such_runs": limit.times(found.spent.get(account, limit.nothing()), limit.cost(found.plans()[account])),
+            "more_such_runs": limit.times(
+                found.spent.get(account, limit.nothing()), limit.cost(found.plans()[account])
+            ),
         }
     return facts
 
@@ -190,7 +227,7 @@ def _finite(value: float) -> float | None:
     return value if value < float("inf") else None
 
 
-# -- on the terminal ----------------------------------------------------------------------------------------------
+# -- on the terminal -------------------------------------------------------------------------------
 
 
 def _print(console: Console, experiment: Experiment, plans: dict[str, Any]) -> None:
@@ -198,13 +235,25 @@ def _print(console: Console, experiment: Experiment, plans: dict[str, Any]) -> N
 
     delta = experiment.privacy.delta
     console.print(
-        f"{experiment.rounds} rounds of {experiment.local_steps} steps; epsilon protects one record, at delta {delta:g}"
+        f"{experiment.rounds} rounds of {experiment.local_steps} steps; epsilon protects one "
+        f"record, at delta {delta:g}"
     )
-    table = Table("site", "noise multiplier", "sampling rate", "steps", "rdp", "pld", "filter", "admitted by")
+    table = Table(
+        "site", "noise multiplier", "sampling rate", "steps", "rdp", "pld", "filter", "admitted by"
+    )
     for site, plan in plans.items():
         epsilon = plan["epsilon"]
-        numbers = (f"{plan['noise_multiplier']:.4f}", f"{plan['sampling_rate']:g}", str(plan["steps"]))
-        table.add_row(site, *numbers, *(_text(epsilon[name]) for name in ("rdp", "pld", "filter")), plan["accountant"])
+        numbers = (
+            f"{plan['noise_multiplier']:.4f}",
+            f"{plan['sampling_rate']:g}",
+            str(plan["steps"]),
+        )
+        table.add_row(
+            site,
+            *numbers,
+            *(_text(epsilon[name]) for name in ("rdp", "pld", "filter")),
+            plan["accountant"],
+        )
     console.print(table)
     _print_budgets(console, plans)
     for sites, plan in _alike(plans):
@@ -212,9 +261,13 @@ def _print(console: Console, experiment: Experiment, plans: dict[str, Any]) -> N
         if experiment.collusion:
             _print_adversaries(console, sites, plan)
     if not all(plan["budget"] for plan in plans.values()):
-        console.print("sites without a budget: no book is kept across runs, and nothing is refused on account of earlier ones")
+        console.print(
+            "sites without a budget: no book is kept across runs, and nothing is refused on "
+            "account of earlier ones"
+        )
     console.print(
-        "rdp and pld hold for this plan alone, fixed in advance; the filter also for runs chosen after a look at earlier results"
+        "rdp and pld hold for this plan alone, fixed in advance; the filter also for runs chosen "
+        "after a look at earlier results"
     )
 
 
@@ -226,17 +279,29 @@ def _print_budgets(console: Console, plans: dict[str, Any]) -> None:
         for account, left in (plan["budget"] or {}).items():
             fits = "yes" if left["fits"] == left["of"] else f"{left['fits']} of {left['of']}"
             budget = f"{left['epsilon']:g} at {left['delta']:g}"
-            table.add_row(site, account, budget, _text(left["spent"]), _text(left["after"]), fits, str(left["more_such_runs"]))
+            table.add_row(
+                site,
+                account,
+                budget,
+                _text(left["spent"]),
+                _text(left["after"]),
+                fits,
+                str(left["more_such_runs"]),
+            )
     if table.row_count:
         console.print(table)
     for site, plan in plans.items():
         if plan["evaluation"]:
             release = plan["evaluation"]
-            cost = f"at noise multiplier {release['noise_multiplier']:g} cost epsilon {_text(release['epsilon'])}"
+            cost = (
+                f"at noise multiplier {release['noise_multiplier']:g} cost epsilon "
+                f"{_text(release['epsilon'])}"
+            )
             console.print(f"{site}: {release['releases']} releases of metrics {cost}")
         if "person" in plan:
             console.print(
-                f"{site}: a person with {plan['person']['records']} records: epsilon {_text(plan['person']['epsilon'])}"
+                f"{site}: a person with {plan['person']['records']} records: epsilon "
+                f"{_text(plan['person']['epsilon'])}"
             )
 
 
@@ -252,7 +317,10 @@ def _print_curve(console: Console, sites: str, plan: dict[str, Any]) -> None:
     from rich.table import Table
 
     curve = Table(
-        "after round", *map(str, plan["curve_rounds"]), title=f"epsilon over the rounds ({sites})", title_justify="left"
+        "after round",
+        *map(str, plan["curve_rounds"]),
+        title=f"epsilon over the rounds ({sites})",
+        title_justify="left",
     )
     curve.add_row("epsilon", *(_text(value) for value in plan["curve"]))
     console.print(curve)
@@ -272,10 +340,16 @@ def _print_adversaries(console: Console, sites: str, plan: dict[str, Any]) -> No
     from rich.table import Table
 
     table = Table(
-        "who", "noise it faces", "epsilon", title=f"who could learn how much of a record, by RDP ({sites})", title_justify="left"
+        "who",
+        "noise it faces",
+        "epsilon",
+        title=f"who could learn how much of a record, by RDP ({sites})",
+        title_justify="left",
     )
     for adversary in plan["adversaries"]:
-        table.add_row(adversary["who"], f"{adversary['noise_multiplier']:.4f}", _text(adversary["epsilon"]))
+        table.add_row(
+            adversary["who"], f"{adversary['noise_multiplier']:.4f}", _text(adversary["epsilon"])
+        )
     console.print(table)
 
 

@@ -22,8 +22,14 @@ if TYPE_CHECKING:
 
 @click.command(name="train")
 @click.argument("experiment", required=False, type=click.Path(path_type=Path))
-@click.option("--sites", type=click.Path(path_type=Path), help="Folder with one file per site, DIR/<site>.yaml.")
-@click.option("--output", type=click.Path(path_type=Path), help="Folder in which the run folder is made.")
+@click.option(
+    "--sites",
+    type=click.Path(path_type=Path),
+    help="Folder with one file per site, DIR/<site>.yaml.",
+)
+@click.option(
+    "--output", type=click.Path(path_type=Path), help="Folder in which the run folder is made."
+)
 @click.option(
     "--set",
     "settings",
@@ -31,9 +37,17 @@ if TYPE_CHECKING:
     metavar="KEY.PATH=VALUE",
     help="Change one value of the experiment; may be repeated.",
 )
-@click.option("--ranks", type=click.IntRange(min=1), help="Start this many ranks with the mpiexec that fits this environment.")
+@click.option(
+    "--ranks",
+    type=click.IntRange(min=1),
+    help="Start this many ranks with the mpiexec that fits this environment.",
+)
 def command(
-    experiment: Path | None, sites: Path | None, output: Path | None, settings: tuple[str, ...], ranks: int | None
+    experiment: Path | None,
+    sites: Path | None,
+    output: Path | None,
+    settings: tuple[str, ...],
+    ranks: int | None,
 ) -> int:
     """Train one model at all sites of EXPERIMENT (a YAML file; the built-in demo if none is given).
 
@@ -45,18 +59,26 @@ def command(
         _launch(ranks, experiment, sites, output, settings)
     from privfl.transport import mpi
 
-    # A world of size 1 although the launcher started more: found out here, before anything else goes wrong.
+    # A world of size 1 although the launcher started more: found out here, before anything else
+    # goes wrong.
     transport = mpi.start()
     started = environment.launcher_size()
     if transport.size == 1 and started is not None and started > 1:
         raise PrivflError(
-            f"the launcher started {started} processes, but MPI sees each of them alone; use the mpiexec of the MPI library that `privfl doctor` "
+            f"the launcher started {started} processes, but MPI sees each of them alone; use the "
+            f"mpiexec of the MPI library that `privfl doctor` "
             "shows, or with Slurm `srun --mpi=pmi2` for MPICH and `srun --mpi=pmix` for Open MPI"
         )
     return run(transport, experiment, sites, output, settings, shown=shlex.join(sys.argv[1:]))
 
 
-def _launch(ranks: int, experiment: Path | None, sites: Path | None, output: Path | None, settings: tuple[str, ...]) -> None:
+def _launch(
+    ranks: int,
+    experiment: Path | None,
+    sites: Path | None,
+    output: Path | None,
+    settings: tuple[str, ...],
+) -> None:
     if (environment.launcher_size() or 1) > 1:
         raise PrivflError("--ranks starts mpiexec itself; leave it out under mpiexec or srun")
     arguments = [*launcher.mpiexec_command(ranks), sys.executable, "-m", "privfl.cli", "train"]
@@ -96,7 +118,9 @@ def run(
     return _serve(transport, path, sites, settings, observer)
 
 
-def _lead(transport: Transport, path: Path, output: Path | None, settings: tuple[str, ...], shown: str) -> int:
+def _lead(
+    transport: Transport, path: Path, output: Path | None, settings: tuple[str, ...], shown: str
+) -> int:
     from privfl.config import load_experiment
     from privfl.coordinator.run import lead, refuse
 
@@ -104,9 +128,14 @@ def _lead(transport: Transport, path: Path, output: Path | None, settings: tuple
         experiment = load_experiment(path, settings)
         needed = len(experiment.sites) + 1
         if transport.size != needed:
-            how = "was not started under mpiexec" if transport.size == 1 else f"was started with {transport.size} ranks"
+            how = (
+                "was not started under mpiexec"
+                if transport.size == 1
+                else f"was started with {transport.size} ranks"
+            )
             raise PrivflError(
-                f"the experiment has {needed - 1} sites and needs {needed} MPI ranks (one coordinates), but it {how}; "
+                f"the experiment has {needed - 1} sites and needs {needed} MPI ranks (one "
+                f"coordinates), but it {how}; "
                 f"start it with: mpiexec -n {needed} privfl {shown}"
             )
     except Exception as error:
@@ -114,7 +143,13 @@ def _lead(transport: Transport, path: Path, output: Path | None, settings: tuple
     return lead(transport, experiment, output or Path(experiment.output))
 
 
-def _serve(transport: Transport, path: Path, sites: Path | None, settings: tuple[str, ...], observer: Observer | None) -> int:
+def _serve(
+    transport: Transport,
+    path: Path,
+    sites: Path | None,
+    settings: tuple[str, ...],
+    observer: Observer | None,
+) -> int:
     from privfl.config import check_functions, load_experiment, load_site
     from privfl.site import agent
     from privfl.site.setup import SiteSetup, prepare_site
@@ -144,7 +179,8 @@ def _site_of(rank: int, experiment: Experiment) -> str:
     if named is not None:
         if named not in experiment.sites:
             raise PrivflError(
-                f"PRIVFL_SITE is {named!r}, which is not one of the experiment's sites: {', '.join(experiment.sites)}"
+                f"PRIVFL_SITE is {named!r}, which is not one of the experiment's sites: "
+                f"{', '.join(experiment.sites)}"
             )
         return named
     if rank > len(experiment.sites):

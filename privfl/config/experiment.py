@@ -1,4 +1,7 @@
-"""The experiment file: what the consortium proposes to train. Field for field the keys of the YAML file."""
+"""The experiment file: what the consortium proposes to train.
+
+Field for field the keys of the YAML file.
+"""
 
 from __future__ import annotations
 
@@ -34,7 +37,10 @@ class Optimizer(Section):
     @model_validator(mode="after")
     def _momentum_needs_sgd(self) -> Optimizer:
         if self.momentum and self.name != "sgd":
-            raise ValueError(f"has momentum, which only sgd takes; remove it or set name: sgd instead of {self.name}")
+            raise ValueError(
+                f"has momentum, which only sgd takes; remove it or set name: sgd instead of "
+                f"{self.name}"
+            )
         return self
 
     def options(self) -> dict[str, float]:
@@ -46,8 +52,9 @@ class Optimizer(Section):
 class Evaluation(Section):
     """Held-out metrics. They leave a site only inside an encrypted sum.
 
-    Those of ``private`` records get noise, of which every release costs: ``target_epsilon`` is for all of them together, and by default that of
-    ``privacy``. So ``every`` is by default each round for public records, and the last round only for private ones.
+    Those of ``private`` records get noise, of which every release costs: ``target_epsilon`` is for
+    all of them together, and by default that of ``privacy``. So ``every`` is by default each round
+    for public records, and the last round only for private ones.
     """
 
     records: Literal["private", "public"] = "private"
@@ -59,7 +66,8 @@ class Evaluation(Section):
     def _public_records_cost_nothing(self) -> Evaluation:
         if self.records == "public" and self.target_epsilon is not None:
             raise ValueError(
-                "has a target_epsilon, but metrics of public records get no noise; remove it, or say records: private"
+                "has a target_epsilon, but metrics of public records get no noise; remove it, or "
+                "say records: private"
             )
         return self
 
@@ -67,8 +75,9 @@ class Evaluation(Section):
 class Privacy(Section):
     """The guarantee: (epsilon, delta) per record at each site, by clipping and noise in every step.
 
-    ``noise``: ``site``, each site adds all of its noise itself, or ``distributed``, each adds a share and the sum of all has the noise; then the
-    guarantee holds as long as at most ``collusion`` sites pool what they see.
+    ``noise``: ``site``, each site adds all of its noise itself, or ``distributed``, each adds a
+    share and the sum of all has the noise; then the guarantee holds as long as at most
+    ``collusion`` sites pool what they see.
     """
 
     noise: Literal["site", "distributed"] = "site"
@@ -88,10 +97,12 @@ class Privacy(Section):
 class SecureAggregation(Section):
     """How updates become integers and sums of ciphertexts.
 
-    ``value_bits``: bits of a value on the wire (12 to 28; by default as many as two values can share a word with). ``range``: the largest size of
-    an update's element, or ``agreed``: a power of two over the sites' maxima, agreed on between them every round (the default of fedavg); for
-    fedsgd the largest size of an element of the sum, by default ``derived`` from sampling rates, records, clipping norm and noise. ``path``:
-    ``star`` sends contributions to rank 0, ``reduce`` lets the MPI library add them.
+    ``value_bits``: bits of a value on the wire (12 to 28; by default as many as two values can
+    share a word with). ``range``: the largest size of an update's element, or ``agreed``: a power
+    of two over the sites' maxima, agreed on between them every round (the default of fedavg); for
+    fedsgd the largest size of an element of the sum, by default ``derived`` from sampling rates,
+    records, clipping norm and noise. ``path``: ``star`` sends contributions to rank 0, ``reduce``
+    lets the MPI library add them.
     """
 
     value_bits: Count | None = None
@@ -103,8 +114,9 @@ class SecureAggregation(Section):
 class Experiment(Section):
     """One experiment.
 
-    ``algorithm``: ``fedavg`` averages the sites' updates after ``local_steps`` steps with noise of their own; in ``fedsgd`` every round is one step,
-    whose gradient is the sum over all sites with distributed noise.
+    ``algorithm``: ``fedavg`` averages the sites' updates after ``local_steps`` steps with noise of
+    their own; in ``fedsgd`` every round is one step, whose gradient is the sum over all sites with
+    distributed noise.
     """
 
     sites: tuple[SiteName, ...]
@@ -138,12 +150,16 @@ class Experiment(Section):
     def _a_rate_for_every_site(self) -> Experiment:
         if isinstance(self.sampling_rate, dict) and set(self.sampling_rate) != set(self.sites):
             wrong = sorted(set(self.sampling_rate) ^ set(self.sites))
-            raise ValueError(f"sampling_rate must name each of the sites once; check {', '.join(wrong)}")
+            raise ValueError(
+                f"sampling_rate must name each of the sites once; check {', '.join(wrong)}"
+            )
         return self
 
     def rate(self, site: str) -> float:
         """The public sampling rate q of a site."""
-        return self.sampling_rate[site] if isinstance(self.sampling_rate, dict) else self.sampling_rate
+        return (
+            self.sampling_rate[site] if isinstance(self.sampling_rate, dict) else self.sampling_rate
+        )
 
     @model_validator(mode="after")
     def _noise_fits_the_algorithm(self) -> Experiment:
@@ -151,17 +167,20 @@ class Experiment(Section):
         if distributed != (self.algorithm == "fedsgd"):
             given, needed = ("fedavg", "site") if distributed else ("fedsgd", "distributed")
             raise ValueError(
-                f"privacy.noise is {self.privacy.noise}, but algorithm {given} needs {needed}: fedavg goes with noise: site, fedsgd with distributed"
+                f"privacy.noise is {self.privacy.noise}, but algorithm {given} needs {needed}: "
+                f"fedavg goes with noise: site, fedsgd with distributed"
             )
         if distributed:
             self._check_steps()
         elif self.privacy.collusion is not None:
             raise ValueError(
-                "privacy.collusion is for noise: distributed; with noise: site any number of sites may collude, remove it"
+                "privacy.collusion is for noise: distributed; with noise: site any number of sites "
+                "may collude, remove it"
             )
         if self.secure_aggregation.range == ("agreed" if distributed else "derived"):
             raise ValueError(
-                f"secure_aggregation.range {self.secure_aggregation.range} does not fit algorithm {self.algorithm}; remove it, or give a number"
+                f"secure_aggregation.range {self.secure_aggregation.range} does not fit algorithm "
+                f"{self.algorithm}; remove it, or give a number"
             )
         return self
 
@@ -169,29 +188,40 @@ class Experiment(Section):
         """What only holds if every step is a sum."""
         if self.local_steps != 1:
             raise ValueError(
-                f"local_steps is {self.local_steps}, but in fedsgd every step is a sum over all sites; set local_steps: 1 and raise rounds instead"
+                f"local_steps is {self.local_steps}, but in fedsgd every step is a sum over all "
+                f"sites; set local_steps: 1 and raise rounds instead"
             )
         if self.weights != "uniform":
-            raise ValueError("weights: records is for fedavg; in fedsgd every record counts the same, remove it")
+            raise ValueError(
+                "weights: records is for fedavg; in fedsgd every record counts the same, remove it"
+            )
         if self.privacy.collusion == 0:
             raise ValueError(
-                "privacy.collusion is 0, but each site could subtract its own share of the noise; set it to 1 or more"
+                "privacy.collusion is 0, but each site could subtract its own share of the noise; "
+                "set it to 1 or more"
             )
         if len(self.sites) < 3:
             raise ValueError(
-                f"sites are {len(self.sites)}, but fedsgd needs 3: of two, each would see the other's gradients, the sum less its own; use fedavg"
+                f"sites are {len(self.sites)}, but fedsgd needs 3: of two, each would see the "
+                f"other's gradients, the sum less its own; use fedavg"
             )
         if len(self.sites) < self.collusion + 2:
             raise ValueError(
-                f"privacy.collusion is {self.collusion} of {len(self.sites)} sites: so many could see another site's gradients alone; at most "
+                f"privacy.collusion is {self.collusion} of {len(self.sites)} sites: so many could "
+                f"see another site's gradients alone; at most "
                 f"{len(self.sites) - 2} can be withstood"
             )
         if self.secure_aggregation.rounding != "nearest":
-            raise ValueError("secure_aggregation.rounding is for fedavg; in fedsgd values are rounded to the nearest, remove it")
+            raise ValueError(
+                "secure_aggregation.rounding is for fedavg; in fedsgd values are rounded to the "
+                "nearest, remove it"
+            )
 
     @property
     def collusion(self) -> int:
-        """How many sites may pool what they see, with distributed noise; 0 with noise of each site's own, where it does not matter."""
+        """How many sites may pool what they see, with distributed noise; 0 with noise of each
+        site's own, where it does not matter.
+        """
         if self.privacy.noise == "site":
             return 0
         return 1 if self.privacy.collusion is None else self.privacy.collusion
@@ -199,15 +229,19 @@ class Experiment(Section):
     @property
     def aggregation_range(self) -> float | Literal["agreed", "derived"]:
         """The range of values in the sums, or where it comes from."""
-        return self.secure_aggregation.range or ("derived" if self.algorithm == "fedsgd" else "agreed")
+        return self.secure_aggregation.range or (
+            "derived" if self.algorithm == "fedsgd" else "agreed"
+        )
 
     @model_validator(mode="after")
     def _private_metrics_need_a_target(self) -> Experiment:
         evaluation = self.evaluation
         if evaluation.metrics and evaluation.records == "private" and self.metrics_target is None:
             raise ValueError(
-                "evaluation.target_epsilon is missing: metrics of private records get noise for an epsilon of their own, and privacy has no "
-                "target_epsilon to take it from; set it, remove evaluation.metrics, or say evaluation.records: public if the held-out records are"
+                "evaluation.target_epsilon is missing: metrics of private records get noise for an "
+                "epsilon of their own, and privacy has no "
+                "target_epsilon to take it from; set it, remove evaluation.metrics, or say "
+                "evaluation.records: public if the held-out records are"
             )
         return self
 
@@ -240,5 +274,7 @@ class Experiment(Section):
         return self.insecure_test_seed is None
 
     def digest(self) -> str:
-        """SHA-256 over everything the sites must agree on (all but where outputs go), in hexadecimal."""
+        """SHA-256 over everything the sites must agree on (all but where outputs go), in
+        hexadecimal.
+        """
         return hashlib.sha256(self.model_dump_json(exclude={"output"}).encode()).hexdigest()

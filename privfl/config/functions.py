@@ -19,7 +19,8 @@ from typing import Any
 from privfl.config.experiment import Experiment
 from privfl.errors import PrivflError, did_you_mean, in_one_line
 
-# The parser of CPython 3.11 fails now and then when two threads use it, as the ranks of an in-process world do.
+# The parser of CPython 3.11 fails now and then when two threads use it, as the ranks of an
+# in-process world do.
 _PARSING = threading.Lock()
 
 
@@ -30,7 +31,10 @@ def check_functions(experiment: Experiment, folder: Path) -> None:
         PrivflError: no such file, not Python, or no such name in it.
     """
     references = {key: getattr(experiment, key) for key in ("model", "data", "loss")}
-    references |= {f"evaluation.metrics.{name}": reference for name, reference in experiment.evaluation.metrics.items()}
+    references |= {
+        f"evaluation.metrics.{name}": reference
+        for name, reference in experiment.evaluation.metrics.items()
+    }
     for key, reference in references.items():
         place, name = reference.rsplit(":", 1)
         if not place.endswith(".py"):
@@ -50,21 +54,28 @@ def check_functions(experiment: Experiment, folder: Path) -> None:
 
 
 def load_function(key: str, reference: str, folder: Path) -> Callable[..., Any]:
-    """The function behind ``file.py:function`` (relative to ``folder``) or ``package.module:function``. Runs user code.
+    """The function behind ``file.py:function`` (relative to ``folder``) or
+    ``package.module:function``. Runs user code.
 
     Raises:
         PrivflError: it cannot be imported, or is not callable.
     """
     place, name = reference.rsplit(":", 1)
     try:
-        module = _module_from_file(_file(folder, place)) if place.endswith(".py") else importlib.import_module(place)
+        module = (
+            _module_from_file(_file(folder, place))
+            if place.endswith(".py")
+            else importlib.import_module(place)
+        )
     except Exception as error:  # whatever the user's module raises
         # The message stays here: code that runs on import may have read records.
         traceback.print_exc()
         raise PrivflError(f"{key}: importing {place} raised {type(error).__name__}") from error
     function = getattr(module, name, None)
     if not callable(function):
-        raise PrivflError(f"{key}: {place} has no function '{name}'{did_you_mean(name, dir(module))}")
+        raise PrivflError(
+            f"{key}: {place} has no function '{name}'{did_you_mean(name, dir(module))}"
+        )
     return function  # type: ignore[no-any-return]
 
 
@@ -93,7 +104,9 @@ def _top_level_names(tree: ast.Module) -> list[str]:
             names.append(node.name)
         elif isinstance(node, ast.Import | ast.ImportFrom):
             names.extend(alias.asname or alias.name for alias in node.names)
-        elif isinstance(node, ast.Assign) and all(isinstance(target, ast.Name) for target in node.targets):
+        elif isinstance(node, ast.Assign) and all(
+            isinstance(target, ast.Name) for target in node.targets
+        ):
             names.extend(target.id for target in node.targets if isinstance(target, ast.Name))
         elif not isinstance(node, ast.Expr | ast.Assert | ast.Raise):
             names.append("*")

@@ -25,7 +25,9 @@ class _Loader(yaml.SafeLoader):
         keys = [self.construct_object(key, deep=True) for key, _ in node.value]
         for key in keys:
             if keys.count(key) > 1:
-                raise yaml.constructor.ConstructorError(None, None, f"key '{key}' stands twice in one mapping", node.start_mark)
+                raise yaml.constructor.ConstructorError(
+                    None, None, f"key '{key}' stands twice in one mapping", node.start_mark
+                )
         return super().construct_mapping(node, deep)
 
 
@@ -62,7 +64,9 @@ def load_site(folder: Path | None, site: str) -> SiteFile:
         if (value := getattr(found, name)) is not None
     }
     if found.ledger is not None:
-        near["ledger"] = found.ledger.model_copy(update={"file": str((folder / found.ledger.file).resolve())})
+        near["ledger"] = found.ledger.model_copy(
+            update={"file": str((folder / found.ledger.file).resolve())}
+        )
     return found.model_copy(update=near)
 
 
@@ -77,7 +81,9 @@ def _read(path: Path, what: str) -> dict[str, Any]:
 
 
 def _parse(text: str) -> Any:
-    """What a piece of YAML says; ValueError if it is none (PyYAML itself raises that for a date that does not exist)."""
+    """What a piece of YAML says; ValueError if it is none (PyYAML itself raises that for a date
+    that does not exist).
+    """
     try:
         return yaml.load(text, _Loader)  # noqa: S506  (a SafeLoader: plain values only)
     except (yaml.YAMLError, RecursionError) as error:
@@ -119,19 +125,32 @@ def _validate(schema: type[_Section], values: Mapping[str, Any], where: str) -> 
         return schema.model_validate(values)
     except ValidationError as error:
         sentences = [_sentence(schema, problem) for problem in error.errors()]
-        # Where several spellings of a value are allowed pydantic reports each; the first says enough. Unknown keys explain missing ones.
-        first = next((s for s, e in zip(sentences, error.errors(), strict=True) if e["type"] == "extra_forbidden"), sentences[0])
+        # Where several spellings of a value are allowed pydantic reports each; the first says
+        # enough. Unknown keys explain missing ones.
+        first = next(
+            (
+                s
+                for s, e in zip(sentences, error.errors(), strict=True)
+                if e["type"] == "extra_forbidden"
+            ),
+            sentences[0],
+        )
         raise PrivflError(f"{where}: {first}") from error
 
 
 def _sentence(schema: type[BaseModel], problem: Any) -> str:
     location = [
-        part for part in problem["loc"] if not (isinstance(part, str) and ("[" in part or part in ("float", "int", "str")))
+        part
+        for part in problem["loc"]
+        if not (isinstance(part, str) and ("[" in part or part in ("float", "int", "str")))
     ]
     key = ".".join(str(part) for part in location)
     match problem["type"]:
         case "extra_forbidden":
-            return f"unknown key '{key}'{did_you_mean(str(location[-1]), _keys(schema, location[:-1]))}"
+            return (
+                f"unknown key "
+                f"'{key}'{did_you_mean(str(location[-1]), _keys(schema, location[:-1]))}"
+            )
         case "missing":
             return f"key '{key}' is missing"
         case "value_error":
@@ -146,7 +165,9 @@ def _keys(schema: type[BaseModel], location: Sequence[Any]) -> list[str]:
         inner = None if field is None else field.annotation
         choices = get_args(inner) if get_origin(inner) in (Union, UnionType) else (inner,)
         choices = tuple(get_args(c)[0] if get_origin(c) is Annotated else c for c in choices)
-        schema = next((c for c in choices if isinstance(c, type) and issubclass(c, BaseModel)), BaseModel)
+        schema = next(
+            (c for c in choices if isinstance(c, type) and issubclass(c, BaseModel)), BaseModel
+        )
     return list(schema.model_fields)
 
 

@@ -1,4 +1,6 @@
-"""The site file: what one site keeps to itself, and the law of its data owner, which no experiment can overrule."""
+"""The site file: what one site keeps to itself, and the law of its data owner, which no
+experiment can overrule.
+"""
 
 from __future__ import annotations
 
@@ -6,13 +8,25 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BeforeValidator, Field, model_validator
 
-from privfl.config.values import Count, Device, MetricName, Options, Positive, Probability, PublicKey, Section, SiteName
+from privfl.config.values import (
+    Count,
+    Device,
+    MetricName,
+    Options,
+    Positive,
+    Probability,
+    PublicKey,
+    Section,
+    SiteName,
+)
 
 Protection = Literal["encryption", "masks", "pinned_keys"]
 
 
 class LedgerFile(Section):
-    """Where the book of this site's records lies, counted from the site file; ``network_file_system: true`` takes the risk of a shared disk."""
+    """Where the book of this site's records lies, counted from the site file;
+    ``network_file_system: true`` takes the risk of a shared disk.
+    """
 
     file: str
     network_file_system: bool = False
@@ -32,15 +46,18 @@ def _file_alone(value: Any) -> Any:
 class SiteFile(Section):
     """``DIR/<site>.yaml`` of ``--sites DIR``. Relative paths count from the folder of the file.
 
-    ``data_options`` go over those of the experiment, key by key; ``output`` is the folder for this site's model, ``log`` its log file.
-    ``identity`` is the file with this site's private key (`privfl keys generate`), ``peers`` are the public keys of the other sites, without
-    which one of them could be somebody else.
+    ``data_options`` go over those of the experiment, key by key; ``output`` is the folder for this
+    site's model, ``log`` its log file. ``identity`` is the file with this site's private key
+    (`privfl keys generate`), ``peers`` are the public keys of the other sites, without which one of
+    them could be somebody else.
 
-    The policy: ``ledger`` and ``budget``; the ``least_noise_multiplier``, ``least_sites`` and ``least_collusion`` (how many other sites may pool
-    what they see, also with the coordinator, and still see only sums over two sites or more) that a run must have; the protections it
-    must ``require``; ``attempts``, the most contributions to one sum; ``metrics``, the names of those that may leave (if absent: any with noise);
-    ``exact_metrics``, the names of those that may leave without noise where the experiment calls the records public (if absent: none if this file
-    has a rule about noise, metrics or a budget, else any). ``records_per_person`` is for the report.
+    The policy: ``ledger`` and ``budget``; the ``least_noise_multiplier``, ``least_sites`` and
+    ``least_collusion`` (how many other sites may pool what they see, also with the coordinator, and
+    still see only sums over two sites or more) that a run must have; the protections it must
+    ``require``; ``attempts``, the most contributions to one sum; ``metrics``, the names of those
+    that may leave (if absent: any with noise); ``exact_metrics``, the names of those that may leave
+    without noise where the experiment calls the records public (if absent: none if this file has a
+    rule about noise, metrics or a budget, else any). ``records_per_person`` is for the report.
     """
 
     data_options: Options = {}
@@ -64,11 +81,13 @@ class SiteFile(Section):
     def _peers_need_more(self) -> SiteFile:
         if self.peers and self.identity is None:
             raise ValueError(
-                "has peers but no identity, by which they would know this site; make one with `privfl keys generate`"
+                "has peers but no identity, by which they would know this site; make one with "
+                "`privfl keys generate`"
             )
         if self.peers and self.output is None:
             raise ValueError(
-                "has peers but no output: model and log would go into the folder of a coordinator that need not be trusted"
+                "has peers but no output: model and log would go into the folder of a coordinator "
+                "that need not be trusted"
             )
         return self
 
@@ -77,7 +96,8 @@ class SiteFile(Section):
         if (self.ledger is None) != (self.budget is None):
             there, missing = ("budget", "ledger") if self.ledger is None else ("ledger", "budget")
             raise ValueError(
-                f"has {there} but no {missing}: a budget over all runs is kept in a ledger; add both or none, as in "
+                f"has {there} but no {missing}: a budget over all runs is kept in a ledger; add "
+                f"both or none, as in "
                 "ledger: PATH and budget: {epsilon: 2, delta: 1.0e-5}"
             )
         return self

@@ -43,7 +43,9 @@ def _device(value: str) -> str:
 
 def _public_key(value: str) -> str:
     if not re.fullmatch(r"ed25519:[A-Za-z0-9_-]{43}", value):
-        raise ValueError(f"must be 'ed25519:' and 43 characters, as `privfl keys show` prints it, got {value!r}")
+        raise ValueError(
+            f"must be 'ed25519:' and 43 characters, as `privfl keys show` prints it, got {value!r}"
+        )
     return value
 
 

@@ -20,7 +20,16 @@ from privfl.environment import user_id, versions
 from privfl.errors import EXIT_OURS, PrivflError, ProtocolError, in_one_line
 from privfl.federation.coordinator import Plan
 from privfl.federation.messages import Vector
-from privfl.federation.news import Greeted, News, ReadySite, RoundDone, RunFailed, RunFinished, SiteRound, Started
+from privfl.federation.news import (
+    Greeted,
+    News,
+    ReadySite,
+    RoundDone,
+    RunFailed,
+    RunFinished,
+    SiteRound,
+    Started,
+)
 from privfl.reporting import RunFolder, Terminal
 from privfl.secagg.session.metrics import layout_of
 from privfl.transport import Transport
@@ -29,7 +38,8 @@ PINNED, SINGLE = "pinned keys", "single trust domain"
 
 
 def lead(transport: Transport, experiment: Experiment, output: Path) -> int:
-    """Lead one run of ``experiment`` as rank 0, with its run folder in ``output``; the exit code of the job.
+    """Lead one run of ``experiment`` as rank 0, with its run folder in ``output``; the exit code
+    of the job.
 
     Whatever is wrong is said in one sentence on standard error, and every rank is told to end.
     """
@@ -41,11 +51,15 @@ def lead(transport: Transport, experiment: Experiment, output: Path) -> int:
 
 
 def refuse(transport: Transport, error: Exception) -> int:
-    """End a job that cannot begin: one sentence on standard error, and every rank told to end; the exit code of the job."""
+    """End a job that cannot begin: one sentence on standard error, and every rank told to end;
+    the exit code of the job.
+    """
     ours = not isinstance(error, PrivflError)
     text = in_one_line(f"internal error: {type(error).__name__}: {error}") if ours else str(error)
     sys.stderr.write(f"privfl: {text}\n")
-    return driver.dismiss(transport, error.exit_code if isinstance(error, PrivflError) else EXIT_OURS)
+    return driver.dismiss(
+        transport, error.exit_code if isinstance(error, PrivflError) else EXIT_OURS
+    )
 
 
 class _Run:
@@ -84,7 +98,8 @@ class _Run:
             user=user_id(),
         )
         self._terminal.line(
-            f"starting {len(experiment.sites)} sites ({', '.join(experiment.sites)}): torch, Opacus, keys; some seconds ..."
+            f"starting {len(experiment.sites)} sites ({', '.join(experiment.sites)}): torch, "
+            f"Opacus, keys; some seconds ..."
         )
         return driver.coordinate(self._transport, plan, parameters, self._take, sys.stderr)
 
@@ -104,7 +119,7 @@ class _Run:
                 sys.stderr.write(f"privfl: {news.error}\n")
                 sys.stderr.flush()
 
-    # -- the beginning -------------------------------------------------------------------------------------------
+    # -- the beginning -----------------------------------------------------------------------------
 
     def _resolved(self) -> str:
         head = f"# Resolved experiment of run {self._run.hex()}\n"
@@ -147,7 +162,7 @@ class _Run:
             "addition": "words" if news.words_add else "evaluator",
         }
 
-    # -- rounds --------------------------------------------------------------------------------------------------
+    # -- rounds ------------------------------------------------------------------------------------
 
     def _round(self, news: RoundDone, seconds: dict[str, float]) -> None:
         from privfl.reporting.history import now
@@ -180,23 +195,31 @@ class _Run:
         return record
 
     def _check_event(self, name: str, site: SiteRound) -> None:
-        """A site charges what it said before the first round; a report about anything else would be false."""
+        """A site charges what it said before the first round; a report about anything else would
+        be false.
+        """
         step = training_steps(name, self._experiment)(self._sites[name].noise_multiplier)
         if site.event != step.times(self._experiment.local_steps).to_dict():
             raise ProtocolError(f"site {name} reports another mechanism than it announced")
 
     def _epsilons_of_adversaries(self, name: str, site: SiteRound) -> list[float]:
-        """Epsilon of a site's records so far, against the public, one other site, two, and so on; with distributed noise all by RDP."""
+        """Epsilon of a site's records so far, against the public, one other site, two, and so
+        on; with distributed noise all by RDP.
+        """
         experiment = self._experiment
         if not experiment.private:
             return []
-        so_far = training_steps(name, experiment)(self._sites[name].noise_multiplier).times(site.steps)
-        everybody = adversaries(experiment.privacy.noise, len(experiment.sites), experiment.collusion)
+        so_far = training_steps(name, experiment)(self._sites[name].noise_multiplier).times(
+            site.steps
+        )
+        everybody = adversaries(
+            experiment.privacy.noise, len(experiment.sites), experiment.collusion
+        )
         if experiment.privacy.noise == "site":
             return [site.epsilon for _ in everybody]
         return [adversary.epsilon([so_far], experiment.privacy.delta) for adversary in everybody]
 
-    # -- the end -------------------------------------------------------------------------------------------------
+    # -- the end -----------------------------------------------------------------------------------
 
     def _finished(self, news: RunFinished) -> None:
         from privfl.reporting.build import report
@@ -204,7 +227,9 @@ class _Run:
         from privfl.reporting.html import to_html
 
         summary = self._summary()
-        history = histories(self._run.hex(), self._folder.path, self._experiment, self._sites, self._trust)
+        history = histories(
+            self._run.hex(), self._folder.path, self._experiment, self._sites, self._trust
+        )
         page = report(f"Run {self._run.hex()[:8]}", history)
         self._folder.write_report(page.model_dump_json(indent=2) + "\n", to_html(page))
         self._folder.write_summary(summary)
@@ -224,7 +249,9 @@ class _Run:
             "sampling": "poisson",
             "rounds": self._last.round,
             "metrics": self._metrics,
-            "sites": {name: self._site_summary(name, self._last.sites[name]) for name in self._sites},
+            "sites": {
+                name: self._site_summary(name, self._last.sites[name]) for name in self._sites
+            },
             "seconds": self._seconds | {"total": sum(self._seconds.values())},
         }
 
@@ -243,11 +270,18 @@ class _Run:
             "outside": list(ready.outside),
         }
         if experiment.private:
-            everybody = adversaries(experiment.privacy.noise, len(experiment.sites), experiment.collusion)
-            epsilons = dict(zip((adversary.who for adversary in everybody), self._adversaries[name], strict=True))
+            everybody = adversaries(
+                experiment.privacy.noise, len(experiment.sites), experiment.collusion
+            )
+            epsilons = dict(
+                zip(
+                    (adversary.who for adversary in everybody), self._adversaries[name], strict=True
+                )
+            )
             by = ready.accountant if experiment.privacy.noise == "site" else "rdp"
             facts["adversaries"] = {"accountant": by, "epsilon": epsilons}
         if last.evaluation is not None:
-            # What all metrics with noise cost the evaluation records; they are always due in the last round.
+            # What all metrics with noise cost the evaluation records; they are always due in the
+            # last round.
             facts["evaluation_epsilon"] = last.evaluation.epsilon
         return facts

@@ -1,4 +1,6 @@
-"""Opacus' PrivacyEngine with sound sampling, noise from the operating system, and a place for a ledger and for sums over sites."""
+"""Opacus' PrivacyEngine with sound sampling, noise from the operating system, and a place for a
+ledger and for sums over sites.
+"""
 
 from __future__ import annotations
 
@@ -11,7 +13,6 @@ import numpy as np
 import opacus
 import torch
 from numpy.typing import NDArray
-from opacus.accountants.accountant import IAccountant
 from torch import nn
 from torch.utils.data import DataLoader
 
@@ -22,12 +23,24 @@ from privfl.accounting import (
     Event,
     PoissonGaussian,
     epsilon_of,
-    event_from_dict,
     least_noise_multiplier,
 )
-from privfl.dp.checks import check_constants, check_model, check_neighbours, constants, digest_of, wrapping
+from privfl.dp.accountant import EventAccountant
+from privfl.dp.checks import (
+    check_constants,
+    check_model,
+    check_neighbours,
+    constants,
+    digest_of,
+    wrapping,
+)
 from privfl.dp.ghost import GhostModule
-from privfl.dp.optimizer import SecureSumGhostOptimizer, SecureSumOptimizer, SystemNoiseGhostOptimizer, SystemNoiseOptimizer
+from privfl.dp.optimizer import (
+    SecureSumGhostOptimizer,
+    SecureSumOptimizer,
+    SystemNoiseGhostOptimizer,
+    SystemNoiseOptimizer,
+)
 from privfl.dp.sampling import PoissonBatches, poisson_loader, rate_of
 from privfl.errors import PrivflError
 from privfl.noise.distributed import SENSITIVITY
@@ -38,9 +51,11 @@ _MODES = ("hooks", "functorch", "ghost")
 
 @dataclass(frozen=True)
 class LoopFacts:
-    """What is public about a training loop: ``steps`` is how many a pass over the loader has, ``parameters`` how many are trained.
+    """What is public about a training loop: ``steps`` is how many a pass over the loader has,
+    ``parameters`` how many are trained.
 
-    ``expected``: records of all sites together that take part in a step, on average. ``constants``: a digest of all in the model that is not trained.
+    ``expected``: records of all sites together that take part in a step, on average. ``constants``:
+    a digest of all in the model that is not trained.
     """
 
     records: int
@@ -61,7 +76,8 @@ class EngineBackend(Protocol):
         ...
 
     def admits_plan(self, delta: float) -> Callable[[Event], bool]:
-        """Whether what is left of the budget admits a plan, all of it; runs are reported at ``delta``.
+        """Whether what is left of the budget admits a plan, all of it; runs are reported at
+        ``delta``.
 
         Raises:
             PrivflError: the budget is at a smaller delta.
@@ -72,12 +88,22 @@ class EngineBackend(Protocol):
         """The loop as all sites run it: a pass must have the same number of steps everywhere."""
         ...
 
-    def begin(self, loop: LoopFacts, model: str, data: str, delta: float, plan: Event, max_grad_norm: float) -> Event:
+    def begin(
+        self,
+        loop: LoopFacts,
+        model: str,
+        data: str,
+        delta: float,
+        plan: Event,
+        max_grad_norm: float,
+    ) -> Event:
         """Write down that a run begins; the plan with the noise on which the sites agree."""
         ...
 
     def charge(self, event: Event) -> None:
-        """Debit one step; when this returns the charge is safe, and only then anything may be made of the step."""
+        """Debit one step; when this returns the charge is safe, and only then anything may be
+        made of the step.
+        """
         ...
 
     def sum(self, total: NDArray[np.float64], replica: bytes) -> NDArray[np.float64]:
@@ -85,50 +111,12 @@ class EngineBackend(Protocol):
         ...
 
 
-class EventAccountant(IAccountant):  # type: ignore[misc]
-    """Opacus' interface over privfl's events: Renyi accounting over a grid of orders, an upper bound."""
-
-    def __init__(self) -> None:
-        self.history: list[tuple[float, float, int]] = []
-        self.events: dict[Event, int] = {}
-
-    def add(self, event: Event) -> None:
-        """Count one step."""
-        self.events[event] = self.events.get(event, 0) + 1
-        self.history = [(e.sigma, e.rate, steps) for e, steps in self.events.items()]
-
-    def step(self, *, noise_multiplier: float, sample_rate: float) -> None:
-        self.add(PoissonGaussian(sampling_rate=sample_rate, noise_multiplier=noise_multiplier))
-
-    def get_epsilon(self, delta: float, *args: Any, **kwargs: Any) -> float:
-        return epsilon_of([event.times(steps) for event, steps in self.events.items()], delta).upper
-
-    def __len__(self) -> int:
-        return sum(self.events.values())
-
-    @classmethod
-    def mechanism(cls) -> str:
-        return "privfl"
-
-    def state_dict(self, destination: Any = None) -> Any:
-        found = super().state_dict(destination)
-        found["events"] = [event.times(steps).to_dict() for event, steps in self.events.items()]
-        return found
-
-    def load_state_dict(self, state_dict: Any) -> None:
-        """What was saved is counted on top of what this object has counted itself: loading never makes anything forgotten."""
-        super().load_state_dict(state_dict)
-        for fields in state_dict["events"]:
-            event = event_from_dict(fields)
-            self.events[event.once()] = self.events.get(event.once(), 0) + event.steps
-        self.history = [(e.sigma, e.rate, steps) for e, steps in self.events.items()]
-
-
 class Engine(opacus.PrivacyEngine):  # type: ignore[misc]
     """Opacus' engine at a :class:`EngineBackend`."""
 
     def __init__(self, backend: EngineBackend, randomness: Randomness) -> None:
-        # Not Opacus' own __init__: it would warn of randomness that is not used here, and of a secure mode that has been dead since torch 1.8.
+        # Not Opacus' own __init__: it would warn of randomness that is not used here, and of a
+        # secure mode that has been dead since torch 1.8.
         self.accountant = EventAccountant()
         self.secure_mode, self.secure_rng, self.dataset = False, None, None
         self._backend, self._randomness = backend, randomness
@@ -136,7 +124,8 @@ class Engine(opacus.PrivacyEngine):  # type: ignore[misc]
     def make_private(self, *, noise_multiplier: float, **arguments: Any) -> Any:
         """As Opacus' ``make_private``, with the same arguments and results.
 
-        The loader's batch size is the expected size of Poisson batches. With other sites this is collective, as every ``optimizer.step()``.
+        The loader's batch size is the expected size of Poisson batches. With other sites this is
+        collective, as every ``optimizer.step()``.
 
         Raises:
             PrivflError: an argument, the model or the loader would break the guarantee.
@@ -149,8 +138,11 @@ class Engine(opacus.PrivacyEngine):  # type: ignore[misc]
 
         return self._make(arguments, noise, delta=None)
 
-    def make_private_with_epsilon(self, *, target_epsilon: float, target_delta: float, epochs: int, **arguments: Any) -> Any:
-        """As Opacus' ``make_private_with_epsilon``: with the least noise that keeps ``epochs`` passes within (target_epsilon, target_delta).
+    def make_private_with_epsilon(
+        self, *, target_epsilon: float, target_delta: float, epochs: int, **arguments: Any
+    ) -> Any:
+        """As Opacus' ``make_private_with_epsilon``: with the least noise that keeps ``epochs``
+        passes within (target_epsilon, target_delta).
 
         And within what is left of the ledger's budget, if it has one.
 
@@ -166,24 +158,40 @@ class Engine(opacus.PrivacyEngine):  # type: ignore[misc]
                 return epsilon_of([plan], target_delta).upper if admits(plan) else float("inf")
 
             found = least_noise_multiplier(
-                lambda sigma: spent(sigma) if sigma >= LEAST_NOISE_MULTIPLIER else float("inf"), target_epsilon
+                lambda sigma: spent(sigma) if sigma >= LEAST_NOISE_MULTIPLIER else float("inf"),
+                target_epsilon,
             )
             if found is None:
                 raise PrivflError(
-                    f"target_epsilon {target_epsilon:g} cannot be reached with {epochs} {'epoch' if epochs == 1 else 'epochs'}, or not with what is "
+                    f"target_epsilon {target_epsilon:g} cannot be reached with {epochs} "
+                    f"{'epoch' if epochs == 1 else 'epochs'}, or not with what is "
                     "left of the ledger's budget; raise it, or lower epochs or the batch size"
                 )
             return found
 
         return self._make(arguments, noise, delta=target_delta, epochs=epochs)
 
-    def _event(self, loop: LoopFacts, noise_multiplier: float) -> PoissonGaussian | DiscreteGaussian:
+    def _event(
+        self, loop: LoopFacts, noise_multiplier: float
+    ) -> PoissonGaussian | DiscreteGaussian:
         """One step, as it is charged."""
-        common: dict[str, Any] = {"sampling_rate": loop.sampling_rate, "noise_multiplier": noise_multiplier}
-        return DiscreteGaussian(**common, sensitivity=SENSITIVITY) if self._backend.shared else PoissonGaussian(**common)
+        common: dict[str, Any] = {
+            "sampling_rate": loop.sampling_rate,
+            "noise_multiplier": noise_multiplier,
+        }
+        return (
+            DiscreteGaussian(**common, sensitivity=SENSITIVITY)
+            if self._backend.shared
+            else PoissonGaussian(**common)
+        )
 
     def _make(
-        self, arguments: dict[str, Any], noise: Callable[[LoopFacts], float], *, delta: float | None, epochs: int = 0
+        self,
+        arguments: dict[str, Any],
+        noise: Callable[[LoopFacts], float],
+        *,
+        delta: float | None,
+        epochs: int = 0,
     ) -> Any:
         try:
             given = _Arguments(**arguments)
@@ -196,7 +204,8 @@ class Engine(opacus.PrivacyEngine):  # type: ignore[misc]
             self._backend.abort_peers(error)
             raise
         loop = self._backend.agree(own)
-        # Another site may need more steps for a pass; everything else that the noise depends on is this site's own.
+        # Another site may need more steps for a pass; everything else that the noise depends on is
+        # this site's own.
         try:
             sigma = sigma if loop.steps == own.steps else noise(loop)
         except Exception as error:
@@ -204,21 +213,29 @@ class Engine(opacus.PrivacyEngine):  # type: ignore[misc]
             raise
         plan = self._event(loop, sigma).times(epochs * loop.steps)
         names = (type(plain).__name__, type(given.data_loader.dataset).__name__)
-        event = self._backend.begin(loop, *names, delta or _usual_delta(loop.records), plan, given.max_grad_norm).once()
+        event = self._backend.begin(
+            loop, *names, delta or _usual_delta(loop.records), plan, given.max_grad_norm
+        ).once()
 
         ahead = given.data_loader.num_workers > 0
-        batches = PoissonBatches(loop.records, loop.sampling_rate, loop.steps, self._randomness, ahead=ahead)
+        batches = PoissonBatches(
+            loop.records, loop.sampling_rate, loop.steps, self._randomness, ahead=ahead
+        )
         loader = poisson_loader(given.data_loader, batches, given.batch_first)
         wrapped.forbid_grad_accumulation()
 
         def charge() -> None:
             """All that must hold before anything is made of a step, and its debit."""
-            # The optimizer's own numbers are the user's to change (a scheduler may); what is charged is what will be done.
+            # The optimizer's own numbers are the user's to change (a scheduler may); what is
+            # charged is what will be done.
             _check_noise(optimizer.noise_multiplier)
             now = self._event(loop, float(optimizer.noise_multiplier))
-            if self._backend.shared and (now != event or optimizer.max_grad_norm != given.max_grad_norm):
+            if self._backend.shared and (
+                now != event or optimizer.max_grad_norm != given.max_grad_norm
+            ):
                 raise PrivflError(
-                    "noise_multiplier and max_grad_norm were agreed on by all sites and cannot change during training"
+                    "noise_multiplier and max_grad_norm were agreed on by all sites and cannot "
+                    "change during training"
                 )
             batches.use(optimizer.examples_in_step)
             check_constants(plain, untrained)
@@ -230,7 +247,9 @@ class Engine(opacus.PrivacyEngine):  # type: ignore[misc]
         def forget() -> None:
             if optimizer.has_unused_gradients():
                 warnings.warn(
-                    "gradients of a batch that no optimizer.step() used were dropped; step once for each batch", stacklevel=2
+                    "gradients of a batch that no optimizer.step() used were dropped; step once "
+                    "for each batch",
+                    stacklevel=2,
                 )
             optimizer.forget_unfinished_step()
             _forget_forward_passes(plain)
@@ -242,11 +261,17 @@ class Engine(opacus.PrivacyEngine):  # type: ignore[misc]
         return wrapped, optimizer, given.criterion, loader
 
     def _wrap(self, given: _Arguments) -> Any:
-        common: dict[str, Any] = {"batch_first": given.batch_first, "loss_reduction": given.loss_reduction}
+        common: dict[str, Any] = {
+            "batch_first": given.batch_first,
+            "loss_reduction": given.loss_reduction,
+        }
         with wrapping("module"):
             if given.grad_sample_mode != "ghost":
                 return self._prepare_model(
-                    given.module, **common, grad_sample_mode=given.grad_sample_mode, wrap_model=given.wrap_model
+                    given.module,
+                    **common,
+                    grad_sample_mode=given.grad_sample_mode,
+                    wrap_model=given.wrap_model,
                 )
             if isinstance(given.module, GhostModule):
                 return given.module
@@ -338,12 +363,18 @@ class _Arguments:
                 not self.poisson_sampling,
                 "shuffled batches cost far more than Poisson accounting says; leave it out",
             ),
-            "noise_generator": (self.noise_generator is not None, "whoever knows its seed can take the noise away; leave it out"),
+            "noise_generator": (
+                self.noise_generator is not None,
+                "whoever knows its seed can take the noise away; leave it out",
+            ),
             "rand_on_empty=True": (
                 self.rand_on_empty,
                 "a made-up record in place of none doubles what a record can change; leave it out",
             ),
-            f"clipping={self.clipping!r}": (self.clipping != "flat", "only 'flat' clipping is accounted for; leave it out"),
+            f"clipping={self.clipping!r}": (
+                self.clipping != "flat",
+                "only 'flat' clipping is accounted for; leave it out",
+            ),
             f"grad_sample_mode={self.grad_sample_mode!r}": (
                 self.grad_sample_mode not in _MODES,
                 f"choose one of {', '.join(_MODES)}",
@@ -361,31 +392,49 @@ class _Arguments:
             or not isinstance(self.max_grad_norm, int | float)
             or not 0.0 < self.max_grad_norm < float("inf")
         ):
-            raise PrivflError(f"max_grad_norm must be one positive number, got {self.max_grad_norm!r}")
+            raise PrivflError(
+                f"max_grad_norm must be one positive number, got {self.max_grad_norm!r}"
+            )
 
 
 def _check_noise(noise_multiplier: float) -> None:
     if not LEAST_NOISE_MULTIPLIER <= noise_multiplier <= LARGEST_NOISE_MULTIPLIER:
         raise PrivflError(
-            f"noise_multiplier must be between {LEAST_NOISE_MULTIPLIER:g} and {LARGEST_NOISE_MULTIPLIER:g}, got {noise_multiplier}"
+            f"noise_multiplier must be between {LEAST_NOISE_MULTIPLIER:g} and "
+            f"{LARGEST_NOISE_MULTIPLIER:g}, got {noise_multiplier}"
         )
 
 
-def _loop_of(given: _Arguments, model: nn.Module, optimizer: torch.optim.Optimizer) -> tuple[LoopFacts, dict[str, torch.Tensor]]:
-    """What is public about the loop, if the model, the loader and the optimizer fit; and all in the model that is not trained."""
+def _loop_of(
+    given: _Arguments, model: nn.Module, optimizer: torch.optim.Optimizer
+) -> tuple[LoopFacts, dict[str, torch.Tensor]]:
+    """What is public about the loop, if the model, the loader and the optimizer fit; and all in
+    the model that is not trained.
+    """
     check_model(model)
     check_neighbours(model, given.data_loader)
     records, rate, steps = rate_of(given.data_loader)
     parameters = [p for group in optimizer.param_groups for p in group["params"] if p.requires_grad]
     if {id(p) for p in parameters} != {id(p) for p in model.parameters() if p.requires_grad}:
-        raise PrivflError("optimizer must have the trainable parameters of module, all of them and no others")
+        raise PrivflError(
+            "optimizer must have the trainable parameters of module, all of them and no others"
+        )
     untrained = constants(model)
-    loop = LoopFacts(records, rate, steps, sum(p.numel() for p in parameters), digest_of(untrained), rate * records)
+    loop = LoopFacts(
+        records,
+        rate,
+        steps,
+        sum(p.numel() for p in parameters),
+        digest_of(untrained),
+        rate * records,
+    )
     return loop, untrained
 
 
 def _forget_forward_passes(model: nn.Module) -> None:
-    """Drop what Opacus' hooks keep of a forward pass that no backward pass followed; it would be taken for the next one's."""
+    """Drop what Opacus' hooks keep of a forward pass that no backward pass followed; it would be
+    taken for the next one's.
+    """
     for layer in model.modules():
         layer.__dict__.pop("activations", None)
         layer.__dict__.pop("max_batch_len", None)
@@ -395,5 +444,7 @@ def _forget_forward_passes(model: nn.Module) -> None:
 
 
 def _usual_delta(records: int) -> float:
-    """For a report where nobody said which: well below one over the number of records, and a power of ten."""
+    """For a report where nobody said which: well below one over the number of records, and a
+    power of ten.
+    """
     return min(1e-5, 10.0 ** -(len(str(records)) + 1))

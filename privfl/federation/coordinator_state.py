@@ -1,4 +1,6 @@
-"""What the coordinator of a run knows and can ask for: the words in which its protocol is written."""
+"""What the coordinator of a run knows and can ask for: the words in which its protocol is
+written.
+"""
 
 from __future__ import annotations
 
@@ -40,8 +42,9 @@ class Phase(enum.Enum):
 class Plan:
     """What does not change during a run.
 
-    ``shared_noise`` says that every site adds a share of one noise, so that they must agree on how much; ``blocks`` gives the number of blocks of
-    a vector of so many numbers; ``path`` whether contributions come as messages ('star') or the transport adds them ('reduce'), of which each
+    ``shared_noise`` says that every site adds a share of one noise, so that they must agree on how
+    much; ``blocks`` gives the number of blocks of a vector of so many numbers; ``path`` whether
+    contributions come as messages ('star') or the transport adds them ('reduce'), of which each
     site then only says that it has handed over its part.
     """
 
@@ -90,7 +93,9 @@ class Send(NamedTuple):
 
 
 class SetAdder(NamedTuple):
-    """Make the adder of this run: of words, or of ciphertexts where the sites have not proven that words add up."""
+    """Make the adder of this run: of words, or of ciphertexts where the sites have not proven
+    that words add up.
+    """
 
     words_add: bool
 
@@ -157,7 +162,9 @@ def to_all(plan: Plan, state: State, body: Body) -> tuple[Output, ...]:
 def expect(state: State, rank: int, phase: Phase, what: str) -> None:
     """Refuse ``what`` in any other phase."""
     if state.phase is not phase:
-        raise ProtocolError(f"site {state.site(rank)} sent {what} while the coordinator was {state.phase.value}")
+        raise ProtocolError(
+            f"site {state.site(rank)} sent {what} while the coordinator was {state.phase.value}"
+        )
 
 
 def rank_of(state: State, site: str) -> int:

@@ -1,7 +1,8 @@
 """Every message of the protocol, and its bytes.
 
-A message is a head of fixed size (kind, run, round, attempt, part, parts) and a payload: a JSON body checked against the
-dataclass of its kind, or flat bytes (ciphertexts, sealed keys) that this package only passes on.
+A message is a head of fixed size (kind, run, round, attempt, part, parts) and a payload: a JSON
+body checked against the dataclass of its kind, or flat bytes (ciphertexts, sealed keys) that this
+package only passes on.
 """
 
 from __future__ import annotations
@@ -46,7 +47,9 @@ class Hello(Body):
 
 
 class Member(Body):
-    """One site as the coordinator presents it to the others: its rank, and the public keys it greeted with."""
+    """One site as the coordinator presents it to the others: its rank, and the public keys it
+    greeted with.
+    """
 
     site: str
     rank: int = Field(ge=0)
@@ -55,7 +58,9 @@ class Member(Body):
 
 
 class Welcome(Body):
-    """Coordinator to sites: the run exists, these are the sites in order of the experiment, start."""
+    """Coordinator to sites: the run exists, these are the sites in order of the experiment,
+    start.
+    """
 
     run: str
     folder: str
@@ -64,7 +69,9 @@ class Welcome(Body):
 
 
 class Signed(Body):
-    """Site to coordinator: my signature under what the members of this run must agree on, above all their public keys."""
+    """Site to coordinator: my signature under what the members of this run must agree on, above
+    all their public keys.
+    """
 
     signature: str
 
@@ -78,11 +85,13 @@ class Agreed(Body):
 class Prepared(Body):
     """Site to coordinator: the trainer is up and the model made; public facts only.
 
-    ``tag`` is the keyed digest of the replica; ``layout`` the number of ratios in each metric (empty: no held-out records); ``pinned`` whether
-    this site has pinned the identities of all others; ``words_add`` whether its self-proof allows to add ciphertexts as words; ``accountant``
-    how its epsilons are meant; ``ledger`` whether it keeps one across runs, and whether that begins now; ``evaluation_epsilon`` what all
-    releases of metrics will have cost the held-out records, whose noise is ``metrics_noise`` times what one record can change; ``outside`` what its
-    data() says that no epsilon covers.
+    ``tag`` is the keyed digest of the replica; ``layout`` the number of ratios in each metric
+    (empty: no held-out records); ``pinned`` whether this site has pinned the identities of all
+    others; ``words_add`` whether its self-proof allows to add ciphertexts as words; ``accountant``
+    how its epsilons are meant; ``ledger`` whether it keeps one across runs, and whether that begins
+    now; ``evaluation_epsilon`` what all releases of metrics will have cost the held-out records,
+    whose noise is ``metrics_noise`` times what one record can change; ``outside`` what its data()
+    says that no epsilon covers.
     """
 
     records: int = Field(ge=1)
@@ -102,9 +111,11 @@ class Prepared(Body):
 
 
 class Begin(Body):
-    """Coordinator to sites: everybody is prepared; what they agreed on, and how many records each site has.
+    """Coordinator to sites: everybody is prepared; what they agreed on, and how many records
+    each site has.
 
-    ``noise_multiplier``: where every site adds a share of the noise, the largest that a site asked for; else 0.
+    ``noise_multiplier``: where every site adds a share of the noise, the largest that a site asked
+    for; else 0.
     """
 
     parameters: int = Field(ge=1)
@@ -114,7 +125,9 @@ class Begin(Body):
 
 
 def vector_length(begin: Begin, vector: Vector) -> int:
-    """How many values a contribution has: the parameters, or for each metric its sums, its counts, one ratio and one indicator."""
+    """How many values a contribution has: the parameters, or for each metric its sums, its
+    counts, one ratio and one indicator.
+    """
     if vector == "update":
         return begin.parameters
     return sum(2 * ratios + 2 for ratios in begin.layout.values())
@@ -132,7 +145,9 @@ class Round(Body):
 
 
 class SignedHead(Body):
-    """The head of a site's ledger (number of rows, hash in hexadecimal) with the site's signature, for one round after so many sums in it."""
+    """The head of a site's ledger (number of rows, hash in hexadecimal) with the site's
+    signature, for one round after so many sums in it.
+    """
 
     attempt: int = Field(ge=0)
     ledger: str
@@ -144,8 +159,8 @@ class SignedHead(Body):
 class Trained(Body):
     """Site to coordinator: local steps are done and charged; ready for the sum.
 
-    ``head`` is that of the ledger after the charge; ``sealed_range`` is what the sites need to agree on the range of their updates, sealed between
-    them; empty if the range is fixed.
+    ``head`` is that of the ledger after the charge; ``sealed_range`` is what the sites need to
+    agree on the range of their updates, sealed between them; empty if the range is fixed.
     """
 
     event: dict[str, Any]
@@ -156,7 +171,9 @@ class Trained(Body):
 
 
 class Sum(Body):
-    """Coordinator to sites: contribute ``vector`` to the sum of exactly these members, whose ``sealed_ranges`` and ``heads`` are relayed."""
+    """Coordinator to sites: contribute ``vector`` to the sum of exactly these members, whose
+    ``sealed_ranges`` and ``heads`` are relayed.
+    """
 
     vector: Vector
     members: tuple[str, ...]
@@ -175,7 +192,8 @@ class Lend(Body):
 
 
 class Measured(Body):
-    """Site to coordinator: the summed held-out metrics, exact or with noise, and what this site's part of them cost its held-out records.
+    """Site to coordinator: the summed held-out metrics, exact or with noise, and what this
+    site's part of them cost its held-out records.
 
     ``head`` is that of the ledger after that charge.
     """
@@ -187,7 +205,10 @@ class Measured(Body):
 
 
 class Finish(Body):
-    """Coordinator to sites: the last round is over; write the model. ``heads`` are the last ones of all ledgers."""
+    """Coordinator to sites: the last round is over; write the model.
+
+    ``heads`` are the last ones of all ledgers.
+    """
 
     heads: dict[str, SignedHead]
 
@@ -217,14 +238,18 @@ class Bye(Body):
 
 
 class Ready(Body):
-    """Rank to rank 0, in a sum on its own (``SecureSum``): my vector has this shape and fits; ``state`` is what must be alike at all ranks."""
+    """Rank to rank 0, in a sum on its own (``SecureSum``): my vector has this shape and fits;
+    ``state`` is what must be alike at all ranks.
+    """
 
     shape: tuple[Annotated[int, Field(ge=0)], ...]
     state: str = ""
 
 
 class Texts(Body):
-    """What ranks that sum on their own tell each other in the clear: one text to rank 0, or those of all ranks from there."""
+    """What ranks that sum on their own tell each other in the clear: one text to rank 0, or
+    those of all ranks from there.
+    """
 
     texts: tuple[str, ...]
 
@@ -283,7 +308,11 @@ _KINDS = {body: kind for kind, body in _BODIES.items()}
 
 @dataclass(frozen=True)
 class Message:
-    """One message. ``part`` counts the pieces of flat bytes from 0; for a sealed key it is the index of the site it is for."""
+    """One message.
+
+    ``part`` counts the pieces of flat bytes from 0; for a sealed key it is the index of the site it
+    is for.
+    """
 
     kind: Kind
     run: bytes = NO_RUN
@@ -317,7 +346,9 @@ def decode(head: bytes, payload: bytes | memoryview) -> Message:
     try:
         kind = Kind(number)
     except ValueError as error:
-        raise ProtocolError(f"a message has the unknown kind {number}; do all ranks run one version of privfl?") from error
+        raise ProtocolError(
+            f"a message has the unknown kind {number}; do all ranks run one version of privfl?"
+        ) from error
     if part >= parts:
         raise ProtocolError(f"a {kind.name} message says it is part {part} of {parts}")
     if kind not in _BODIES:
@@ -327,7 +358,9 @@ def decode(head: bytes, payload: bytes | memoryview) -> Message:
     try:
         body = _BODIES[kind].model_validate_json(bytes(payload))
     except ValidationError as error:
-        raise ProtocolError(f"a {kind.name} message is malformed ({error.error_count()} wrong fields)") from error
+        raise ProtocolError(
+            f"a {kind.name} message is malformed ({error.error_count()} wrong fields)"
+        ) from error
     return Message(kind, run, round_, attempt, part, parts, body=body)
 
 

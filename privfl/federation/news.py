@@ -1,4 +1,7 @@
-"""What the coordinator of a run has to tell a person and the run folder, as data. Dictionaries are keyed by site."""
+"""What the coordinator of a run has to tell a person and the run folder, as data.
+
+Dictionaries are keyed by site.
+"""
 
 from __future__ import annotations
 
@@ -16,17 +19,14 @@ class Greeted:
 class ReadySite:
     """What a site said of itself before the first round.
 
-    Attributes:
-        records: training records.
-        weight: its part of the mean; the weights of all sites add up to 1.
-        noise_multiplier: of a training step, against the charged adversary.
-        sampling_rate: q of Poisson sampling.
-        planned_epsilon: of its training records at the end of the run.
-        evaluation_epsilon: of its evaluation records at the end of the run.
-        metrics_noise: the noise of its metrics, in units of what one record can change; 0 without noise.
-        accountant: the one by which its epsilons are meant.
-        ledger: whether it keeps a ledger across runs, and whether that begins with this run.
-        outside: what its data() says that no epsilon covers.
+    Attributes: records: training records. weight: its part of the mean; the weights of all sites
+        add up to 1. noise_multiplier: of a training step, against the charged adversary.
+        sampling_rate: q of Poisson sampling. planned_epsilon: of its training records at the end of
+        the run. evaluation_epsilon: of its evaluation records at the end of the run. metrics_noise:
+        the noise of its metrics, in units of what one record can change; 0 without noise.
+        accountant: the one by which its epsilons are meant. ledger: whether it keeps a ledger
+        across runs, and whether that begins with this run. outside: what its data() says that no
+        epsilon covers.
     """
 
     records: int
@@ -62,7 +62,9 @@ class Started:
 
 @dataclass(frozen=True)
 class EvaluationCost:
-    """What metrics of a round cost a site's evaluation records: the mechanism event, and epsilon so far."""
+    """What metrics of a round cost a site's evaluation records: the mechanism event, and epsilon
+    so far.
+    """
 
     event: Mapping[str, Any]
     epsilon: float
@@ -70,7 +72,9 @@ class EvaluationCost:
 
 @dataclass(frozen=True)
 class SiteRound:
-    """One site's part of a round: the mechanism event, its steps and epsilon so far, and the signed head of its ledger."""
+    """One site's part of a round: the mechanism event, its steps and epsilon so far, and the
+    signed head of its ledger.
+    """
 
     event: Mapping[str, Any]
     steps: int
@@ -81,7 +85,9 @@ class SiteRound:
 
 @dataclass(frozen=True)
 class RoundDone:
-    """A round is over; ``adopted`` are the sites that took the first site's replica, from which theirs differed by rounding."""
+    """A round is over; ``adopted`` are the sites that took the first site's replica, from which
+    theirs differed by rounding.
+    """
 
     round: int
     members: tuple[str, ...]

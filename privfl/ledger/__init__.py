@@ -1,4 +1,6 @@
-"""The durable book of what has been spent on one site's records: SQLite, debited before anything is released."""
+"""The durable book of what has been spent on one site's records: SQLite, debited before anything
+is released.
+"""
 
 from privfl.ledger.heads import Head, head_bytes
 from privfl.ledger.ledger import Ledger

@@ -67,7 +67,8 @@ class RunFacts:
 
     @classmethod
     def from_dict(cls, fields: Mapping[str, Any]) -> RunFacts:
-        """What :meth:`to_dict` gave; facts that older ledgers do not have get what was true of their runs.
+        """What :meth:`to_dict` gave; facts that older ledgers do not have get what was true of
+        their runs.
 
         Raises:
             KeyError: If a fact is missing that every version wrote.
@@ -83,7 +84,10 @@ class RunFacts:
             delta=fields["delta"],
             target_epsilon=fields["target_epsilon"],
             private=fields["private"],
-            plans={account_of(account): event_from_dict(event) for account, event in fields["plans"].items()},
+            plans={
+                account_of(account): event_from_dict(event)
+                for account, event in fields["plans"].items()
+            },
             exact_metrics=tuple(fields["exact_metrics"]),
             outside=tuple(fields.get("outside", ())),
             records_per_person=fields["records_per_person"],

@@ -1,4 +1,6 @@
-"""Noise for the metrics of private evaluation records; the agent adds it, so that no user code can leave it out."""
+"""Noise for the metrics of private evaluation records; the agent adds it, so that no user code
+can leave it out.
+"""
 
 from __future__ import annotations
 
@@ -17,8 +19,9 @@ Measured = Mapping[str, tuple[list[float], list[float]]]
 def noised(measured: Measured, noise_multiplier: float, randomness: Randomness) -> Measured:
     """Sums and counts of all metrics with Gaussian noise.
 
-    The trainer has cut every record's part of the sums, and of the counts, of each metric to length 1. So one record changes all of them together
-    by at most sqrt(2 * metrics), which is the unit of ``noise_multiplier``.
+    The trainer has cut every record's part of the sums, and of the counts, of each metric to length
+    1. So one record changes all of them together by at most sqrt(2 * metrics), which is the unit of
+    ``noise_multiplier``.
     """
     deviation = noise_multiplier * math.sqrt(2 * len(measured)) * (1.0 + _MARGIN)
     with_noise = {}

@@ -20,7 +20,9 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Shown:
-    """A head that a site showed once: in which round of which run, signed how, and the file that says so."""
+    """A head that a site showed once: in which round of which run, signed how, and the file that
+    says so.
+    """
 
     head: Head
     site: str
@@ -52,14 +54,19 @@ def find(paths: Sequence[Path]) -> list[Path]:
 
 
 def heads_in(paths: Iterable[Path]) -> list[Shown]:
-    """All heads in round logs (``rounds.jsonl``) and sites' own notes (``heads.jsonl``): in these files, or anywhere below these folders.
+    """All heads in round logs (``rounds.jsonl``) and sites' own notes (``heads.jsonl``): in
+    these files, or anywhere below these folders.
 
     Raises:
         PrivflError: a file cannot be read.
     """
     found = []
     for path in paths:
-        files = [f for name in ("rounds.jsonl", "heads.jsonl") for f in sorted(path.rglob(name))] if path.is_dir() else [path]
+        files = (
+            [f for name in ("rounds.jsonl", "heads.jsonl") for f in sorted(path.rglob(name))]
+            if path.is_dir()
+            else [path]
+        )
         for file in files:
             found += _heads_of(file)
     return found
@@ -79,37 +86,62 @@ def _heads_of(file: Path) -> list[Shown]:
                 if number == 1:
                     raise
                 continue
-            shown = record.get("heads") or {site: facts["head"] for site, facts in record["sites"].items()}
+            shown = record.get("heads") or {
+                site: facts["head"] for site, facts in record["sites"].items()
+            }
             for site, fields in shown.items():
-                where = (str(site), str(record["run"]), int(record["round"]), int(fields["attempt"]))
+                where = (
+                    str(site),
+                    str(record["run"]),
+                    int(record["round"]),
+                    int(fields["attempt"]),
+                )
                 found.append(Shown(Head.from_dict(fields), *where, str(fields["signature"]), file))
     except OSError as error:
         raise PrivflError(f"cannot read {file}: {error.strerror}") from error
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise PrivflError(
-            f"{file} is no log of rounds or heads of privfl; name a run folder, its rounds.jsonl, or a site's heads.jsonl"
+            f"{file} is no log of rounds or heads of privfl; name a run folder, its rounds.jsonl, "
+            f"or a site's heads.jsonl"
         ) from error
     return found
 
 
 def checks(ledger: Ledger, heads: Sequence[Shown]) -> list[Check]:
-    """What can be said without computing divergences again: the chain held when the ledger was opened; now the heads."""
+    """What can be said without computing divergences again: the chain held when the ledger was
+    opened; now the heads.
+    """
     from privfl.reporting.schema import Check
 
     found = [Check(what="chain", ok=True, detail=f"the hashes of all {len(ledger.rows)} rows fit")]
     ours = [shown for shown in heads if shown.head.ledger == ledger.name]
     if not ours:
-        detail = "no head of this ledger was given to compare with, so a tail that was cut off would not show"
+        detail = (
+            "no head of this ledger was given to compare with, so a tail that was cut off "
+            "would not show"
+        )
         others = {shown.head.ledger for shown in heads if shown.site == ledger.site}
         if others:
-            detail = f"site {ledger.site} showed heads of {len(others)} other ledgers, and none of this one: it may have been begun anew"
+            detail = (
+                f"site {ledger.site} showed heads of {len(others)} other ledgers, and none of "
+                f"this one: it may have been begun anew"
+            )
         return [*found, Check(what="heads", ok=False if others else None, detail=detail)]
-    identities = {row.run: str(row.facts().get("identity", "")) for row in ledger.rows if row.kind == "run"}
-    wrong = [f"{problem} ({shown.file})" for shown in ours if (problem := _problem(ledger, shown, identities))]
+    identities = {
+        row.run: str(row.facts().get("identity", "")) for row in ledger.rows if row.kind == "run"
+    }
+    wrong = [
+        f"{problem} ({shown.file})"
+        for shown in ours
+        if (problem := _problem(ledger, shown, identities))
+    ]
     detail = (
         wrong[0]
         if wrong
-        else f"{len(ours)} signed heads that were shown to others fit, the last at row {max(s.head.rows for s in ours)}"
+        else (
+            f"{len(ours)} signed heads that were shown to others fit, the last at row "
+            f"{max(s.head.rows for s in ours)}"
+        )
     )
     return [*found, Check(what="heads", ok=not wrong, detail=detail)]
 
@@ -128,13 +160,28 @@ def _problem(ledger: Ledger, shown: Shown, identities: dict[str, str]) -> str | 
         signed = True
     except (ProtocolError, ValueError):
         if known:
-            return f"the head of round {shown.round} of run {shown.run[:8]} is not signed by the site that wrote this ledger"
+            return (
+                f"the head of round {shown.round} of run {shown.run[:8]} is not signed by the "
+                f"site that wrote this ledger"
+            )
     missing = ledger.compare(shown.head)
     if missing is not None:
-        return missing if signed else f"{missing} (this ledger does not know the run, nor who signed)"
-    refund = next((row for row in ledger.rows if row.kind == "refund" and (row.run, row.round) == (shown.run, shown.round)), None)
+        return (
+            missing if signed else f"{missing} (this ledger does not know the run, nor who signed)"
+        )
+    refund = next(
+        (
+            row
+            for row in ledger.rows
+            if row.kind == "refund" and (row.run, row.round) == (shown.run, shown.round)
+        ),
+        None,
+    )
     if refund is not None and refund.account == "training":
-        return f"row {refund.number} refunds round {refund.round} of run {refund.run[:8]}, which left: its head was shown"
+        return (
+            f"row {refund.number} refunds round {refund.round} of run {refund.run[:8]}, which "
+            f"left: its head was shown"
+        )
     return None
 
 
@@ -146,7 +193,14 @@ def history(ledger: Ledger, found: list[Check]) -> History:
     numbers = list(ledger.events)
     place = {number: i for i, number in enumerate(numbers)}
     charged = [
-        Charged(row.time, row.run, row.round, account_of(row.account), place[row.mechanism], row.net_steps)
+        Charged(
+            row.time,
+            row.run,
+            row.round,
+            account_of(row.account),
+            place[row.mechanism],
+            row.net_steps,
+        )
         for row in ledger.charges()
     ]
     begun = [(row.run, row.time, row.facts()) for row in ledger.rows if row.kind == "run"]
@@ -174,7 +228,9 @@ def facts_of(run: str, begun: str, facts: dict[str, Any]) -> RunFacts:
     from privfl.accounting import event_from_dict
     from privfl.reporting.history import RunFacts
 
-    plans: dict[Account, Any] = {account: event_from_dict(fields) for account, fields in facts["plans"].items()}
+    plans: dict[Account, Any] = {
+        account: event_from_dict(fields) for account, fields in facts["plans"].items()
+    }
     return RunFacts(
         run=run,
         begun=begun,
@@ -186,7 +242,10 @@ def facts_of(run: str, begun: str, facts: dict[str, Any]) -> RunFacts:
         rounds=facts["rounds"],
         delta=facts["delta"],
         private=facts["private"],
-        trust="this site has pinned the keys of all others; single trust domain all the same if they ran under one account"
+        trust=(
+            "this site has pinned the keys of all others; single trust domain all the same if "
+            "they ran under one account"
+        )
         if facts["pinned"]
         else "keys of the other sites not pinned: single trust domain",
         exact_metrics=tuple(facts["exact_metrics"]),
@@ -198,14 +257,22 @@ def facts_of(run: str, begun: str, facts: dict[str, Any]) -> RunFacts:
 
 
 def write_page(path: Path) -> None:
-    """The site's own report, beside its ledger. The run is over and sound: if this fails, it is said and nothing else."""
+    """The site's own report, beside its ledger.
+
+    The run is over and sound: if this fails, it is said and nothing else.
+    """
     from privfl.ledger import Ledger
     from privfl.reporting.build import report
     from privfl.reporting.html import to_html
 
     try:
         with Ledger.read(path) as ledger:
-            found = report(f"Privacy budget of {ledger.site}", [history(ledger, checks(ledger, []))])
+            found = report(
+                f"Privacy budget of {ledger.site}", [history(ledger, checks(ledger, []))]
+            )
         path.with_suffix(".report.html").write_text(to_html(found), encoding="utf-8")
     except (PrivflError, OSError) as error:
-        sys.stderr.write(f"privfl: the report beside the ledger {path} could not be written: {in_one_line(error)}\n")
+        sys.stderr.write(
+            f"privfl: the report beside the ledger {path} could not be written: "
+            f"{in_one_line(error)}\n"
+        )

@@ -15,14 +15,22 @@ if TYPE_CHECKING:
     from privfl.reporting.history import History
 
 
-def histories(run: str, folder: Path, experiment: Experiment, sites: Mapping[str, ReadySite], trust: str) -> list[History]:
+def histories(
+    run: str, folder: Path, experiment: Experiment, sites: Mapping[str, ReadySite], trust: str
+) -> list[History]:
     """What the round log in ``folder`` says of each site.
 
     Args:
         sites: what each site told of itself before the first round.
     """
-    rounds = [json.loads(line) for line in (folder / "rounds.jsonl").read_text(encoding="utf-8").splitlines()]
-    return [_history(run, folder, experiment, name, ready, rounds, trust) for name, ready in sites.items()]
+    rounds = [
+        json.loads(line)
+        for line in (folder / "rounds.jsonl").read_text(encoding="utf-8").splitlines()
+    ]
+    return [
+        _history(run, folder, experiment, name, ready, rounds, trust)
+        for name, ready in sites.items()
+    ]
 
 
 def _history(
@@ -43,22 +51,36 @@ def _history(
     def charge(when: str, round_: int, account: Any, event: Event) -> None:
         if event.once() not in mechanisms:
             mechanisms.append(event.once())
-        charges.append(Charged(when, run, round_, account, mechanisms.index(event.once()), event.steps))
+        charges.append(
+            Charged(when, run, round_, account, mechanisms.index(event.once()), event.steps)
+        )
 
     if not experiment.private:
-        for account in ("training", *(["evaluation"] if any("evaluation" in r["sites"][site] for r in rounds) else [])):
+        for account in (
+            "training",
+            *(["evaluation"] if any("evaluation" in r["sites"][site] for r in rounds) else []),
+        ):
             charge(rounds[0]["time"], 0, account, NonPrivate(what="insecure_test_seed"))
     told: dict[Any, list[float]] = {}
     for record in rounds:
-        said = {"training": record["sites"][site]} | {k: v for k, v in record["sites"][site].items() if k == "evaluation"}
+        said = {"training": record["sites"][site]} | {
+            k: v for k, v in record["sites"][site].items() if k == "evaluation"
+        }
         for account, cost in said.items():
             charge(record["time"], record["round"], account, event_from_dict(cost["event"]))
             if ready.accountant == "filter":
                 told.setdefault(account, []).append(cost["epsilon"])
     whole = {"training": experiment.steps, "evaluation": experiment.metric_releases}
-    plans: dict[Any, Event] = {c.account: mechanisms[c.mechanism].times(whole[c.account]) for c in reversed(charges) if c.round}
+    plans: dict[Any, Event] = {
+        c.account: mechanisms[c.mechanism].times(whole[c.account])
+        for c in reversed(charges)
+        if c.round
+    }
     head = rounds[-1]["sites"][site]["head"]
-    note = "this report was made from the round log of the run; what the site itself wrote down is in its ledger"
+    note = (
+        "this report was made from the round log of the run; what the site itself wrote down is "
+        "in its ledger"
+    )
     return History(
         site=site,
         source=str(folder / "rounds.jsonl"),
@@ -84,7 +106,9 @@ def _history(
                 delta=experiment.privacy.delta,
                 private=experiment.private,
                 trust=trust,
-                exact_metrics=tuple(sorted(experiment.evaluation.metrics)) if experiment.evaluation.records == "public" else (),
+                exact_metrics=tuple(sorted(experiment.evaluation.metrics))
+                if experiment.evaluation.records == "public"
+                else (),
                 outside=ready.outside,
                 coordinator=True,
                 records_per_person=1,

@@ -1,4 +1,6 @@
-"""What a report is made from: the charges of one site in the order in which they were made, whoever wrote them down."""
+"""What a report is made from: the charges of one site in the order in which they were made,
+whoever wrote them down.
+"""
 
 from __future__ import annotations
 
@@ -20,7 +22,10 @@ def now() -> str:
 
 
 class Charged(NamedTuple):
-    """One charge, or with negative ``steps`` a refund. ``mechanism`` is an index into :attr:`History.mechanisms`."""
+    """One charge, or with negative ``steps`` a refund.
+
+    ``mechanism`` is an index into :attr:`History.mechanisms`.
+    """
 
     time: str
     run: str
@@ -32,8 +37,11 @@ class Charged(NamedTuple):
 
 @dataclass(frozen=True)
 class RunFacts:
-    """What is known of a run. ``plans``: by account, what was to be charged; ``trust``: who could see what, in one phrase; ``outside``: what data()
-    says that no epsilon covers; ``coordinator``: whether one took part that is no site.
+    """What is known of a run.
+
+    ``plans``: by account, what was to be charged; ``trust``: who could see what, in one phrase;
+    ``outside``: what data() says that no epsilon covers; ``coordinator``: whether one took part
+    that is no site.
     """
 
     run: str
@@ -58,13 +66,11 @@ class RunFacts:
 class History:
     """One site's history.
 
-    Attributes:
-        source: where it was read, for a person.
-        kept: whether a book is kept across runs.
-        limits: the filters of its budget, by account, where they are known.
-        mechanisms: each event once, a single step of it.
-        vectors: the divergences of one step of each, at ``orders``; shape (orders,).
-        told: by account, the epsilons that a site told others after its charges, by a filter that they do not know; one for each charge.
+    Attributes: source: where it was read, for a person. kept: whether a book is kept across runs.
+        limits: the filters of its budget, by account, where they are known. mechanisms: each event
+        once, a single step of it. vectors: the divergences of one step of each, at ``orders``;
+        shape (orders,). told: by account, the epsilons that a site told others after its charges,
+        by a filter that they do not know; one for each charge.
     """
 
     site: str

@@ -1,4 +1,6 @@
-"""The report as one page of HTML that loads nothing: for a data protection officer, on a screen and on paper."""
+"""The report as one page of HTML that loads nothing: for a data protection officer, on a screen
+and on paper.
+"""
 
 from __future__ import annotations
 
@@ -95,7 +97,14 @@ class Site:
     def persons(self) -> list[int]:
         """The numbers of records of a person for which there are epsilons, rising."""
         known = {cost.person.records for _, _, cost in self.costs if cost.person is not None}
-        return sorted(known | {account.person.records for account in self.book.accounts if account.person is not None})
+        return sorted(
+            known
+            | {
+                account.person.records
+                for account in self.book.accounts
+                if account.person is not None
+            }
+        )
 
     @property
     def discrete(self) -> bool:
@@ -169,12 +178,19 @@ def to_html(report: Report) -> str:
         "accountant": ACCOUNTANTS.__getitem__,
     }
     sites = [_site(book, number) for number, book in enumerate(report.books, 1)]
-    return environment.get_template("budget.html.j2").render(report=report, sites=sites, deltas=_deltas(report))
+    return environment.get_template("budget.html.j2").render(
+        report=report, sites=sites, deltas=_deltas(report)
+    )
 
 
 def _site(book: Book, number: int) -> Site:
     charged = {charge.run for account in book.accounts for charge in account.charges}
-    runs = dict.fromkeys([*(run.run for run in book.runs), *(c.run for account in book.accounts for c in account.charges)])
+    runs = dict.fromkeys(
+        [
+            *(run.run for run in book.runs),
+            *(c.run for account in book.accounts for c in account.charges),
+        ]
+    )
     numbers = {run: i for i, run in enumerate(runs, 1)}
     key = f"site-{number}"
     return Site(
@@ -205,12 +221,16 @@ def _deltas(report: Report) -> list[float]:
     """All deltas in the report, each once."""
     found = [account.delta for book in report.books for account in book.accounts]
     found += [
-        cost.delta for book in report.books for run in book.runs for cost in (run.training, run.evaluation) if cost is not None
+        cost.delta
+        for book in report.books
+        for run in book.runs
+        for cost in (run.training, run.evaluation)
+        if cost is not None
     ]
     return sorted({delta for delta in found if not math.isnan(delta)})
 
 
-# -- numbers in words ---------------------------------------------------------------------------------------------
+# -- numbers in words ------------------------------------------------------------------------------
 
 
 def _infinite(epsilon: Epsilon) -> bool:
@@ -253,7 +273,11 @@ def share(spent: Epsilon, budget: float) -> float:
 
 def one_in(probability: float) -> str:
     """1e-05 as '1 in 100,000'; rounded to the more likely side."""
-    return f"1 in {math.floor(1.0 / probability + 1e-6):,}" if 0.0 < probability < 1.0 else "no small chance"
+    return (
+        f"1 in {math.floor(1.0 / probability + 1e-6):,}"
+        if 0.0 < probability < 1.0
+        else "no small chance"
+    )
 
 
 def numbered(runs: Sequence[Run], numbers: dict[str, int]) -> str:
@@ -262,7 +286,10 @@ def numbered(runs: Sequence[Run], numbers: dict[str, int]) -> str:
     if len(known) == 1:
         return f"run {known[0]}"
     if len(known) > _NAMED:
-        return f"runs {', '.join(known[:_NAMED])} and {len(known) - _NAMED} more, which the table of runs shows,"
+        return (
+            f"runs {', '.join(known[:_NAMED])} and {len(known) - _NAMED} more, which the table "
+            f"of runs shows,"
+        )
     return f"runs {', '.join(known[:-1])} and {known[-1]}"
 
 

@@ -13,7 +13,9 @@ from privfl.errors import PrivflError
 
 
 class RunFolder:
-    """Writes ``experiment.yaml``, ``rounds.jsonl``, the report and ``summary.json``; every file is whole or not there."""
+    """Writes ``experiment.yaml``, ``rounds.jsonl``, the report and ``summary.json``; every file
+    is whole or not there.
+    """
 
     def __init__(self, path: Path) -> None:
         self.path = path
@@ -28,7 +30,8 @@ class RunFolder:
             self.path.mkdir(parents=True)
         except OSError as error:
             raise PrivflError(
-                f"cannot create the run folder {self.path}: {error.strerror}; choose another with --output"
+                f"cannot create the run folder {self.path}: {error.strerror}; choose another with "
+                f"--output"
             ) from error
         self._write("experiment.yaml", resolved_experiment)
 

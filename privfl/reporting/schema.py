@@ -1,4 +1,7 @@
-"""The budget report as one object: terminal, JSON, CSV and HTML all show this and nothing else. Its JSON schema is what we publish."""
+"""The budget report as one object: terminal, JSON, CSV and HTML all show this and nothing else.
+
+Its JSON schema is what we publish.
+"""
 
 from __future__ import annotations
 
@@ -26,7 +29,10 @@ class _Part(BaseModel):
 
 
 class Check(_Part):
-    """Something that was verified: the chain of a ledger, its heads, the signatures under them. ``ok`` is null if it could not be."""
+    """Something that was verified: the chain of a ledger, its heads, the signatures under them.
+
+    ``ok`` is null if it could not be.
+    """
 
     what: str
     ok: bool | None
@@ -51,10 +57,12 @@ class Person(_Part):
 class Cost(_Part):
     """What one run did to one kind of record, and what that costs by each accountant.
 
-    ``rdp`` and ``pld`` are those of the whole plan, fixed in advance, also if the run ended early; ``filter`` is that of the ``steps`` charged, and
-    holds for a run chosen after a look at earlier results. Null where there is none. ``epsilon`` is that of the accountant that admitted the run.
-    ``noise_multiplier`` is what the plan says: in units of the clipping norm, or for metrics of what one record can change. Of discrete noise
-    no ``pld`` is known that is a bound; it is then the ``rdp``.
+    ``rdp`` and ``pld`` are those of the whole plan, fixed in advance, also if the run ended early;
+    ``filter`` is that of the ``steps`` charged, and holds for a run chosen after a look at earlier
+    results. Null where there is none. ``epsilon`` is that of the accountant that admitted the run.
+    ``noise_multiplier`` is what the plan says: in units of the clipping norm, or for metrics of
+    what one record can change. Of discrete noise no ``pld`` is known that is a bound; it is then
+    the ``rdp``.
     """
 
     mechanism: str
@@ -71,7 +79,9 @@ class Cost(_Part):
 
 
 class Adversary(_Part):
-    """Someone who wants to learn about a training record of this site; ``epsilon`` is null where another protection than noise holds."""
+    """Someone who wants to learn about a training record of this site; ``epsilon`` is null where
+    another protection than noise holds.
+    """
 
     who: str
     sees: str
@@ -99,9 +109,11 @@ class Run(_Part):
 
 
 class Charge(_Part):
-    """All charges of one run for the same mechanism; ``rounds`` as in '1-5, 7', ``refunded`` steps are not in ``steps``.
+    """All charges of one run for the same mechanism; ``rounds`` as in '1-5, 7', ``refunded``
+    steps are not in ``steps``.
 
-    A run with very many mechanisms has one line, with the least and the most noise among its ``mechanisms``.
+    A run with very many mechanisms has one line, with the least and the most noise among its
+    ``mechanisms``.
     """
 
     run: str
@@ -128,7 +140,9 @@ class Point(_Part):
 
 
 class Account(_Part):
-    """All that concerns one kind of record: ``spent`` over all runs, by ``accountant``; ``curve`` is thinned out to some hundred points."""
+    """All that concerns one kind of record: ``spent`` over all runs, by ``accountant``;
+    ``curve`` is thinned out to some hundred points.
+    """
 
     account: AccountName
     accountant: Literal["rdp", "filter"]
@@ -140,7 +154,11 @@ class Account(_Part):
 
 
 class Book(_Part):
-    """One site's spending. ``kept`` is false where the book covers a single run; ``rows`` and ``head`` are those of its ledger, if it is one."""
+    """One site's spending.
+
+    ``kept`` is false where the book covers a single run; ``rows`` and ``head`` are those of its
+    ledger, if it is one.
+    """
 
     site: str
     source: str

@@ -1,4 +1,6 @@
-"""Integers to ciphertext words and back: quantiser, packing, masks, CKKS, checksum, keys. Knows nothing of learning or of transports.
+"""Integers to ciphertext words and back: quantiser, packing, masks, CKKS, checksum, keys.
+
+Knows nothing of learning or of transports.
 
 The stages stand in this order (why: docs/secure-aggregation.md), each in a module of its own:
 

@@ -1,4 +1,6 @@
-"""Stage 2: neighbouring values share one integer X of P bits, each in a field wide enough for the sum of all members."""
+"""Stage 2: neighbouring values share one integer X of P bits, each in a field wide enough for
+the sum of all members.
+"""
 
 from __future__ import annotations
 
@@ -15,11 +17,15 @@ def packed_length(values: int, parameters: Parameters) -> int:
     return -(-values // parameters.fields)
 
 
-def pack(values: NDArray[np.float64] | NDArray[np.int64], parameters: Parameters) -> NDArray[np.uint64]:
-    """X = v0 + 2^w v1 modulo 2^64; shape (packed_length,). An odd last value is alone in its integer.
+def pack(
+    values: NDArray[np.float64] | NDArray[np.int64], parameters: Parameters
+) -> NDArray[np.uint64]:
+    """X = v0 + 2^w v1 modulo 2^64; shape (packed_length,).
 
-    Values that keep to their fields make an X of at most 53 bits with two fields (P <= 52), so the arithmetic in float64 is exact. Values that
-    may not come as int64, whose arithmetic wraps.
+    An odd last value is alone in its integer.
+
+    Values that keep to their fields make an X of at most 53 bits with two fields (P <= 52), so the
+    arithmetic in float64 is exact. Values that may not come as int64, whose arithmetic wraps.
     """
     if parameters.fields == 1:
         return values.astype(np.int64).view(np.uint64)
@@ -33,7 +39,9 @@ def pack(values: NDArray[np.float64] | NDArray[np.int64], parameters: Parameters
 
 
 def unpack(sums: NDArray[np.uint64], values: int, parameters: Parameters) -> NDArray[np.int64]:
-    """The ``values`` sums of values behind sums of packed integers, of which only the lowest P bits count; shape (values,)."""
+    """The ``values`` sums of values behind sums of packed integers, of which only the lowest P
+    bits count; shape (values,).
+    """
     if parameters.fields == 1:
         return centred(sums, parameters.word_bits)[:values]
     width = parameters.field_bits
@@ -59,7 +67,9 @@ def limb_count(bits: int, limb_bits: int) -> int:
 
 
 def split(numbers: NDArray[np.uint64], limb_bits: int, count: int) -> NDArray[np.uint64]:
-    """Each number as ``count`` limbs in [0, 2^limb_bits), lowest first; shape (len(numbers) * count,)."""
+    """Each number as ``count`` limbs in [0, 2^limb_bits), lowest first; shape (len(numbers) *
+    count,).
+    """
     shifts = np.uint64(limb_bits) * np.arange(count, dtype=np.uint64)
     return ((numbers[:, None] >> shifts) & np.uint64((1 << limb_bits) - 1)).reshape(-1)
 

@@ -1,6 +1,8 @@
-"""A site's part in a run that has begun: everything here is there, from the trainer to the keys, until the run is over.
+"""A site's part in a run that has begun: everything here is there, from the trainer to the keys,
+until the run is over.
 
-It drives trainer, ledger, algorithm and sums, and talks to nobody: what it has to say it returns, and the agent sends it.
+It drives trainer, ledger, algorithm and sums, and talks to nobody: what it has to say it returns,
+and the agent sends it.
 """
 
 from __future__ import annotations
@@ -34,7 +36,8 @@ from privfl.trainer.process import TrainerProcess
 from privfl.trainer.requests import Facts
 
 Blocks = Iterator[NDArray[np.uint64]]
-# What a step of the run gives its agent to send: a report, the blocks of a contribution, or nothing yet.
+# What a step of the run gives its agent to send: a report, the blocks of a contribution, or nothing
+# yet.
 Outcome = Body | Blocks | None
 
 
@@ -69,9 +72,15 @@ class Prepared:
     observer: Observer
 
     def tag(self, round_: int, begin: messages.Begin | None, replica: Replica) -> str:
-        """A keyed digest of all that must be the same at every site: what was agreed, the constants of the model, the replica."""
+        """A keyed digest of all that must be the same at every site: what was agreed, the
+        constants of the model, the replica.
+        """
         agreed = None if begin is None else begin.model_dump(mode="json")
-        return replicas.tag(self.handshake.sums.keys, [self.welcome.run, round_, self.facts.constants, agreed], replica)
+        return replicas.tag(
+            self.handshake.sums.keys,
+            [self.welcome.run, round_, self.facts.constants, agreed],
+            replica,
+        )
 
 
 class ActiveRun:
@@ -96,26 +105,41 @@ class ActiveRun:
         # That which the site reported before the run began.
         self._tag = prepared.tag(state.round, None, self._replica)
         run = bytes.fromhex(prepared.welcome.run)
-        self._algorithm = algorithm_of(self._setup, begin, run, self._trainer, self._sums.keys, self._observer)
+        self._algorithm = algorithm_of(
+            self._setup, begin, run, self._trainer, self._sums.keys, self._observer
+        )
         identities = {party.site: party.identity for party in prepared.handshake.roster.members}
         self._heads = PeerHeads(prepared.output, prepared.welcome.run, identities)
         self._contribution: Contribution | None = None
         self._sum: SumAttempt | None = None
-        noise_multiplier = begin.noise_multiplier if self._setup.noise_in_sums else self._setup.noise_multiplier
+        noise_multiplier = (
+            begin.noise_multiplier if self._setup.noise_in_sums else self._setup.noise_multiplier
+        )
         self._ledger.begin(noise_multiplier, prepared.facts.outside)
         self._observer.began(self._setup.site, self._algorithm)
         self._observer.replica(self._setup.site, 0, self._replica)
 
     def _check_begin(self, state: member.State) -> None:
-        begin, facts, evaluation = self._begin, self._prepared.facts, self._setup.experiment.evaluation
-        fits = begin.parameters == facts.parameters and begin.records[self._setup.site] == facts.records
+        begin, facts, evaluation = (
+            self._begin,
+            self._prepared.facts,
+            self._setup.experiment.evaluation,
+        )
+        fits = (
+            begin.parameters == facts.parameters
+            and begin.records[self._setup.site] == facts.records
+        )
         if begin.layout:
-            fits = fits and state.evaluate_every > 0 and set(begin.layout) == set(evaluation.metrics)
+            fits = (
+                fits and state.evaluate_every > 0 and set(begin.layout) == set(evaluation.metrics)
+            )
             fits = fits and (not facts.layout or begin.layout == facts.layout)
         if not fits:
-            raise ProtocolError("the coordinator began a run that does not fit this site's experiment")
+            raise ProtocolError(
+                "the coordinator began a run that does not fit this site's experiment"
+            )
 
-    # -- training ------------------------------------------------------------------------------------------------
+    # -- training ----------------------------------------------------------------------------------
 
     def train(self, state: member.State) -> None:
         """Charge the round, and only then let the trainer work.
@@ -154,10 +178,12 @@ class ActiveRun:
             sealed_range=self._contribution.sealed_range,
         )
 
-    # -- sums ----------------------------------------------------------------------------------------------------
+    # -- sums --------------------------------------------------------------------------------------
 
     def contribute(self, state: member.State, action: member.Contribute) -> Outcome:
-        """This site's part in the sum that was opened; of metrics only once the trainer has measured."""
+        """This site's part in the sum that was opened; of metrics only once the trainer has
+        measured.
+        """
         if action.vector == "metrics":
             if self._measures_privately():
                 self._ledger.charge_metrics(state.round)
@@ -165,7 +191,9 @@ class ActiveRun:
             self._trainer.ask(requests.Measure())
             return None
         self._heads.keep(state.round, 0, action.heads)
-        self._ledger.check_release("training", state.round, state.sites, self._protections(state), costs=True)
+        self._ledger.check_release(
+            "training", state.round, state.sites, self._protections(state), costs=True
+        )
         if self._contribution is None:
             raise InternalError("a contribution was asked for before the trainer had trained")
         vector, quantiser, agreed = self._contribution.summand(action.sealed_ranges)
@@ -180,10 +208,13 @@ class ActiveRun:
 
     def _contribute_metrics(self, state: member.State, measured: metrics.Measured) -> Blocks:
         release, private, setup = self._setup.plan.metrics, self._measures_privately(), self._setup
-        self._ledger.check_release("evaluation", state.round, state.sites, self._protections(state), costs=private)
+        self._ledger.check_release(
+            "evaluation", state.round, state.sites, self._protections(state), costs=private
+        )
         if release is not None and not private and measured:
             raise PrivflError(
-                "data() has evaluation records now, and had none when the run began; return the same data sets throughout"
+                "data() has evaluation records now, and had none when the run began; return the "
+                "same data sets throughout"
             )
         self._observer.measured(setup.site, state.round, measured)
         if release is not None and private:
@@ -199,8 +230,11 @@ class ActiveRun:
     def _protections(self, state: member.State) -> dict[str, bool]:
         return self._prepared.handshake.protections(len(state.sites))
 
-    def _open_sum(self, state: member.State, length: int, quantiser: Quantiser, agreed: float | None) -> SumAttempt:
-        # Sites that were told of other records or weights, or whose replicas differ, do not decode, whoever was to compare them.
+    def _open_sum(
+        self, state: member.State, length: int, quantiser: Quantiser, agreed: float | None
+    ) -> SumAttempt:
+        # Sites that were told of other records or weights, or whose replicas differ, do not decode,
+        # whoever was to compare them.
         facts = [state.vector, agreed, self._begin.model_dump(mode="json"), self._tag]
         self._sum = self._sums.open(state.round, state.attempt, length, quantiser, facts)
         return self._sum
@@ -219,30 +253,38 @@ class ActiveRun:
         return None if replica is None else self._move_to(state, replica)
 
     def _measured(self, state: member.State, total: NDArray[Any]) -> Body:
-        values = metrics.unpack(metrics_from_totals(total, self._setup.parameters), self._begin.layout)
+        values = metrics.unpack(
+            metrics_from_totals(total, self._setup.parameters), self._begin.layout
+        )
         self._prepared.note(f"round {state.round}: {values}")
         ledger = self._ledger
         event = ledger.event("evaluation", 1).to_dict() if self._measures_privately() else None
         head = ledger.head(state.round, state.attempt)
-        return messages.Measured(metrics=values, event=event, epsilon=ledger.epsilon("evaluation"), head=head)
+        return messages.Measured(
+            metrics=values, event=event, epsilon=ledger.epsilon("evaluation"), head=head
+        )
 
     def _open(self) -> SumAttempt:
         if self._sum is None:
             raise InternalError("a total came before a sum was opened")
         return self._sum
 
-    # -- replicas ------------------------------------------------------------------------------------------------
+    # -- replicas ----------------------------------------------------------------------------------
 
     def _move_to(self, state: member.State, replica: Replica) -> Body:
         self._replica = replica
         if not np.isfinite(replica).all():
-            raise PrivflError("the averaged model contains NaN or infinite values; lower optimizer.lr")
+            raise PrivflError(
+                "the averaged model contains NaN or infinite values; lower optimizer.lr"
+            )
         self._observer.replica(self._setup.site, state.round, replica)
         self._tag = self._prepared.tag(state.round, self._begin, replica)
         return messages.Applied(tag=self._tag)
 
     def lend(self, state: member.State) -> bytes:
-        """This site's replica, sealed for the others, whose processors compute a little differently."""
+        """This site's replica, sealed for the others, whose processors compute a little
+        differently.
+        """
         return replicas.seal(self._sums.keys, self._replica, _replica_context(state))
 
     def adopt(self, state: member.State, sealed: bytes | memoryview) -> Outcome:
@@ -251,11 +293,16 @@ class ActiveRun:
         Raises:
             PrivflError: If it is too far away for rounding to explain.
         """
-        lent = replicas.open_near(self._sums.keys, bytes(sealed), self._replica, _replica_context(state))
-        self._prepared.note(f"round {state.round}: took the replica of site {state.sites[0]}, which differed by rounding")
+        lent = replicas.open_near(
+            self._sums.keys, bytes(sealed), self._replica, _replica_context(state)
+        )
+        self._prepared.note(
+            f"round {state.round}: took the replica of site {state.sites[0]}, which differed by "
+            f"rounding"
+        )
         return self._move_to(state, lent)
 
-    # -- the end -------------------------------------------------------------------------------------------------
+    # -- the end -----------------------------------------------------------------------------------
 
     def write(self, state: member.State, heads: dict[str, messages.SignedHead]) -> None:
         """Keep the last heads of all ledgers, and let the trainer write the model."""
@@ -264,13 +311,16 @@ class ActiveRun:
         self._trainer.ask(requests.Write(path=str(self._prepared.output / "model.safetensors")))
 
     def _written(self, answer: requests.Written) -> Body:
-        # A site that has pinned the others does not trust the coordinator, whose folder it is, with the model.
+        # A site that has pinned the others does not trust the coordinator, whose folder it is, with
+        # the model.
         if not self._setup.pinned:
             welcome = self._prepared.welcome
             try:
                 share_model(Path(answer.path), Path(welcome.folder), welcome.run, self._setup.site)
             except OSError as error:
-                self._prepared.note(f"the run folder {welcome.folder} is not shared with this site: {error}")
+                self._prepared.note(
+                    f"the run folder {welcome.folder} is not shared with this site: {error}"
+                )
         return messages.Finished(model=answer.path, log=str(self._prepared.log))
 
 

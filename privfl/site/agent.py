@@ -1,7 +1,10 @@
-"""A site's agent: the MPI rank of a site. It holds the keys and the ledger, talks to the coordinator, and never loads torch or a record.
+"""A site's agent: the MPI rank of a site.
 
-It drives the pure protocol of ``federation.member`` over a transport. Until the run has begun it greets, joins and prepares; from then on
-it passes what the coordinator and the trainer say to an :class:`~privfl.site.active_run.ActiveRun`, and sends what that returns.
+It holds the keys and the ledger, talks to the coordinator, and never loads torch or a record.
+
+It drives the pure protocol of ``federation.member`` over a transport. Until the run has begun it
+greets, joins and prepares; from then on it passes what the coordinator and the trainer say to an
+:class:`~privfl.site.active_run.ActiveRun`, and sends what that returns.
 """
 
 from __future__ import annotations
@@ -40,17 +43,19 @@ _T = TypeVar("_T")
 _FLUSH_SECONDS = 30.0
 # A coordinator that does not answer a failure or a goodbye within this time is gone.
 _STOP_SECONDS = 60.0
-# How often a site looks whether its trainer still lives: a child of user code may keep the trainer's channel open.
+# How often a site looks whether its trainer still lives: a child of user code may keep the
+# trainer's channel open.
 _LOOK_SECONDS = 1.0
 
 
-def serve(transport: Transport, prepare: Callable[[], SiteSetup], observer: Observer | None = None) -> int:
+def serve(
+    transport: Transport, prepare: Callable[[], SiteSetup], observer: Observer | None = None
+) -> int:
     """Take part in one run as a site; the exit code of the job.
 
-    Args:
-        transport: connects this rank to the coordinator.
-        prepare: called here, so that whatever it raises reaches the coordinator instead of the screen of one rank.
-        observer: told of what happens at this site; for tests and audits.
+    Args: transport: connects this rank to the coordinator. prepare: called here, so that whatever
+        it raises reaches the coordinator instead of the screen of one rank. observer: told of what
+        happens at this site; for tests and audits.
     """
     # Before there is a key: no core file, and no other process reads this one.
     forbid_reading()
@@ -103,13 +108,15 @@ class _Agent:
                 self._note(f"no refund: {error}")
             self._ledger.close()
 
-    # -- talking -------------------------------------------------------------------------------------------------
+    # -- talking -----------------------------------------------------------------------------------
 
     def _greet(self, prepare: Callable[[], SiteSetup]) -> None:
         try:
             setup = self._setup = prepare()
             experiment = setup.experiment
-            self._handshake = Handshake(setup.site, setup.identity, setup.file.peers, setup.parameters)
+            self._handshake = Handshake(
+                setup.site, setup.identity, setup.file.peers, setup.parameters
+            )
             self._state = member.State(
                 site=setup.site,
                 digest=experiment.digest(),
@@ -181,14 +188,21 @@ class _Agent:
         return self._layout(vector).blocks
 
     def _layout(self, vector: messages.Vector) -> Layout:
-        return layout_of(member.length(self._state, vector), self._setup.parameters, wide=vector == "metrics")
+        return layout_of(
+            member.length(self._state, vector), self._setup.parameters, wide=vector == "metrics"
+        )
 
     def _worked_ahead(self) -> bool:
-        """Whether there was something to do for the next contribution while the trainer, or another site's, computes."""
-        waits = self._failed_at is None and self._state.phase in (member.Phase.TRAINING, member.Phase.TRAINED)
+        """Whether there was something to do for the next contribution while the trainer, or
+        another site's, computes.
+        """
+        waits = self._failed_at is None and self._state.phase in (
+            member.Phase.TRAINING,
+            member.Phase.TRAINED,
+        )
         return waits and self._handshake.sums.work_ahead(self._layout("update"))
 
-    # -- what the protocol asks for ------------------------------------------------------------------------------
+    # -- what the protocol asks for ----------------------------------------------------------------
 
     def _act(self, action: member.Action) -> None:
         match action:
@@ -212,7 +226,9 @@ class _Agent:
                 self._deliver(self._run().combine(self._state, action.vector))
             case member.Lend():
                 state, sealed = self._state, self._run().lend(self._state)
-                self._send(Message(Kind.REPLICA, state.run, state.round, state.attempt, bulk=sealed))
+                self._send(
+                    Message(Kind.REPLICA, state.run, state.round, state.attempt, bulk=sealed)
+                )
             case member.Adopt():
                 self._deliver(self._run().adopt(self._state, action.sealed))
             case member.Write():
@@ -231,17 +247,25 @@ class _Agent:
 
     def _open_upload(self, vector: messages.Vector) -> None:
         state, ranks = self._state, [other.rank for other in self._welcome.members]
-        head = Message(Kind.CONTRIBUTION, state.run, state.round, state.attempt, parts=self._blocks_of(vector))
-        self._upload = Upload(self._transport, ranks, self._setup.experiment.secure_aggregation.path, head)
+        head = Message(
+            Kind.CONTRIBUTION, state.run, state.round, state.attempt, parts=self._blocks_of(vector)
+        )
+        self._upload = Upload(
+            self._transport, ranks, self._setup.experiment.secure_aggregation.path, head
+        )
 
-    # -- joining -------------------------------------------------------------------------------------------------
+    # -- joining -----------------------------------------------------------------------------------
 
     def _prepare(self, welcome: messages.Welcome) -> None:
         setup, self._welcome = self._setup, welcome
-        self._output, self._log_path, self._log = places(setup.file.output, setup.file.log, welcome.folder, setup.site)
+        self._output, self._log_path, self._log = places(
+            setup.file.output, setup.file.log, welcome.folder, setup.site
+        )
         self._note(f"run {welcome.run}, site {setup.site}")
         self._sign()
-        self._ledger = RunLedger(setup, self._handshake.roster, welcome.run, self._output, self._observer)
+        self._ledger = RunLedger(
+            setup, self._handshake.roster, welcome.run, self._output, self._observer
+        )
         threads = threads_for(self._transport.sites_here, dict(os.environ))
         first = setup.for_trainer(welcome.run, threads, str(self._log_path))
         self._trainer = TrainerProcess(setup.site, threads, self._log, first)
@@ -249,7 +273,10 @@ class _Agent:
 
     def _sign(self) -> None:
         setup = self._setup
-        members = [Member.relayed(other.site, other.exchange_key, other.identity) for other in self._welcome.members]
+        members = [
+            Member.relayed(other.site, other.exchange_key, other.identity)
+            for other in self._welcome.members
+        ]
         roster = Roster.of(self._welcome.run, setup.experiment.digest(), setup.parameters, members)
         signature = self._handshake.sign(roster)
         keys = ", ".join(f"{other.site} {other.identity}" for other in members)
@@ -258,7 +285,15 @@ class _Agent:
 
     def _verify(self, action: member.Verify) -> None:
         for index, sealed in self._handshake.verify(action.signatures, make_key=action.make_key):
-            self._send(Message(Kind.SEALED_KEY, self._state.run, part=index, parts=len(self._state.sites), bulk=sealed))
+            self._send(
+                Message(
+                    Kind.SEALED_KEY,
+                    self._state.run,
+                    part=index,
+                    parts=len(self._state.sites),
+                    bulk=sealed,
+                )
+            )
         self._report_prepared()
 
     def _take_answer(self, answer: Answer) -> None:
@@ -289,7 +324,7 @@ class _Agent:
         tag = self._prepared.tag(self._state.round, None, self._prepared.replica)
         self._report(self._setup.prepared(self._facts, tag, self._words_add))
 
-    # -- small things --------------------------------------------------------------------------------------------
+    # -- small things ------------------------------------------------------------------------------
 
     def _run(self) -> ActiveRun:
         return _there(self._active, "the beginning of the run")

@@ -1,7 +1,8 @@
-"""The two ways to train, as an agent does them: what it asks its trainer for, how that becomes integers, and what their sum does.
+"""The two ways to train, as an agent does them: what it asks its trainer for, how that becomes
+integers, and what their sum does.
 
-An algorithm serves one run. A round is `start`, then `trained`, which gives the round's one contribution, then `finish`; where the
-trainer makes the next replica, `followed` reads it.
+An algorithm serves one run. A round is `start`, then `trained`, which gives the round's one
+contribution, then `finish`; where the trainer makes the next replica, `followed` reads it.
 """
 
 from __future__ import annotations
@@ -51,8 +52,8 @@ class Contribution(Protocol):
     def summand(self, sealed_ranges: Mapping[str, str]) -> Summand:
         """What goes into the sum.
 
-        Args:
-            sealed_ranges: what every site said of its range, by site; empty where the range is fixed.
+        Args: sealed_ranges: what every site said of its range, by site; empty where the range is
+            fixed.
 
         Raises:
             ProtocolError: If a range was altered, or is of another site or round.
@@ -75,8 +76,8 @@ class Algorithm(Protocol):
             answer: the trainer's answer.
             steps: how many steps this run has charged so far.
 
-        Raises:
-            InternalError: If the trainer drew noise, or batches, another number of times than was charged, or its vector is not finite.
+        Raises: InternalError: If the trainer drew noise, or batches, another number of times than
+            was charged, or its vector is not finite.
         """
         ...
 
@@ -90,7 +91,12 @@ class Algorithm(Protocol):
 
 
 def algorithm_of(
-    setup: SiteSetup, begin: messages.Begin, run: bytes, trainer: TrainerProcess, keys: RunKeys, observer: Observer
+    setup: SiteSetup,
+    begin: messages.Begin,
+    run: bytes,
+    trainer: TrainerProcess,
+    keys: RunKeys,
+    observer: Observer,
 ) -> Algorithm:
     """What the experiment's algorithm does.
 
@@ -103,9 +109,18 @@ def algorithm_of(
 
 
 class FedAvg:
-    """fedavg: an update is private when it leaves the trainer; the mean over the sites moves the replica."""
+    """fedavg: an update is private when it leaves the trainer; the mean over the sites moves the
+    replica.
+    """
 
-    def __init__(self, setup: SiteSetup, begin: messages.Begin, run: bytes, trainer: TrainerProcess, keys: RunKeys) -> None:
+    def __init__(
+        self,
+        setup: SiteSetup,
+        begin: messages.Begin,
+        run: bytes,
+        trainer: TrainerProcess,
+        keys: RunKeys,
+    ) -> None:
         self._setup, self._run, self._trainer, self._keys = setup, run, trainer, keys
         self._weight = messages.weights_of(setup.experiment.weights, begin)[setup.site]
         self._length = begin.parameters
@@ -116,10 +131,16 @@ class FedAvg:
 
     def trained(self, answer: Trained, steps: int, round_: int) -> Contribution:
         if answer.draws != steps:
-            raise InternalError(f"noise was drawn {answer.draws} times for {steps} charged steps; nothing of this round is sent")
+            raise InternalError(
+                f"noise was drawn {answer.draws} times for {steps} charged steps; nothing of this "
+                f"round is sent"
+            )
         update = self._trainer.update.read(self._length, np.float32).astype(np.float64)
         if not np.isfinite(update).all():
-            raise InternalError("the trainer's update contains NaN or infinite values; nothing of this round is sent")
+            raise InternalError(
+                "the trainer's update contains NaN or infinite values; nothing of this round is "
+                "sent"
+            )
 
         def context(site: str) -> bytes:
             return f"privfl range 1 {self._run.hex()} {round_} {site}".encode()
@@ -130,13 +151,21 @@ class FedAvg:
         return fedavg(replica, total)
 
     def followed(self) -> Replica:
-        raise InternalError("a trainer answered that it followed a sum, which is not its work under fedavg")
+        raise InternalError(
+            "a trainer answered that it followed a sum, which is not its work under fedavg"
+        )
 
 
 class _Update:
     """A weighted update, and this site's word in the range that the sites agree on."""
 
-    def __init__(self, update: NDArray[np.float64], setup: SiteSetup, keys: RunKeys, context: Callable[[str], bytes]) -> None:
+    def __init__(
+        self,
+        update: NDArray[np.float64],
+        setup: SiteSetup,
+        keys: RunKeys,
+        context: Callable[[str], bytes],
+    ) -> None:
         self._update: NDArray[np.float64] | None = update
         self._setup, self._keys, self._context = setup, keys, context
         agreed = setup.experiment.aggregation_range == "agreed"
@@ -149,19 +178,28 @@ class _Update:
         experiment, value_range = self._setup.experiment, self._setup.experiment.aggregation_range
         if isinstance(value_range, str):
             value_range = agreed_range(self._keys, sealed_ranges, experiment.sites, self._context)
-        quantiser = FixedPoint(self._setup.parameters, value_range, experiment.secure_aggregation.rounding)
+        quantiser = FixedPoint(
+            self._setup.parameters, value_range, experiment.secure_aggregation.rounding
+        )
         return Summand(update, quantiser, value_range)
 
 
 class FedSGD:
-    """fedsgd: a sum of clipped gradients gets its share of noise here, so that no user code can leave it out; the trainer follows the sum."""
+    """fedsgd: a sum of clipped gradients gets its share of noise here, so that no user code can
+    leave it out; the trainer follows the sum.
+    """
 
-    def __init__(self, setup: SiteSetup, begin: messages.Begin, trainer: TrainerProcess, observer: Observer) -> None:
+    def __init__(
+        self, setup: SiteSetup, begin: messages.Begin, trainer: TrainerProcess, observer: Observer
+    ) -> None:
         experiment, self._trainer, self._length = setup.experiment, trainer, begin.parameters
         # Records of all sites together that take part in a step, on average.
         expected = sum(experiment.rate(site) * begin.records[site] for site in experiment.sites)
         noise = DistributedNoise(
-            begin.noise_multiplier, experiment.privacy.max_grad_norm, setup.parameters.members, experiment.collusion
+            begin.noise_multiplier,
+            experiment.privacy.max_grad_norm,
+            setup.parameters.members,
+            experiment.collusion,
         )
         fixed = experiment.secure_aggregation.range
         self.grid = noise.grid(
@@ -175,9 +213,12 @@ class FedSGD:
         charged = setup.plan.training
         assert isinstance(charged, DiscreteGaussian)
         self.grid.check_charged(charged.sensitivity)
-        # From the sum to the mean over the expected batch of all sites; the size of the batch that was drawn is private.
+        # From the sum to the mean over the expected batch of all sites; the size of the batch that
+        # was drawn is private.
         self._scale = self.grid.step / expected
-        self._shares = Shares(self.grid, setup.randomness(), lambda *sums: observer.share_added(setup.site, *sums))
+        self._shares = Shares(
+            self.grid, setup.randomness(), lambda *sums: observer.share_added(setup.site, *sums)
+        )
 
     def start(self, replica: Replica) -> None:
         self._trainer.replica.write(replica)
@@ -189,11 +230,15 @@ class FedSGD:
         total = self._trainer.update.read(self._length, np.float64)
         if answer.draws != steps or self._shares.drawn != steps - 1:
             raise InternalError(
-                f"{answer.draws} batches and {self._shares.drawn} shares of noise were drawn for {steps} charged steps; "
+                f"{answer.draws} batches and {self._shares.drawn} shares of noise were drawn for "
+                f"{steps} charged steps; "
                 "nothing is sent"
             )
         if not np.isfinite(total).all():
-            raise InternalError("the trainer's sum of gradients contains NaN or infinite values; nothing of this round is sent")
+            raise InternalError(
+                "the trainer's sum of gradients contains NaN or infinite values; nothing of this "
+                "round is sent"
+            )
         return _GradientSum(total, self._shares, self.grid.step)
 
     def finish(self, replica: Replica, total: NDArray[Any]) -> Replica | None:

@@ -18,7 +18,9 @@ if TYPE_CHECKING:
 
 
 class Observer:
-    """Called by an agent as things happen. Every method does nothing here; a subclass takes what it wants.
+    """Called by an agent as things happen.
+
+    Every method does nothing here; a subclass takes what it wants.
 
     Vectors are the agent's own: an observer that keeps one must copy it.
     """
@@ -29,11 +31,23 @@ class Observer:
     def charged(self, site: str, account: Account, event: Event, round_: int) -> None:
         """``event`` is on the disk as a charge to ``account``."""
 
-    def share_added(self, site: str, total: NDArray[np.float64], share: NDArray[np.int64], integers: NDArray[np.int64]) -> None:
-        """A sum of clipped gradients was rounded to the grid, and this site's share of the noise added; each of shape (parameters,)."""
+    def share_added(
+        self,
+        site: str,
+        total: NDArray[np.float64],
+        share: NDArray[np.int64],
+        integers: NDArray[np.int64],
+    ) -> None:
+        """A sum of clipped gradients was rounded to the grid, and this site's share of the noise
+        added; each of shape (parameters,).
+        """
 
-    def measured(self, site: str, round_: int, metrics: Mapping[str, tuple[list[float], list[float]]]) -> None:
-        """The trainer measured these sums and counts; noise comes after this where the records are private."""
+    def measured(
+        self, site: str, round_: int, metrics: Mapping[str, tuple[list[float], list[float]]]
+    ) -> None:
+        """The trainer measured these sums and counts; noise comes after this where the records
+        are private.
+        """
 
     def contributed(self, site: str, round_: int, attempt: int, vector: NDArray[Any]) -> None:
         """``vector`` goes into a sum: what is quantised, packed, masked and encrypted next."""
@@ -42,4 +56,6 @@ class Observer:
         """A sum was decrypted and its checksum fits."""
 
     def replica(self, site: str, round_: int, replica: NDArray[np.float32]) -> None:
-        """The site's replica before the first round (0), and after every round; shape (parameters,)."""
+        """The site's replica before the first round (0), and after every round; shape
+        (parameters,).
+        """

@@ -1,4 +1,6 @@
-"""What the other sites show of their ledgers: checked, and written down where it outlives the run."""
+"""What the other sites show of their ledgers: checked, and written down where it outlives the
+run.
+"""
 
 from __future__ import annotations
 
@@ -39,18 +41,27 @@ class PeerHeads:
             PrivflError: If they cannot be written.
         """
         if set(heads) != set(self._identities):
-            raise ProtocolError("the coordinator relays heads of other ledgers than those of this run's members")
+            raise ProtocolError(
+                "the coordinator relays heads of other ledgers than those of this run's members"
+            )
         for site, shown in heads.items():
             head = Head(shown.ledger, shown.rows, shown.hash)
             try:
                 signed = head_bytes(head, self._run, round_, attempt)
                 verify(self._identities[site], bytes.fromhex(shown.signature), signed)
             except (ProtocolError, ValueError) as error:
-                raise ProtocolError(f"the head of the ledger of site {site} is not signed by it") from error
+                raise ProtocolError(
+                    f"the head of the ledger of site {site} is not signed by it"
+                ) from error
             before = self._last.get((site, head.ledger), head)
-            back = head.rows < before.rows or (head.rows == before.rows and head.hash != before.hash)
+            back = head.rows < before.rows or (
+                head.rows == before.rows and head.hash != before.hash
+            )
             if back or self._ledgers.setdefault(site, head.ledger) != head.ledger:
-                raise ProtocolError(f"the ledger of site {site} went back: rows that it had shown to this site are gone")
+                raise ProtocolError(
+                    f"the ledger of site {site} went back: rows that it had shown to this site are "
+                    f"gone"
+                )
             self._last[site, head.ledger] = head
         shown_heads = {site: head.model_dump() for site, head in heads.items()}
         self._write({"run": self._run, "round": round_, "heads": shown_heads})

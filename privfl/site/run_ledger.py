@@ -1,4 +1,6 @@
-"""A site's ledger during one run: every round is charged before the trainer starts, and checked again before anything leaves."""
+"""A site's ledger during one run: every round is charged before the trainer starts, and checked
+again before anything leaves.
+"""
 
 from __future__ import annotations
 
@@ -29,7 +31,9 @@ class RunLedger:
         PrivflError: If the ledger cannot be used, or was changed since the run was admitted.
     """
 
-    def __init__(self, setup: SiteSetup, roster: Roster, run: str, output: Path, observer: Observer) -> None:
+    def __init__(
+        self, setup: SiteSetup, roster: Roster, run: str, output: Path, observer: Observer
+    ) -> None:
         self._setup, self._roster, self._run, self._observer = setup, roster, run, observer
         self._plan = setup.plan
         self._plans = self._plan.plans()
@@ -51,14 +55,18 @@ class RunLedger:
 
     def _check_unchanged(self) -> None:
         plan = self._plan
-        changed = plan.kept and (len(self._ledger.rows) > 1 if plan.head is None else self._ledger.head != plan.head)
+        changed = plan.kept and (
+            len(self._ledger.rows) > 1 if plan.head is None else self._ledger.head != plan.head
+        )
         if changed or self._ledger.filters != plan.filters:
             raise PrivflError(
-                f"the ledger {self._ledger.path} was changed or replaced while this run started; look at it, and start again"
+                f"the ledger {self._ledger.path} was changed or replaced while this run started; "
+                f"look at it, and start again"
             )
 
     def begin(self, noise_multiplier: float, outside: Sequence[str]) -> None:
-        """Write down what this run is going to do, with the noise that the sites agreed on; before that nothing can be charged.
+        """Write down what this run is going to do, with the noise that the sites agreed on;
+        before that nothing can be charged.
 
         Args:
             noise_multiplier: of the training steps.
@@ -69,7 +77,10 @@ class RunLedger:
         """
         self._plan = self._plan.with_noise(noise_multiplier)
         self._plans = self._plan.plans()
-        experiment, public = self._setup.experiment, self._setup.experiment.evaluation.records == "public"
+        experiment, public = (
+            self._setup.experiment,
+            self._setup.experiment.evaluation.records == "public",
+        )
         facts = RunFacts(
             experiment=experiment.digest(),
             model=experiment.model,
@@ -94,7 +105,7 @@ class RunLedger:
             for account in self._plans:
                 self._ledger.charge(account, NonPrivate(what="insecure_test_seed"), self._run, 0)
 
-    # -- charges -------------------------------------------------------------------------------------------------
+    # -- charges -----------------------------------------------------------------------------------
 
     def charge_round(self, round_: int) -> None:
         """Debit the local steps of a round: one that dies half way was spent.
@@ -127,50 +138,72 @@ class RunLedger:
         return self._plans[account].times(steps)
 
     def epsilon(self, account: Account) -> float:
-        """What this run has cost the account's records so far, in the accountant that admits the run."""
+        """What this run has cost the account's records so far, in the accountant that admits the
+        run.
+        """
         if account not in self._plans:
             return 0.0
         return self._plan.epsilon(account, [self.event(account, self._steps[account])])
 
-    # -- releases ------------------------------------------------------------------------------------------------
+    # -- releases ----------------------------------------------------------------------------------
 
     def check_release(
-        self, account: Account, round_: int, members: Sequence[str], active: Mapping[str, bool], *, costs: bool
+        self,
+        account: Account,
+        round_: int,
+        members: Sequence[str],
+        active: Mapping[str, bool],
+        *,
+        costs: bool,
     ) -> None:
         """Check policy and ledger once more, before a contribution to a sum is made.
 
-        Args:
-            account: whose records the contribution depends on.
-            round_: the round of the sum.
-            members: the sites of the sum.
-            active: the protections, and whether they are in place.
-            costs: whether the contribution must have been charged; metrics of public records, or of none, are not.
+        Args: account: whose records the contribution depends on. round_: the round of the sum.
+            members: the sites of the sum. active: the protections, and whether they are in place.
+            costs: whether the contribution must have been charged; metrics of public records, or of
+            none, are not.
 
         Raises:
             PrivflError: If the policy does not allow this sum.
             InternalError: If a protection is not active, or the contribution was not charged.
         """
-        policy, due = self._setup.file, self._setup.experiment.local_steps if account == "training" else 1
-        missing = [name for name in ("encryption", "masks", *policy.require) if not active.get(name, False)]
+        policy, due = (
+            self._setup.file,
+            self._setup.experiment.local_steps if account == "training" else 1,
+        )
+        missing = [
+            name for name in ("encryption", "masks", *policy.require) if not active.get(name, False)
+        ]
         if missing:
-            raise InternalError(f"{missing[0]} is not active at site {self._setup.site}; nothing was sent")
+            raise InternalError(
+                f"{missing[0]} is not active at site {self._setup.site}; nothing was sent"
+            )
         check_members(self._setup.site, self._setup.experiment, policy, len(members))
-        attempts = self._contributions[round_, account] = self._contributions.get((round_, account), 0) + 1
+        attempts = self._contributions[round_, account] = (
+            self._contributions.get((round_, account), 0) + 1
+        )
         if attempts > policy.attempts:
             raise PrivflError(
-                f"the policy of site {self._setup.site} allows {policy.attempts} attempts at one sum (attempts in its site file)"
+                f"the policy of site {self._setup.site} allows {policy.attempts} attempts at one "
+                f"sum (attempts in its site file)"
             )
         if costs and self._ledger.charged(account, self._run, round_) != due:
-            raise InternalError(f"round {round_} was not charged to the {account} records; nothing was sent")
+            raise InternalError(
+                f"round {round_} was not charged to the {account} records; nothing was sent"
+            )
 
     def make_final(self, account: Account) -> None:
-        """The charge stays from now on: something that depends on what was last charged is about to leave."""
+        """The charge stays from now on: something that depends on what was last charged is about
+        to leave.
+        """
         row = self._unreleased.pop(account, None)
         if row is not None:
             self._ledger.make_final(row)
 
     def refund_unreleased(self) -> None:
-        """Refund the charges of which nothing left because others ended the run; the trainer is dead and its results are gone."""
+        """Refund the charges of which nothing left because others ended the run; the trainer is
+        dead and its results are gone.
+        """
         for account, row in self._unreleased.items():
             self._ledger.refund(row, "peer")
             self._steps[account] -= row.steps
@@ -180,7 +213,9 @@ class RunLedger:
         """The head of the ledger, signed for this round after so many sums."""
         head = self._ledger.head
         signature = self._setup.identity.sign(head_bytes(head, self._run, round_, attempt)).hex()
-        return SignedHead(attempt=attempt, ledger=head.ledger, rows=head.rows, hash=head.hash, signature=signature)
+        return SignedHead(
+            attempt=attempt, ledger=head.ledger, rows=head.rows, hash=head.hash, signature=signature
+        )
 
     def close(self) -> None:
         """Close the ledger, for another program to use."""

@@ -1,4 +1,6 @@
-"""What one site brings to a run, decided before anything is sent: noise, encryption parameters, identity."""
+"""What one site brings to a run, decided before anything is sent: noise, encryption parameters,
+identity.
+"""
 
 from __future__ import annotations
 
@@ -54,7 +56,9 @@ class SiteSetup:
         return self.experiment.privacy.noise == "distributed"
 
     def randomness(self) -> Randomness:
-        """Where the agent's own noise comes from: the operating system, but for tests with a seed."""
+        """Where the agent's own noise comes from: the operating system, but for tests with a
+        seed.
+        """
         return randomness(self.experiment.insecure_test_seed, f"{self.site} agent")
 
     def for_trainer(self, run: str, threads: int, log: str) -> Prepare:
@@ -96,19 +100,30 @@ def prepare_site(site: str, experiment: Experiment, folder: Path, file: SiteFile
 
     Above all that is how much noise its records need, and whether its policy lets the run happen.
 
-    Raises:
-        PrivflError: If the policy or the budget refuses, the target epsilon cannot be reached, or keys that are asked for are missing.
+    Raises: PrivflError: If the policy or the budget refuses, the target epsilon cannot be reached,
+        or keys that are asked for are missing.
     """
     plan = admit(site, experiment, file)
-    return SiteSetup(site, experiment, folder, file, plan, parameters_of(experiment), _identity_of(site, experiment, file))
+    return SiteSetup(
+        site,
+        experiment,
+        folder,
+        file,
+        plan,
+        parameters_of(experiment),
+        _identity_of(site, experiment, file),
+    )
 
 
 def _identity_of(site: str, experiment: Experiment, file: SiteFile) -> Identity:
-    """The site's own identity, or one for this run only where no other site is told to expect a certain one."""
+    """The site's own identity, or one for this run only where no other site is told to expect a
+    certain one.
+    """
     missing = [name for name in experiment.sites if name != site and name not in file.peers]
     if missing and (file.peers or "pinned_keys" in file.require):
         raise PrivflError(
-            f"the file of site {site} pins no key for {', '.join(missing)}: add what `privfl keys show` prints there to peers, "
+            f"the file of site {site} pins no key for {', '.join(missing)}: add what `privfl keys "
+            f"show` prints there to peers, "
             "or leave out peers and require"
         )
     return Identity() if file.identity is None else load_identity(file.identity)

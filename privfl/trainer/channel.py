@@ -1,7 +1,9 @@
-"""Between an agent and its trainer: small JSON messages over a socket, flat vectors through shared memory.
+"""Between an agent and its trainer: small JSON messages over a socket, flat vectors through
+shared memory.
 
-Vectors are written and read by position on an anonymous file descriptor and never mapped: a reader copies first and then looks, and a
-file that the other side cut short gives a short read instead of a crash.
+Vectors are written and read by position on an anonymous file descriptor and never mapped: a reader
+copies first and then looks, and a file that the other side cut short gives a short read instead of
+a crash.
 """
 
 from __future__ import annotations
@@ -97,7 +99,9 @@ class SharedVector:
         """A new, empty vector; without a name, so that it vanishes with its last user."""
         if hasattr(os, "memfd_create"):
             return cls(os.memfd_create("privfl", os.MFD_CLOEXEC))
-        with tempfile.TemporaryFile() as file:  # no anonymous memory on this system: a file that has no name any more
+        with (
+            tempfile.TemporaryFile() as file
+        ):  # no anonymous memory on this system: a file that has no name any more
             return cls(os.dup(file.fileno()))
 
     def write(self, vector: NDArray[Any]) -> None:

@@ -1,7 +1,8 @@
 """A site's trainer: the process that holds torch, the user's code and the records, and no key.
 
-Started by the agent as ``python -m privfl.trainer.main SITE ...``; it answers requests until the agent goes away. It never imports
-mpi4py: an MPI library in a child of a rank would take itself for that rank.
+Started by the agent as ``python -m privfl.trainer.main SITE ...``; it answers requests until the
+agent goes away. It never imports mpi4py: an MPI library in a child of a rank would take itself for
+that rank.
 """
 
 from __future__ import annotations
@@ -48,7 +49,10 @@ _PACKAGE = str(Path(__file__).parents[1])
 
 
 def main(arguments: list[str]) -> None:
-    """Serve the agent. ``arguments``: site, descriptors of the channel, of the life line and of the two vectors."""
+    """Serve the agent.
+
+    ``arguments``: site, descriptors of the channel, of the life line and of the two vectors.
+    """
     sys.modules["mpi4py"] = None  # type: ignore[assignment]
     site, *descriptors = arguments
     channel_end, life, replica, update = map(int, descriptors)
@@ -71,7 +75,10 @@ def serve(channel: Channel[Request], trainer: Trainer) -> None:
         answer: Answer
         try:
             answer = trainer.answer(request)
-        except (Exception, SystemExit) as error:  # SystemExit too: user code that calls sys.exit() must not look like a crash
+        except (
+            Exception,
+            SystemExit,
+        ) as error:  # SystemExit too: user code that calls sys.exit() must not look like a crash
             answer = _failure(error, log)
         sys.stdout.flush()
         channel.send(answer)
@@ -82,9 +89,13 @@ def _failure(error: BaseException, log: str) -> Failed:
     if ours:
         traceback.print_exc()
     text = f"internal error in the trainer: {type(error).__name__}" if ours else str(error)
-    raised = isinstance(error.__cause__, BaseException) and not isinstance(error.__cause__, PrivflError)
+    raised = isinstance(error.__cause__, BaseException) and not isinstance(
+        error.__cause__, PrivflError
+    )
     where = "; read what it said in" if raised and not ours else "; log:"
-    return Failed(error=in_one_line(f"{text}{where} {log}"), exit_code=EXIT_OURS if ours else EXIT_USER)
+    return Failed(
+        error=in_one_line(f"{text}{where} {log}"), exit_code=EXIT_OURS if ours else EXIT_USER
+    )
 
 
 def _end_with_agent(life: int) -> None:
@@ -95,9 +106,11 @@ def _end_with_agent(life: int) -> None:
 
 @contextlib.contextmanager
 def _user_code(what: str) -> Iterator[None]:
-    """Turn whatever user code raises into one sentence; its message and traceback go to the site's log and no further.
+    """Turn whatever user code raises into one sentence; its message and traceback go to the
+    site's log and no further.
 
-    The message may quote a record ("could not convert string to float: ..."), and the sentence leaves the site in the clear.
+    The message may quote a record ("could not convert string to float: ..."), and the sentence
+    leaves the site in the clear.
     """
     try:
         yield
@@ -106,7 +119,11 @@ def _user_code(what: str) -> Iterator[None]:
     except (Exception, SystemExit) as error:
         traceback.print_exc()
         frames = traceback.extract_tb(error.__traceback__)
-        own = [f for f in frames if "site-packages" not in f.filename and not f.filename.startswith(_PACKAGE)]
+        own = [
+            f
+            for f in frames
+            if "site-packages" not in f.filename and not f.filename.startswith(_PACKAGE)
+        ]
         place = f" in line {own[-1].lineno} of {Path(own[-1].filename).name}" if own else ""
         raise PrivflError(f"{what} raised {type(error).__name__}{place}") from error
 
@@ -172,12 +189,17 @@ class Trainer:
         }
         torch.set_num_threads(request.threads)
         device = _device(request.device)
-        functions = {key: load_function(key, getattr(experiment, key), folder) for key in ("model", "data", "loss")}
+        functions = {
+            key: load_function(key, getattr(experiment, key), folder)
+            for key in ("model", "data", "loss")
+        }
 
-        # torch's own generator starts from one constant in every process; dropout must differ between sites.
+        # torch's own generator starts from one constant in every process; dropout must differ
+        # between sites.
         torch.seed()
         with _user_code(f"model ({experiment.model})"), torch.random.fork_rng():
-            # The one public seed: it makes the initial replicas equal. Noise and samples never come from torch.
+            # The one public seed: it makes the initial replicas equal. Noise and samples never come
+            # from torch.
             torch.manual_seed(_public_seed(experiment, request.run))
             model = functions["model"]()
         _check_arguments(experiment.data, functions["data"], site, request.data_options)
@@ -194,11 +216,19 @@ class Trainer:
         recipe = recipe_of(experiment, site, request.noise_multiplier)
         randomness = SystemRandomness() if seed is None else SeededRandomness(seed, site)
         with _user_code("preparing the model"):
-            self._training = LocalTraining(model, functions["loss"], train, recipe, randomness, device)
-        if self._private and self._metrics and self._evaluation is not None and len(self._evaluation) > 0:
+            self._training = LocalTraining(
+                model, functions["loss"], train, recipe, randomness, device
+            )
+        if (
+            self._private
+            and self._metrics
+            and self._evaluation is not None
+            and len(self._evaluation) > 0
+        ):
             with _user_code("evaluating model and metrics on the evaluation records"):
                 self._training.check_outputs(self._evaluation)
-        # The number of ratios of each metric is fixed before training; it must be the same at all sites.
+        # The number of ratios of each metric is fixed before training; it must be the same at all
+        # sites.
         layout = {name: len(sums) for name, (sums, _) in self._measure().items()}
         self._replica.write(self._training.flat())
         return Facts(
@@ -215,7 +245,9 @@ class Trainer:
         return replica
 
     def _train(self) -> Trained:
-        """fedavg: an update with noise; fedsgd: the sum of clipped gradients of one batch, to which the agent adds this site's share."""
+        """fedavg: an update with noise; fedsgd: the sum of clipped gradients of one batch, to
+        which the agent adds this site's share.
+        """
         with _user_code("training"):
             work = self._training.sum_gradients if self._sums else self._training.train_round
             self._update.write(work(self._load()))
@@ -239,8 +271,12 @@ class Trainer:
         from safetensors.torch import save_file
 
         self._load()
-        # Copies, because tied weights share memory, and a file that loads strictly needs every name.
-        tensors = {name: tensor.detach().cpu().clone().contiguous() for name, tensor in self._training.model.state_dict().items()}
+        # Copies, because tied weights share memory, and a file that loads strictly needs every
+        # name.
+        tensors = {
+            name: tensor.detach().cpu().clone().contiguous()
+            for name, tensor in self._training.model.state_dict().items()
+        }
         unfinished = path.with_name(f".{path.name}.{os.getpid()}")
         try:
             save_file(tensors, unfinished)
@@ -250,29 +286,43 @@ class Trainer:
         return Written(path=str(path))
 
 
-def _check_arguments(reference: str, data: Callable[..., Any], site: str, options: dict[str, Any]) -> None:
+def _check_arguments(
+    reference: str, data: Callable[..., Any], site: str, options: dict[str, Any]
+) -> None:
     """Say which option is missing or too many; nothing of a record is involved yet."""
     try:
         inspect.signature(data).bind(site, **options)
     except TypeError as error:
         raise PrivflError(
-            f"data ({reference}) does not fit data_options: {error}; check data_options in the experiment and in the site's file, and --sites"
+            f"data ({reference}) does not fit data_options: {error}; check data_options in the "
+            f"experiment and in the site's file, and --sites"
         ) from None
     except ValueError:
         return  # a callable without a signature
 
 
 def _warned_outside(caught: Sequence[warnings.WarningMessage]) -> list[str]:
-    """What data() warns that no epsilon covers, for everybody to read; all other warnings go to the site's log as ever."""
+    """What data() warns that no epsilon covers, for everybody to read; all other warnings go to
+    the site's log as ever.
+    """
     for warning in caught:
         if not issubclass(warning.category, OutsideGuarantee):
-            warnings.showwarning(warning.message, warning.category, warning.filename, warning.lineno)
-    return sorted({in_one_line(w.message)[:200] for w in caught if issubclass(w.category, OutsideGuarantee)})
+            warnings.showwarning(
+                warning.message, warning.category, warning.filename, warning.lineno
+            )
+    return sorted(
+        {in_one_line(w.message)[:200] for w in caught if issubclass(w.category, OutsideGuarantee)}
+    )
 
 
 def _public_seed(experiment: Experiment, run: str) -> int:
     text = run if experiment.insecure_test_seed is None else str(experiment.insecure_test_seed)
-    return int.from_bytes(hashlib.sha256(f"privfl initial model {text}".encode()).digest()[:8], "little") >> 1
+    return (
+        int.from_bytes(
+            hashlib.sha256(f"privfl initial model {text}".encode()).digest()[:8], "little"
+        )
+        >> 1
+    )
 
 
 def _device(name: str) -> Any:
@@ -282,7 +332,10 @@ def _device(name: str) -> Any:
         device = torch.device(name)
         torch.empty(1, device=device)
     except (RuntimeError, AssertionError) as error:
-        raise PrivflError(f"device {name} in the site file is not available to torch here: {in_one_line(error)[:120]}") from error
+        raise PrivflError(
+            f"device {name} in the site file is not available to torch here: "
+            f"{in_one_line(error)[:120]}"
+        ) from error
     return device
 
 

@@ -15,7 +15,8 @@ from privfl.errors import InternalError, PrivflError
 from privfl.trainer.channel import Channel, Closed, SharedVector
 from privfl.trainer.requests import ANSWERS, Answer, Failed, Prepare, Request
 
-# What launchers tell a rank about itself. A child that inherits it may be taken for the rank, by MPI or by a library.
+# What launchers tell a rank about itself. A child that inherits it may be taken for the rank, by
+# MPI or by a library.
 _LAUNCHER_PREFIXES = (
     "PMI",
     "PMIX",
@@ -38,8 +39,14 @@ _GRACE_SECONDS = 5.0
 
 
 def trainer_environment(environment: dict[str, str], threads: int) -> dict[str, str]:
-    """The environment of a trainer: the agent's, less the launcher's variables, with a number of threads if none was chosen."""
-    kept = {name: value for name, value in environment.items() if not name.startswith(_LAUNCHER_PREFIXES)}
+    """The environment of a trainer: the agent's, less the launcher's variables, with a number of
+    threads if none was chosen.
+    """
+    kept = {
+        name: value
+        for name, value in environment.items()
+        if not name.startswith(_LAUNCHER_PREFIXES)
+    }
     return kept | {"OMP_NUM_THREADS": kept.get("OMP_NUM_THREADS") or str(threads)}
 
 
@@ -75,8 +82,12 @@ class TrainerProcess:
         return self._channel.fileno()
 
     def has_answer(self) -> bool:
-        """Whether there is something to read, or nothing will come any more because the trainer died."""
-        return bool(select.select([self._channel], [], [], 0)[0]) or self._process.poll() is not None
+        """Whether there is something to read, or nothing will come any more because the trainer
+        died.
+        """
+        return (
+            bool(select.select([self._channel], [], [], 0)[0]) or self._process.poll() is not None
+        )
 
     def ask(self, request: Request) -> None:
         """Send a request; the answer is read with :meth:`answer`."""
@@ -91,7 +102,10 @@ class TrainerProcess:
             PrivflError: If the trainer reports a failure, or died.
         """
         try:
-            if self._process.poll() is not None and not select.select([self._channel], [], [], 0)[0]:
+            if (
+                self._process.poll() is not None
+                and not select.select([self._channel], [], [], 0)[0]
+            ):
                 raise Closed
             answer = self._channel.receive()
         except Closed:
@@ -107,14 +121,21 @@ class TrainerProcess:
         except subprocess.TimeoutExpired:
             return InternalError(f"the trainer closed its link but still runs; see {self._log}")
         if code < 0:
-            name = signal.Signals(-code).name if -code in signal.Signals._value2member_map_ else str(-code)
+            name = (
+                signal.Signals(-code).name
+                if -code in signal.Signals._value2member_map_
+                else str(-code)
+            )
             hint = " (perhaps out of memory)" if -code == signal.SIGKILL else ""
             return PrivflError(f"the trainer was killed by signal {name}{hint}; see {self._log}")
         return PrivflError(f"the trainer ended by itself with code {code}; see {self._log}")
 
     def stop(self) -> None:
-        """End the trainer and whatever user code started with it; what it wrote is complete or not there."""
-        # The group outlives its leader while any of its processes lives, so this reaches the children of a trainer that died.
+        """End the trainer and whatever user code started with it; what it wrote is complete or
+        not there.
+        """
+        # The group outlives its leader while any of its processes lives, so this reaches the
+        # children of a trainer that died.
         with contextlib.suppress(ProcessLookupError, PermissionError):
             os.killpg(self._process.pid, signal.SIGKILL)
         self._process.wait()

@@ -1,4 +1,7 @@
-"""Moving frames between ranks. Knows nothing of what it carries; the MPI module is imported only when it is asked for."""
+"""Moving frames between ranks.
+
+Knows nothing of what it carries; the MPI module is imported only when it is asked for.
+"""
 
 from privfl.transport.base import CHUNK, HEAD_LIMIT, Frame, Reduction, Transport, finish
 from privfl.transport.inprocess import connect

@@ -34,7 +34,13 @@ def plan(**changes: Any) -> lead.Plan:
 def hello(site: str, **changes: Any) -> Message:
     return Message.of(
         messages.Hello(
-            **{"site": site, "digest": "d", "versions": {"privfl": "1"}, "exchange_key": site * 8, "identity": f"id {site}"}
+            **{
+                "site": site,
+                "digest": "d",
+                "versions": {"privfl": "1"},
+                "exchange_key": site * 8,
+                "identity": f"id {site}",
+            }
             | changes
         )
     )
@@ -65,13 +71,16 @@ TRAINED = messages.Trained(event={"kind": "x"}, steps=3, epsilon=0.5, head=HEAD,
 
 
 class World:
-    """A coordinator and members that exchange encoded bytes; the heavy work is replaced by fixed answers."""
+    """A coordinator and members that exchange encoded bytes; the heavy work is replaced by fixed
+    answers.
+    """
 
     def __init__(self, p: lead.Plan) -> None:
         self.plan = p
         self.state = lead.State()
         self.members = {
-            rank: member.State(site, "d", p.sites, p.rounds, p.evaluate_every) for rank, site in enumerate(p.sites, 1)
+            rank: member.State(site, "d", p.sites, p.rounds, p.evaluate_every)
+            for rank, site in enumerate(p.sites, 1)
         }
         self.news: list[News] = []
         self.folded: list[int] = []
@@ -93,7 +102,12 @@ class World:
                 case lead.Release():
                     for rank in output.ranks:
                         for part in range(output.blocks):
-                            self.to_member(rank, replace(output.message, part=part, parts=output.blocks, bulk=b"sum"))
+                            self.to_member(
+                                rank,
+                                replace(
+                                    output.message, part=part, parts=output.blocks, bulk=b"sum"
+                                ),
+                            )
                 case lead.Tell():
                     self.news.append(output.news)
                 case lead.Dismiss():
@@ -102,7 +116,9 @@ class World:
     def to_member(self, rank: int, message: Message) -> None:
         self.wire.append((0, rank, message))
         blocks = {"update": BLOCKS, "metrics": BLOCKS}
-        self.members[rank], actions = member.step(self.members[rank], decode(*message.encode()), blocks.__getitem__)
+        self.members[rank], actions = member.step(
+            self.members[rank], decode(*message.encode()), blocks.__getitem__
+        )
         for action in actions:
             self.act(rank, action)
 
@@ -117,7 +133,10 @@ class World:
                 self.answer(rank, messages.Signed(signature=f"s{rank}"))
             case member.Verify():
                 if action.make_key:
-                    self.queue += [(rank, Message(Kind.SEALED_KEY, RUN, part=i, parts=len(SITES), bulk=b"key")) for i in (1, 2)]
+                    self.queue += [
+                        (rank, Message(Kind.SEALED_KEY, RUN, part=i, parts=len(SITES), bulk=b"key"))
+                        for i in (1, 2)
+                    ]
                     self.answer(rank, prepared())
             case member.Unseal():
                 self.answer(rank, prepared())
@@ -126,13 +145,20 @@ class World:
             case member.Contribute():
                 parts = BLOCKS if self.plan.path == "star" else 1
                 for part in range(parts):
-                    message = Message(Kind.CONTRIBUTION, RUN, state.round, state.attempt, part, parts, bulk=b"c")
+                    message = Message(
+                        Kind.CONTRIBUTION, RUN, state.round, state.attempt, part, parts, bulk=b"c"
+                    )
                     self.queue.append((rank, message))
                 self.members[rank] = member.contributed(state)
             case member.Combine(vector="update"):
                 self.answer(rank, messages.Applied(tag=f"t{state.round}"))
             case member.Combine(vector="metrics"):
-                self.answer(rank, messages.Measured(metrics={"accuracy": 0.5}, event=None, epsilon=0.0, head=HEAD))
+                self.answer(
+                    rank,
+                    messages.Measured(
+                        metrics={"accuracy": 0.5}, event=None, epsilon=0.0, head=HEAD
+                    ),
+                )
             case member.Write():
                 self.answer(rank, messages.Finished(model="m", log="l"))
 

@@ -21,13 +21,22 @@ from privfl.reporting.schema import (
 )
 
 HOSTILE = "<script>alert(1)</script>\"'&{{ 7*7 }}$x_2$\u202e\x00"
-FINE = [Check(what="chain", ok=True, detail="the hashes of all 71 rows fit"), Check(what="heads", ok=True, detail="9 heads fit")]
+FINE = [
+    Check(what="chain", ok=True, detail="the hashes of all 71 rows fit"),
+    Check(what="heads", ok=True, detail="9 heads fit"),
+]
 BROKEN = [FINE[0], Check(what="heads", ok=False, detail="rows were cut off")]
 UNSEEN = [FINE[0], Check(what="heads", ok=None, detail="no head was given")]
 LONG = "universitaetsklinikum-am-anderen-ende-des-langen-tales-abteilung-fuer-herz-und-gefaesse"
 
 
-def cost(epsilon: Epsilon = 1.23456, *, kept: bool = True, kind: str = "poisson_gaussian", persons: bool = True) -> Cost:
+def cost(
+    epsilon: Epsilon = 1.23456,
+    *,
+    kept: bool = True,
+    kind: str = "poisson_gaussian",
+    persons: bool = True,
+) -> Cost:
     person = Person(records=3, epsilon=4.00011, delta=2e-5) if persons else None
     return Cost(
         mechanism=kind,
@@ -45,7 +54,13 @@ def cost(epsilon: Epsilon = 1.23456, *, kept: bool = True, kind: str = "poisson_
 
 
 def book(
-    site: str = "zurich", *, runs: int | list[Run] = 2, kept: bool = True, points: int = 20, members: int = 3, **changes: object
+    site: str = "zurich",
+    *,
+    runs: int | list[Run] = 2,
+    kept: bool = True,
+    points: int = 20,
+    members: int = 3,
+    **changes: object,
 ) -> Book:
     """A book with so many points on its curve, in which run i is 'f00i...'."""
     text = str(changes.pop("text", "heart.py:model"))
@@ -57,7 +72,10 @@ def book(
     stamps = [f"2026-03-{1 + i % 28:02d}T10:{i % 60:02d}:07Z" for i in range(points)]
     run_at = [names[i * runs // points] for i in range(points)]
     infinite = spent == "infinite"
-    values: list[Epsilon] = ["infinite" if infinite else 0.5 + (float(spent) - 0.5) * i / (points - 1) for i in range(points)]
+    values: list[Epsilon] = [
+        "infinite" if infinite else 0.5 + (float(spent) - 0.5) * i / (points - 1)
+        for i in range(points)
+    ]
 
     def account(name: str) -> Account:
         charges = [
@@ -78,7 +96,11 @@ def book(
         ]
         curve = [
             Point(
-                charge=i + 1, time=stamps[i], run=run_at[i], round=i + 1, epsilon=value if name == "training" else 0.1 + i / 100
+                charge=i + 1,
+                time=stamps[i],
+                run=run_at[i],
+                round=i + 1,
+                epsilon=value if name == "training" else 0.1 + i / 100,
             )
             for i, value in enumerate(values)
         ]
@@ -95,9 +117,21 @@ def book(
         )
 
     def run(name: str) -> Run:
-        found = [Adversary(who="the coordinator alone", sees="masked updates", epsilon=None, because="encryption: it has no key")]
+        found = [
+            Adversary(
+                who="the coordinator alone",
+                sees="masked updates",
+                epsilon=None,
+                because="encryption: it has no key",
+            )
+        ]
         found += [
-            Adversary(who=f"{k} other sites together", sees=text, epsilon="infinite" if infinite else 1.23456, because="noise")
+            Adversary(
+                who=f"{k} other sites together",
+                sees=text,
+                epsilon="infinite" if infinite else 1.23456,
+                because="noise",
+            )
             for k in range(1, members)
         ]
         return Run(

@@ -60,6 +60,14 @@ def test_the_odds_are_an_upper_bound(epsilon: float):
 def test_where_a_curve_is_thinned_out_a_run_ends_at_the_next_point():
     account = book(runs=2, points=4).accounts[0]
     numbers = {charge.run: i for i, charge in enumerate(account.charges, 1)}
-    assert [epsilon for _, epsilon in after_runs(account, numbers)] == [account.curve[1].epsilon, account.curve[3].epsilon]
-    wide = account.model_copy(update={"curve": [p.model_copy(update={"charge": 5 * p.charge}) for p in account.curve]})
-    assert [epsilon for _, epsilon in after_runs(wide, numbers)] == [account.curve[2].epsilon, account.curve[3].epsilon]
+    assert [epsilon for _, epsilon in after_runs(account, numbers)] == [
+        account.curve[1].epsilon,
+        account.curve[3].epsilon,
+    ]
+    wide = account.model_copy(
+        update={"curve": [p.model_copy(update={"charge": 5 * p.charge}) for p in account.curve]}
+    )
+    assert [epsilon for _, epsilon in after_runs(wide, numbers)] == [
+        account.curve[2].epsilon,
+        account.curve[3].epsilon,
+    ]

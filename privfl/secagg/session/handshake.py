@@ -1,4 +1,6 @@
-"""A site's way into a run: what its members agree on, and the keys, which are used once all signatures have been checked."""
+"""A site's way into a run: what its members agree on, and the keys, which are used once all
+signatures have been checked.
+"""
 
 from __future__ import annotations
 
@@ -13,7 +15,8 @@ from privfl.secagg.session.sums import SumSession
 
 
 class Handshake:
-    """What one site has of a run's roster and keys, step by step: sign, verify, and make or open the keys.
+    """What one site has of a run's roster and keys, step by step: sign, verify, and make or open
+    the keys.
 
     Args:
         site: the name of this site.
@@ -22,14 +25,22 @@ class Handshake:
         parameters: those of the run's encrypted sums.
     """
 
-    def __init__(self, site: str, identity: Identity, peers: Mapping[str, str], parameters: Parameters) -> None:
+    def __init__(
+        self, site: str, identity: Identity, peers: Mapping[str, str], parameters: Parameters
+    ) -> None:
         self.exchange = ExchangeKey()
-        self._site, self._identity, self._peers, self._parameters = site, identity, peers, parameters
+        self._site, self._identity, self._peers, self._parameters = (
+            site,
+            identity,
+            peers,
+            parameters,
+        )
         self._roster: Roster | None = None
         self._sums: SumSession | None = None
 
     def sign(self, roster: Roster) -> bytes:
-        """The signature under the roster, after it was held against what this site knows of itself and of pinned peers.
+        """The signature under the roster, after it was held against what this site knows of
+        itself and of pinned peers.
 
         Raises:
             ProtocolError: If the relay shows other keys for this site than it sent, or a key twice.
@@ -46,8 +57,8 @@ class Handshake:
             signatures: by site, in hexadecimal.
             make_key: whether this site makes the keys of the run.
 
-        Returns:
-            The keys sealed to every other member, as (index of the member, sealed); empty unless ``make_key``.
+        Returns: The keys sealed to every other member, as (index of the member, sealed); empty
+            unless ``make_key``.
 
         Raises:
             ProtocolError: If a signature is missing or does not fit.
@@ -98,7 +109,9 @@ class Handshake:
         return self._sums
 
     def protections(self, members: int) -> dict[str, bool]:
-        """Which protections are in place at this moment for a sum of so many members, told from the objects that provide them."""
+        """Which protections are in place at this moment for a sum of so many members, told from
+        the objects that provide them.
+        """
         sums = self._sums
         return {
             "encryption": sums is not None and sums.key is sums.keys.sums,

@@ -1,4 +1,6 @@
-"""The secrets that the sites of one run share: made by the first site, sealed to the others, in memory only."""
+"""The secrets that the sites of one run share: made by the first site, sealed to the others, in
+memory only.
+"""
 
 from __future__ import annotations
 
@@ -14,7 +16,9 @@ from privfl.secagg.session.roster import Roster
 
 
 class RunKeys:
-    """The CKKS key, and a secret from which keys for checksums, digests of replicas and notes between sites are derived."""
+    """The CKKS key, and a secret from which keys for checksums, digests of replicas and notes
+    between sites are derived.
+    """
 
     def __init__(self, secret: bytes, sums: SumKey) -> None:
         self._secret = secret
@@ -41,9 +45,13 @@ class RunKeys:
         return cls(secret[:KEY_BYTES], SumKey(parameters, secret[KEY_BYTES:]))
 
     def tag(self, text: str, replica: bytes) -> str:
-        """A keyed digest: equal tags mean equal replicas, and without the sites' key nobody can test a guess."""
+        """A keyed digest: equal tags mean equal replicas, and without the sites' key nobody can
+        test a guess.
+        """
         key = derive_key(self._secret, b"", b"privfl replica 1")
-        return hmac.new(key, hashlib.sha256(text.encode()).digest() + replica, hashlib.sha256).hexdigest()
+        return hmac.new(
+            key, hashlib.sha256(text.encode()).digest() + replica, hashlib.sha256
+        ).hexdigest()
 
     def checksum_key(self, transcript: bytes) -> bytes:
         """The key of the checksums of one attempt."""
@@ -66,14 +74,21 @@ class RunKeys:
 
 
 def seal_keys(keys: RunKeys, exchange: ExchangeKey, roster: Roster) -> list[tuple[int, bytes]]:
-    """The keys sealed to every member but the first, which made them: (index of the member, sealed)."""
+    """The keys sealed to every member but the first, which made them: (index of the member,
+    sealed).
+    """
     return [
-        (index, exchange.seal(member.exchange_key, keys.secret_bytes(), _context(roster, member.site)))
+        (
+            index,
+            exchange.seal(member.exchange_key, keys.secret_bytes(), _context(roster, member.site)),
+        )
         for index, member in enumerate(roster.members[1:], 1)
     ]
 
 
-def open_keys(sealed: bytes, exchange: ExchangeKey, roster: Roster, site: str, parameters: Parameters) -> RunKeys:
+def open_keys(
+    sealed: bytes, exchange: ExchangeKey, roster: Roster, site: str, parameters: Parameters
+) -> RunKeys:
     """The keys that the first member sealed to ``site``.
 
     Raises:

@@ -1,4 +1,6 @@
-"""Metrics as integers: exact sums of numbers on a fine grid, each as several values of a contribution."""
+"""Metrics as integers: exact sums of numbers on a fine grid, each as several values of a
+contribution.
+"""
 
 from __future__ import annotations
 
@@ -25,21 +27,27 @@ def metrics_to_integers(numbers: NDArray[np.float64], parameters: Parameters) ->
         PrivflError: a number is not finite or too large.
     """
     if not (np.abs(numbers) <= _LARGEST_METRIC / parameters.members).all():
-        raise PrivflError("a metric returned NaN, an infinite number, or one too large to be summed over the sites")
+        raise PrivflError(
+            "a metric returned NaN, an infinite number, or one too large to be summed over the "
+            "sites"
+        )
     return np.rint(numbers / _METRIC_GRID).astype(np.int64)
 
 
 def metrics_from_totals(totals: NDArray[np.int64], parameters: Parameters) -> NDArray[np.float64]:
     """The sums of numbers behind the sums of their limbs."""
-    wrapped = [total % (1 << 64) for total in join(totals.tolist(), parameters.value_bits - 1, limbs(parameters))]
+    wrapped = [
+        total % (1 << 64)
+        for total in join(totals.tolist(), parameters.value_bits - 1, limbs(parameters))
+    ]
     return np.array(wrapped, dtype=np.uint64).view(np.int64).astype(np.float64) * _METRIC_GRID
 
 
 def layout_of(numbers: int, parameters: Parameters, *, wide: bool) -> Layout:
     """Where a vector of so many numbers lies in the blocks of a contribution.
 
-    Args:
-        wide: whether each number is one modulo 2^64 that takes several values, as those of metrics do.
+    Args: wide: whether each number is one modulo 2^64 that takes several values, as those of
+        metrics do.
     """
     return Layout(numbers * limbs(parameters) if wide else numbers, parameters)
 

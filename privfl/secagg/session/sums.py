@@ -1,4 +1,6 @@
-"""A site's part in the encrypted sums of one run: from a vector to blocks for the wire, and from blocks to the checked sum."""
+"""A site's part in the encrypted sums of one run: from a vector to blocks for the wire, and from
+blocks to the checked sum.
+"""
 
 from __future__ import annotations
 
@@ -12,7 +14,16 @@ import numpy as np
 from numpy.typing import NDArray
 
 from privfl.errors import MismatchError, ProtocolError
-from privfl.secagg import Checksum, Decryption, ExchangeKey, Layout, Masks, Pairs, Parameters, encrypt
+from privfl.secagg import (
+    Checksum,
+    Decryption,
+    ExchangeKey,
+    Layout,
+    Masks,
+    Pairs,
+    Parameters,
+    encrypt,
+)
 from privfl.secagg.quantise import Quantiser
 from privfl.secagg.session.keys import RunKeys
 from privfl.secagg.session.metrics import to_limbs
@@ -23,7 +34,9 @@ _AHEAD = 512
 
 
 class SumSession:
-    """Opens one sum after another, each for a later (round, attempt), until one does not fit; then the keys are given up."""
+    """Opens one sum after another, each for a later (round, attempt), until one does not fit;
+    then the keys are given up.
+    """
 
     def __init__(self, roster: Roster, exchange: ExchangeKey, keys: RunKeys) -> None:
         self._roster = roster
@@ -42,15 +55,18 @@ class SumSession:
         return self.key.parameters
 
     def work_ahead(self, layout: Layout) -> bool:
-        """Do a little (about a millisecond) of what the next contribution will need, whatever is in it; False if nothing is left to do."""
+        """Do a little (about a millisecond) of what the next contribution will need, whatever is
+        in it; False if nothing is left to do.
+        """
         return not self.given_up and self.key.encrypt_ahead(min(_AHEAD, layout.all_ciphertexts))
 
-    def open(self, round_: int, attempt: int, length: int, quantiser: Quantiser, facts: Any) -> SumAttempt:
+    def open(
+        self, round_: int, attempt: int, length: int, quantiser: Quantiser, facts: Any
+    ) -> SumAttempt:
         """This site's part in the sum of one attempt.
 
-        Args:
-            length: values of the vector.
-            facts: whatever else all members must have been told alike, as JSON: if they were not, the sum does not decode.
+        Args: length: values of the vector. facts: whatever else all members must have been told
+            alike, as JSON: if they were not, the sum does not decode.
 
         Raises:
             ProtocolError: not later than the last one, or the keys were given up.
@@ -58,14 +74,19 @@ class SumSession:
         if self.given_up:
             raise MismatchError
         names = [member.site for member in self._roster.members]
-        text = json.dumps(["privfl sum 1", self._roster.digest.hex(), round_, attempt, length, names, facts], sort_keys=True)
+        text = json.dumps(
+            ["privfl sum 1", self._roster.digest.hex(), round_, attempt, length, names, facts],
+            sort_keys=True,
+        )
         transcript = hashlib.sha256(text.encode()).digest()
         masks = self._pairs.masks(round_, attempt, transcript)
         return SumAttempt(self, length, quantiser, masks, self.keys.checksum_key(transcript))
 
     @contextlib.contextmanager
     def until_mismatch(self) -> Iterator[None]:
-        """The first sum that does not fit ends the key epoch: nothing is encrypted or decrypted with these keys any more."""
+        """The first sum that does not fit ends the key epoch: nothing is encrypted or decrypted
+        with these keys any more.
+        """
         try:
             yield
         except MismatchError:
@@ -76,7 +97,9 @@ class SumSession:
 class SumAttempt:
     """One attempt: the contribution, once, and then the total. Made by :meth:`SumSession.open`."""
 
-    def __init__(self, sums: SumSession, length: int, quantiser: Quantiser, masks: Masks, check: bytes) -> None:
+    def __init__(
+        self, sums: SumSession, length: int, quantiser: Quantiser, masks: Masks, check: bytes
+    ) -> None:
         self._sums, self._length, self._quantiser, self._check = sums, length, quantiser, check
         self._masks: Masks | None = masks
         self._decryption = Decryption(length, Checksum(check, sums.parameters), sums.key)
@@ -91,12 +114,21 @@ class SumAttempt:
         masks, self._masks = self._masks, None
         if masks is None or len(vector) != self._length:
             raise ProtocolError(
-                f"a second contribution to one attempt, or one of another length than {self._length}, was asked for"
+                f"a second contribution to one attempt, or one of another length than "
+                f"{self._length}, was asked for"
             )
-        return encrypt(vector, self._quantiser, Checksum(self._check, self._sums.parameters), masks, self._sums.key)
+        return encrypt(
+            vector,
+            self._quantiser,
+            Checksum(self._check, self._sums.parameters),
+            masks,
+            self._sums.key,
+        )
 
     def wide_contribution(self, numbers: NDArray[np.int64]) -> Iterator[NDArray[np.uint64]]:
-        """As :meth:`contribution`, of numbers modulo 2^64 that take several values each; :func:`metrics_from_totals` is the way back."""
+        """As :meth:`contribution`, of numbers modulo 2^64 that take several values each;
+        :func:`metrics_from_totals` is the way back.
+        """
         if self._masks is None:
             return self.contribution(numbers)
         hidden = numbers.astype(np.uint64)
