@@ -19,7 +19,7 @@ from privfl.federation.metrics import pack
 from privfl.ledger import Ledger
 from privfl.reporting.schema import Report
 from privfl.site.observer import Observer
-from tests.books import PRIVATE, read, run_books
+from tests.ledgers import PRIVATE, read, run_ledgers
 from tests.conftest import ROOT, Twin, edit, run_twin
 
 
@@ -45,8 +45,8 @@ def test_the_heart_example_is_refused_when_the_budget_is_spent(
 
     first = run()
     assert first.codes == [0] * 5, first.err
-    assert "a book is kept across runs by cleveland (begins with this run)" in first.out
-    assert "no book is kept" not in first.out
+    assert "a ledger is kept across runs by cleveland (begins with this run)" in first.out
+    assert "no ledger is kept" not in first.out
     second = run()
     assert second.codes == [2] * 5
     (fit,) = {
@@ -74,10 +74,10 @@ def test_a_run_leaves_its_report(small: Path, tmp_path: Path, sites: Path):
     twin = run_twin(small, output=tmp_path / "runs", ranks=3, sites=sites)
     assert twin.codes == [0, 0, 0], twin.err
     found = Report.model_validate_json((twin.folder / "report.json").read_text())
-    assert [book.site for book in found.books] == ["aa", "bbb"]
-    assert all(book.kept for book in found.books)
+    assert [book.site for book in found.sites] == ["aa", "bbb"]
+    assert all(book.kept for book in found.sites)
     summary = json.loads((twin.folder / "summary.json").read_text())
-    for book in found.books:
+    for book in found.sites:
         (run,) = book.runs
         assert (run.rounds_charged, run.training.steps) == (2, 6)
         assert run.exact_metrics == ["accuracy"]
@@ -85,7 +85,7 @@ def test_a_run_leaves_its_report(small: Path, tmp_path: Path, sites: Path):
         assert read(tmp_path / f"{book.site}.ledger").head.hash == book.head
     page = (twin.folder / "report.html").read_text().lower()
     assert "aa" in page
-    assert "no book is kept" not in page
+    assert "no ledger is kept" not in page
     # The site's own page lies beside its ledger.
     assert (tmp_path / "aa.report.html").exists()
 
@@ -94,9 +94,9 @@ def test_a_run_leaves_its_report(small: Path, tmp_path: Path, sites: Path):
 def test_without_site_files_the_book_covers_the_run_alone(small: Path, tmp_path: Path):
     twin = run_twin(small, output=tmp_path / "runs", ranks=3)
     assert twin.codes == [0, 0, 0], twin.err
-    assert "no book is kept across runs" in twin.out
-    assert "no book is kept across runs" in (twin.folder / "report.html").read_text().lower()
-    for site, path in run_books(twin).items():
+    assert "no ledger is kept across runs" in twin.out
+    assert "no ledger is kept across runs" in (twin.folder / "report.html").read_text().lower()
+    for site, path in run_ledgers(twin).items():
         book = read(path)
         assert book.site == site
         assert [row.steps for row in book.charges()] == [3, 3]
@@ -109,11 +109,11 @@ def test_without_site_files_the_book_covers_the_run_alone(small: Path, tmp_path:
 @pytest.mark.usefixtures("trainers_as_threads")
 def test_a_seeded_run_is_not_private_in_the_book_either(small: Path, tmp_path: Path):
     twin = run_twin(small, "insecure_test_seed=3", output=tmp_path / "runs", ranks=3)
-    for path in run_books(twin).values():
+    for path in run_ledgers(twin).values():
         kinds = [event.kind for event in read(path).events.values()]
         assert "non_private" in kinds
     found = Report.model_validate_json((twin.folder / "report.json").read_text())
-    assert all(account.spent == "infinite" for book in found.books for account in book.accounts)
+    assert all(account.spent == "infinite" for book in found.sites for account in book.accounts)
 
 
 def test_every_round_is_charged_before_the_trainer_hears_of_it(
@@ -272,7 +272,7 @@ def test_what_left_is_not_refunded_whatever_ends_the_run(small: Path, tmp_path: 
 @pytest.mark.usefixtures("trainers_as_threads")
 def test_a_book_without_limits_is_no_budget(small: Path, tmp_path: Path, sites: Path):
     twin = run_twin(small, "insecure_test_seed=3", output=tmp_path / "runs", ranks=3)
-    shutil.copy(run_books(twin)["aa"], tmp_path / "aa.ledger")
+    shutil.copy(run_ledgers(twin)["aa"], tmp_path / "aa.ledger")
     refused = run_twin(small, output=tmp_path / "more", ranks=3, sites=sites)
     assert refused.codes == [2, 2, 2]
     assert "was written for a single run and has no limits for the budget of site aa" in refused.err
@@ -315,7 +315,7 @@ def test_metrics_of_private_records_leave_with_noise_and_are_charged(small: Path
     assert len(seen.sent_numbers) == 8
     assert np.abs(_noise(seen)).min() > 1e-6, "every number has noise"
     rounds = [json.loads(line) for line in (twin.folder / "rounds.jsonl").read_text().splitlines()]
-    for site, path in run_books(twin).items():
+    for site, path in run_ledgers(twin).items():
         book = read(path)
         charged = [row for row in book.charges() if row.account == "evaluation"]
         assert [row.round for row in charged] == [1, 2, 3, 4]

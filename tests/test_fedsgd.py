@@ -24,7 +24,7 @@ from privfl.reporting.numbers import decimals
 from privfl.site import agent, algorithms
 from privfl.site.active_run import ActiveRun
 from privfl.site.run_ledger import RunLedger
-from tests.books import read, run_books
+from tests.ledgers import read, run_ledgers
 from tests.conftest import Twin, run_cli, run_twin, secure_experiment
 from tests.inside import Seen
 from tests.test_run import user_module
@@ -95,7 +95,7 @@ def test_steps_charged_are_sums_given_to_are_shares_drawn(observed: tuple[Twin, 
     summary = json.loads((twin.folder / "summary.json").read_text())
     rounds = [json.loads(line) for line in (twin.folder / "rounds.jsonl").read_text().splitlines()]
     for rank, site in enumerate(SITES, 1):
-        book = read(run_books(twin)[site])
+        book = read(run_ledgers(twin)[site])
         assert sum(book.steps("training").values()) == 60
         assert [row.steps for row in book.charges()] == [1] * 60
         assert seen.contributions(rank) == [(number, 1) for number in range(1, 61)]
@@ -113,7 +113,7 @@ def test_everywhere_the_same_noise_and_adversaries(observed: tuple[Twin, Seen]):
     twin, _ = observed
     summary = json.loads((twin.folder / "summary.json").read_text())
     last = json.loads((twin.folder / "rounds.jsonl").read_text().splitlines()[-1])
-    books = json.loads((twin.folder / "report.json").read_text())["books"]
+    books = json.loads((twin.folder / "report.json").read_text())["sites"]
     assert (summary["noise"], summary["collusion"]) == ("distributed", 1)
     for book in books:
         site, run = summary["sites"][book["site"]], book["runs"][0]
@@ -166,7 +166,7 @@ def test_adversaries_rise_whatever_admits_the_run(steps: Path, tmp_path: Path):
     summary = json.loads((twin.folder / "summary.json").read_text())
     exported = [run_cli("budget", "export", f"{tmp_path / site}.ledger").out for site in SITES]
     for page in ((twin.folder / "report.json").read_text(), *exported):
-        for book in json.loads(page)["books"]:
+        for book in json.loads(page)["sites"]:
             adversaries = summary["sites"][book["site"]]["adversaries"]
             epsilons = [
                 a["epsilon"] for a in book["runs"][0]["adversaries"] if a["epsilon"] is not None

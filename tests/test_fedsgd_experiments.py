@@ -11,7 +11,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from tests.books import read, run_books
+from tests.ledgers import read, run_ledgers
 from tests.conftest import TASK, edit, run_twin
 from tests.inside import watch
 from tests.test_fedsgd import RANKS, SITES
@@ -188,7 +188,7 @@ def test_a_batch_without_records_is_a_step_like_any_other(
         assert all(np.abs(integers).max() > 0 for integers in seen.integers[site]), (
             "an empty batch cannot be told by its noise"
         )
-        assert sum(read(run_books(twin)[site]).steps("training").values()) == 30
+        assert sum(read(run_ledgers(twin)[site]).steps("training").values()) == 30
         assert json.loads((twin.folder / "summary.json").read_text())["sites"][site]["steps"] == 30
 
 

@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 
 from privfl.federation.messages import Kind, decode
-from tests.books import PRIVATE
+from tests.ledgers import PRIVATE
 from tests.conftest import run_cli, run_twin
 
 

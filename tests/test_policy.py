@@ -230,7 +230,7 @@ def test_another_sites_book_is_refused(policy: Any, tmp_path: Path):
     found = policy(KEPT, *TARGET)
     with Ledger.write(tmp_path / "aa.ledger", "bbb", found.filters):
         pass
-    with pytest.raises(PrivflError, match=r"is the book of site bbb, not of aa"):
+    with pytest.raises(PrivflError, match=r"belongs to site bbb, not to aa"):
         policy(KEPT, *TARGET)
 
 

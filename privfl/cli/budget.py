@@ -71,7 +71,8 @@ def show(ledgers: tuple[Path, ...], heads: tuple[Path, ...]) -> None:
     )
     if not all(history.kept for history in histories):
         click.echo(
-            "no book is kept across runs where the last column says so: those epsilons are of one "
+            "no ledger is kept across runs where the last column says so: those epsilons are of "
+            "one "
             "run"
         )
     bad = [
@@ -153,9 +154,9 @@ def verify(ledger: Path, heads: tuple[Path, ...]) -> None:
     shown = from_ledger.heads_in([*heads, *([ledger] if ledger.is_dir() else [])])
     problems = []
     for path in from_ledger.find([ledger]):
-        with Ledger.read(path) as book:
-            found = from_ledger.checks(book, shown)
-            wrong_costs = book.problems()
+        with Ledger.read(path) as opened:
+            found = from_ledger.checks(opened, shown)
+            wrong_costs = opened.problems()
             for check in found:
                 click.echo(
                     f"{path}: {check.what}: "

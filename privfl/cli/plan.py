@@ -262,7 +262,7 @@ def _print(console: Console, experiment: Experiment, plans: dict[str, Any]) -> N
             _print_adversaries(console, sites, plan)
     if not all(plan["budget"] for plan in plans.values()):
         console.print(
-            "sites without a budget: no book is kept across runs, and nothing is refused on "
+            "sites without a budget: no ledger is kept across runs, and nothing is refused on "
             "account of earlier ones"
         )
     console.print(

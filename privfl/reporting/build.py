@@ -22,12 +22,12 @@ from privfl.accounting import (
     person_epsilon,
 )
 from privfl.accounting import Account as AccountName
-from privfl.reporting.history import Charged, History, RunFacts, now
+from privfl.ledger import RunFacts
+from privfl.reporting.history import Charged, History, ReportedRun, now
 from privfl.reporting.schema import (
     FORMAT,
     Account,
     Adversary,
-    Book,
     Budget,
     Charge,
     Cost,
@@ -35,6 +35,7 @@ from privfl.reporting.schema import (
     Point,
     Report,
     Run,
+    SiteReport,
 )
 
 # More points do not show in a plot.
@@ -55,17 +56,20 @@ def report(title: str, histories: Sequence[History]) -> Report:
         unit="one record",
         adjacency=ADJACENCY,
         sampling="Poisson: every record enters a step independently of all others",
-        books=[_book(history) for history in histories],
+        sites=[_site(history) for history in histories],
     )
 
 
-def _book(history: History) -> Book:
+def _site(history: History) -> SiteReport:
     limit = next(iter(history.limits.values()), None)
-    newest = {facts.run for facts in history.runs[-_RUNS_WITH_PLD:]}
-    by_run: dict[str, list[Charged]] = {facts.run: [] for facts in history.runs}
+    newest = {reported.run for reported in history.runs[-_RUNS_WITH_PLD:]}
+    by_run: dict[str, list[Charged]] = {reported.run: [] for reported in history.runs}
     for charge in history.charges:
         by_run.setdefault(charge.run, []).append(charge)
-    runs = [_run(history, facts, by_run[facts.run], facts.run in newest) for facts in history.runs]
+    runs = [
+        _run(history, reported, by_run[reported.run], reported.run in newest)
+        for reported in history.runs
+    ]
     by_account = {
         name: [charge for charge in history.charges if charge.account == name] for name in ACCOUNTS
     }
@@ -74,7 +78,7 @@ def _book(history: History) -> Book:
         for name, charges in by_account.items()
         if charges or name in history.limits
     ]
-    return Book(
+    return SiteReport(
         site=history.site,
         source=history.source,
         kept=history.kept,
@@ -98,8 +102,10 @@ def spent(history: History, name: AccountName) -> tuple[float, float, int]:
     told, counted = history.told.get(name), steps
     if name not in history.limits:
         runs = [
-            _planned(_steps(c for c in charges if c.run == facts.run), facts.plans.get(name))
-            for facts in history.runs
+            _planned(
+                _steps(c for c in charges if c.run == reported.run), reported.facts.plans.get(name)
+            )
+            for reported in history.runs
         ]
         counted = {
             mechanism: max(count, sum(run.get(mechanism, 0) for run in runs))
@@ -128,7 +134,7 @@ def _account(
 
 def _delta(history: History, name: AccountName) -> float:
     limit = history.limits.get(name)
-    return limit.delta if limit is not None else history.runs[-1].delta
+    return limit.delta if limit is not None else history.runs[-1].facts.delta
 
 
 def _steps(charges: Iterable[Charged]) -> dict[int, int]:
@@ -174,9 +180,9 @@ def _spent(
 
 
 def _together(persons: Sequence[Person | None]) -> Person | None:
-    """By basic composition over runs, which holds whatever each run was chosen after (Rogers et al.
+    """By basic composition over runs, which holds whatever each run was chosen after.
 
-    2016).
+    Source: Rogers et al. 2016.
     """
     known = [person for person in persons if person is not None]
     if not known or len(known) != len(persons) or len({person.records for person in known}) != 1:
@@ -193,15 +199,15 @@ def _grouped(history: History, charges: Sequence[Charged]) -> list[Charge]:
     by_run: dict[str, dict[int, list[Charged]]] = {}
     for charge in charges:
         by_run.setdefault(charge.run, {}).setdefault(charge.mechanism, []).append(charge)
-    found = []
+    lines = []
     for groups in by_run.values():
         if len(groups) <= _LINES_OF_A_RUN:
-            found += [_line(history, members) for members in groups.values()]
+            lines += [_line(history, members) for members in groups.values()]
         else:
-            found.append(
+            lines.append(
                 _line(history, sorted(charge for members in groups.values() for charge in members))
             )
-    return found
+    return lines
 
 
 def _line(history: History, charges: Sequence[Charged]) -> Charge:
@@ -276,14 +282,15 @@ def _after(
 # -- one run ---------------------------------------------------------------------------------------
 
 
-def _run(history: History, facts: RunFacts, charges: list[Charged], with_pld: bool) -> Run:
+def _run(history: History, reported: ReportedRun, charges: list[Charged], with_pld: bool) -> Run:
+    facts = reported.facts
     costs = {
         name: _cost(history, facts, name, [c for c in charges if c.account == name], with_pld)
         for name in ACCOUNTS
     }
     return Run(
-        run=facts.run,
-        begun=facts.begun,
+        run=reported.run,
+        begun=reported.begun,
         model=facts.model,
         data=facts.data,
         members=list(facts.members),
@@ -291,7 +298,7 @@ def _run(history: History, facts: RunFacts, charges: list[Charged], with_pld: bo
         rounds_charged=len(
             {charge.round for charge in charges if charge.round and charge.account == "training"}
         ),
-        trust=facts.trust,
+        trust=reported.trust,
         private=facts.private,
         exact_metrics=list(facts.exact_metrics),
         outside=list(facts.outside),
@@ -367,7 +374,7 @@ def _adversaries(
         because="encryption: it has no key and never sees the model",
     )
     # In a loop of the user's own every rank is a site.
-    found = [coordinator] if facts.coordinator else []
+    rows = [coordinator] if facts.coordinator else []
     events = _events(history, _planned(_steps(charges), facts.plans.get("training")))
     because = "noise: this site adds all of it itself, so it holds against everybody"
     for adversary in adversaries(facts.noise, len(facts.members), facts.collusion):
@@ -387,7 +394,7 @@ def _adversaries(
             )
         if cost.epsilon == "infinite":
             because = "nothing: what was released is not protected by noise"
-        found.append(
+        rows.append(
             Adversary(who=adversary.who, sees=adversary.sees, epsilon=epsilon, because=because)
         )
     owner = Adversary(
@@ -396,4 +403,4 @@ def _adversaries(
         epsilon=None,
         because="nothing in privfl: that person must be trusted",
     )
-    return [*found, owner]
+    return [*rows, owner]

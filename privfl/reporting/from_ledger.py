@@ -13,8 +13,8 @@ from privfl.errors import PrivflError, ProtocolError, in_one_line
 
 if TYPE_CHECKING:
     from privfl.accounting import Account
-    from privfl.ledger import Head, Ledger
-    from privfl.reporting.history import History, RunFacts
+    from privfl.ledger import Head, Ledger, RunFacts
+    from privfl.reporting.history import History, ReportedRun
     from privfl.reporting.schema import Check
 
 
@@ -185,26 +185,31 @@ def _problem(ledger: Ledger, shown: Shown, identities: dict[str, str]) -> str | 
     return None
 
 
-def history(ledger: Ledger, found: list[Check]) -> History:
-    """The history in a ledger."""
+def history(ledger: Ledger, verified: list[Check]) -> History:
+    """The history in a ledger; ``verified`` is what was checked of it."""
     from privfl.accounting import account_of
+    from privfl.ledger import RunFacts
     from privfl.reporting.history import Charged, History
 
     numbers = list(ledger.events)
-    place = {number: i for i, number in enumerate(numbers)}
-    charged = [
+    index = {number: i for i, number in enumerate(numbers)}
+    charges = [
         Charged(
             row.time,
             row.run,
             row.round,
             account_of(row.account),
-            place[row.mechanism],
+            index[row.mechanism],
             row.net_steps,
         )
         for row in ledger.charges()
     ]
-    begun = [(row.run, row.time, row.facts()) for row in ledger.rows if row.kind == "run"]
-    kept = any(facts["kept"] for _, _, facts in begun)
+    runs = [
+        _reported(row.run, row.time, RunFacts.from_dict(row.facts()))
+        for row in ledger.rows
+        if row.kind == "run"
+    ]
+    kept = any(reported.facts.kept for reported in runs)
     limits: dict[Account, Any] = dict(ledger.filters) if kept else {}
     return History(
         site=ledger.site,
@@ -217,43 +222,22 @@ def history(ledger: Ledger, found: list[Check]) -> History:
         orders=ledger.orders,
         mechanisms=[ledger.events[number] for number in numbers],
         vectors=[ledger.vector(number) for number in numbers],
-        charges=charged,
-        runs=[facts_of(*run) for run in begun],
-        checks=found,
+        charges=charges,
+        runs=runs,
+        checks=verified,
     )
 
 
-def facts_of(run: str, begun: str, facts: dict[str, Any]) -> RunFacts:
-    """What a ledger's row says of a run."""
-    from privfl.accounting import event_from_dict
-    from privfl.reporting.history import RunFacts
+def _reported(run: str, begun: str, facts: RunFacts) -> ReportedRun:
+    from privfl.reporting.history import ReportedRun
 
-    plans: dict[Account, Any] = {
-        account: event_from_dict(fields) for account, fields in facts["plans"].items()
-    }
-    return RunFacts(
-        run=run,
-        begun=begun,
-        model=facts["model"],
-        data=facts["data"],
-        members=tuple(facts["members"]),
-        noise=facts["noise"],
-        collusion=facts.get("collusion", 0),
-        rounds=facts["rounds"],
-        delta=facts["delta"],
-        private=facts["private"],
-        trust=(
-            "this site has pinned the keys of all others; single trust domain all the same if "
-            "they ran under one account"
+    trust = "keys of the other sites not pinned: single trust domain"
+    if facts.pinned:
+        trust = (
+            "this site has pinned the keys of all others; "
+            "single trust domain all the same if they ran under one account"
         )
-        if facts["pinned"]
-        else "keys of the other sites not pinned: single trust domain",
-        exact_metrics=tuple(facts["exact_metrics"]),
-        outside=tuple(facts.get("outside", ())),
-        coordinator=facts.get("coordinator", True),
-        records_per_person=facts["records_per_person"],
-        plans=plans,
-    )
+    return ReportedRun(run, begun, trust, facts)
 
 
 def write_page(path: Path) -> None:

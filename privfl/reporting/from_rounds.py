@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from privfl.accounting import ORDERS, Event, NonPrivate, divergences, event_from_dict
+from privfl.ledger import RunFacts
 
 if TYPE_CHECKING:
     from privfl.config import Experiment
@@ -42,7 +43,7 @@ def _history(
     rounds: list[dict[str, Any]],
     trust: str,
 ) -> History:
-    from privfl.reporting.history import Charged, History, RunFacts
+    from privfl.reporting.history import Charged, History, ReportedRun
     from privfl.reporting.schema import Check
 
     mechanisms: list[Event] = []
@@ -93,28 +94,31 @@ def _history(
         mechanisms=mechanisms,
         vectors=[divergences(event) for event in mechanisms],
         charges=charges,
-        runs=[
-            RunFacts(
-                run=run,
-                begun=rounds[0]["time"],
-                model=experiment.model,
-                data=experiment.data,
-                members=experiment.sites,
-                noise=experiment.privacy.noise,
-                collusion=experiment.collusion,
-                rounds=experiment.rounds,
-                delta=experiment.privacy.delta,
-                private=experiment.private,
-                trust=trust,
-                exact_metrics=tuple(sorted(experiment.evaluation.metrics))
-                if experiment.evaluation.records == "public"
-                else (),
-                outside=ready.outside,
-                coordinator=True,
-                records_per_person=1,
-                plans=plans,
-            )
-        ],
+        runs=[ReportedRun(run, rounds[0]["time"], trust, _facts(experiment, ready, plans))],
         checks=[Check(what="ledger", ok=None, detail=note)],
         told=told,
+    )
+
+
+def _facts(experiment: Experiment, ready: ReadySite, plans: dict[Any, Event]) -> RunFacts:
+    """What rank 0 knows of a run; identities of sites are in their own ledgers."""
+    public = experiment.evaluation.records == "public"
+    return RunFacts(
+        experiment=experiment.digest(),
+        model=experiment.model,
+        data=experiment.data,
+        rounds=experiment.rounds,
+        noise=experiment.privacy.noise,
+        collusion=experiment.collusion,
+        delta=experiment.privacy.delta,
+        target_epsilon=experiment.privacy.target_epsilon,
+        private=experiment.private,
+        plans=plans,
+        exact_metrics=tuple(sorted(experiment.evaluation.metrics)) if public else (),
+        outside=ready.outside,
+        records_per_person=1,
+        identity="",
+        pinned=False,
+        kept=ready.ledger != "none",
+        members=dict.fromkeys(experiment.sites, ""),
     )

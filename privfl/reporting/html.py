@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Final
 
 from privfl.accounting import DiscreteGaussian
 from privfl.reporting.numbers import plain, up
-from privfl.reporting.schema import Account, Book, Charge, Check, Cost, Epsilon, Report, Run
+from privfl.reporting.schema import Account, Charge, Check, Cost, Epsilon, Report, Run, SiteReport
 
 if TYPE_CHECKING:
     from markupsafe import Markup
@@ -58,7 +58,7 @@ class Site:
     """
 
     key: str
-    book: Book
+    report: SiteReport
     numbers: dict[str, int]
     charged: int
     plots: list[Plots]
@@ -68,7 +68,7 @@ class Site:
 
     @property
     def name(self) -> str:
-        return self.book.site
+        return self.report.site
 
     @property
     def training(self) -> Account | None:
@@ -79,18 +79,20 @@ class Site:
         return self._account("evaluation")
 
     def _account(self, name: str) -> Account | None:
-        return next((account for account in self.book.accounts if account.account == name), None)
+        return next((account for account in self.report.accounts if account.account == name), None)
 
     @property
     def costs(self) -> list[tuple[Run, str, Cost]]:
         """What every run cost each kind of record."""
-        pairs = [(run, name, getattr(run, name)) for run in self.book.runs for name in RECORDS]
+        pairs = [(run, name, getattr(run, name)) for run in self.report.runs for name in RECORDS]
         return [(run, name, cost) for run, name, cost in pairs if cost is not None]
 
     @property
     def charges(self) -> list[tuple[Account, Charge]]:
         """All charges, by run and then by kind of record."""
-        found = [(account, charge) for account in self.book.accounts for charge in account.charges]
+        found = [
+            (account, charge) for account in self.report.accounts for charge in account.charges
+        ]
         return sorted(found, key=lambda pair: self.numbers[pair[1].run])
 
     @property
@@ -101,7 +103,7 @@ class Site:
             known
             | {
                 account.person.records
-                for account in self.book.accounts
+                for account in self.report.accounts
                 if account.person is not None
             }
         )
@@ -114,13 +116,13 @@ class Site:
     @property
     def unprotected(self) -> list[Run]:
         """Runs that are not private at all."""
-        return [run for run in self.book.runs if not run.private]
+        return [run for run in self.report.runs if not run.private]
 
     @property
     def exact(self) -> dict[tuple[str, ...], list[Run]]:
         """Metrics that were released without noise, and the runs that did."""
         found: dict[tuple[str, ...], list[Run]] = {}
-        for run in self.book.runs:
+        for run in self.report.runs:
             if run.exact_metrics:
                 found.setdefault(tuple(run.exact_metrics), []).append(run)
         return found
@@ -129,7 +131,7 @@ class Site:
     def outside(self) -> dict[str, list[Run]]:
         """What a run's data() says that no epsilon covers, and the runs."""
         found: dict[str, list[Run]] = {}
-        for run in self.book.runs:
+        for run in self.report.runs:
             for text in run.outside:
                 found.setdefault(text, []).append(run)
         return found
@@ -137,7 +139,7 @@ class Site:
     @property
     def unbounded(self) -> list[Account]:
         """Accounts with an infinite epsilon."""
-        return [account for account in self.book.accounts if _infinite(account.spent)]
+        return [account for account in self.report.accounts if _infinite(account.spent)]
 
 
 def to_html(report: Report) -> str:
@@ -177,41 +179,43 @@ def to_html(report: Report) -> str:
         "records": RECORDS.__getitem__,
         "accountant": ACCOUNTANTS.__getitem__,
     }
-    sites = [_site(book, number) for number, book in enumerate(report.books, 1)]
+    sites = [_site(site, number) for number, site in enumerate(report.sites, 1)]
     return environment.get_template("budget.html.j2").render(
         report=report, sites=sites, deltas=_deltas(report)
     )
 
 
-def _site(book: Book, number: int) -> Site:
-    charged = {charge.run for account in book.accounts for charge in account.charges}
+def _site(report: SiteReport, number: int) -> Site:
+    charged = {charge.run for account in report.accounts for charge in account.charges}
     runs = dict.fromkeys(
         [
-            *(run.run for run in book.runs),
-            *(c.run for account in book.accounts for c in account.charges),
+            *(run.run for run in report.runs),
+            *(c.run for account in report.accounts for c in account.charges),
         ]
     )
     numbers = {run: i for i, run in enumerate(runs, 1)}
     key = f"site-{number}"
     return Site(
         key=key,
-        book=book,
+        report=report,
         numbers=numbers,
         charged=len(charged),
-        plots=[_plots(book, account, numbers, key) for account in book.accounts if account.curve],
-        newest=next((run for run in reversed(book.runs) if run.adversaries), None),
-        wrong=[check for check in book.checks if check.ok is False],
-        open=[check for check in book.checks if check.ok is None],
+        plots=[
+            _plots(report, account, numbers, key) for account in report.accounts if account.curve
+        ],
+        newest=next((run for run in reversed(report.runs) if run.adversaries), None),
+        wrong=[check for check in report.checks if check.ok is False],
+        open=[check for check in report.checks if check.ok is None],
     )
 
 
-def _plots(book: Book, account: Account, numbers: dict[str, int], key: str) -> Plots:
+def _plots(report: SiteReport, account: Account, numbers: dict[str, int], key: str) -> Plots:
     from markupsafe import Markup
 
     from privfl.reporting.plots import curve_plot, runs_plot
 
-    budget = book.budget.epsilon if book.budget is not None else None
-    name = _UNPRINTABLE.sub("\N{REPLACEMENT CHARACTER}", book.site)
+    budget = report.budget.epsilon if report.budget is not None else None
+    name = _UNPRINTABLE.sub("\N{REPLACEMENT CHARACTER}", report.site)
     curve = curve_plot(account, numbers, budget, name, f"{key}-{account.account}-curve")
     runs = runs_plot(account, numbers, budget, name, f"{key}-{account.account}-runs")
     return Plots(account, Markup(curve), Markup(runs))  # noqa: S704 - ours; names in it are escaped
@@ -219,11 +223,11 @@ def _plots(book: Book, account: Account, numbers: dict[str, int], key: str) -> P
 
 def _deltas(report: Report) -> list[float]:
     """All deltas in the report, each once."""
-    found = [account.delta for book in report.books for account in book.accounts]
+    found = [account.delta for site in report.sites for account in site.accounts]
     found += [
         cost.delta
-        for book in report.books
-        for run in book.runs
+        for site in report.sites
+        for run in site.runs
         for cost in (run.training, run.evaluation)
         if cost is not None
     ]

@@ -153,7 +153,7 @@ class Account(_Part):
     curve: list[Point]
 
 
-class Book(_Part):
+class SiteReport(_Part):
     """One site's spending.
 
     ``kept`` is false where the book covers a single run; ``rows`` and ``head`` are those of its
@@ -182,9 +182,9 @@ class Report(_Part):
     unit: str
     adjacency: str
     sampling: str
-    books: list[Book]
+    sites: list[SiteReport]
 
     @property
     def sound(self) -> bool:
         """Whether nothing that was checked is wrong."""
-        return all(check.ok is not False for book in self.books for check in book.checks)
+        return all(check.ok is not False for site in self.sites for check in site.checks)

@@ -8,7 +8,6 @@ from privfl.reporting.schema import (
     FORMAT,
     Account,
     Adversary,
-    Book,
     Budget,
     Charge,
     Check,
@@ -18,6 +17,7 @@ from privfl.reporting.schema import (
     Point,
     Report,
     Run,
+    SiteReport,
 )
 
 HOSTILE = "<script>alert(1)</script>\"'&{{ 7*7 }}$x_2$\u202e\x00"
@@ -53,7 +53,7 @@ def cost(
     )
 
 
-def book(
+def site_report(
     site: str = "zurich",
     *,
     runs: int | list[Run] = 2,
@@ -61,8 +61,8 @@ def book(
     points: int = 20,
     members: int = 3,
     **changes: object,
-) -> Book:
-    """A book with so many points on its curve, in which run i is 'f00i...'."""
+) -> SiteReport:
+    """A report on one site with so many points on its curve, in which run i is 'f00i...'."""
     text = str(changes.pop("text", "heart.py:model"))
     spent = changes.pop("spent", 1.9718810197)
     private = bool(changes.pop("private", True))
@@ -163,10 +163,10 @@ def book(
         "accounts": [account("training"), account("evaluation")],
         "runs": [run(name) for name in names],
     }
-    return Book.model_validate(fields | changes)
+    return SiteReport.model_validate(fields | changes)
 
 
-def report(*books: Book, title: str = "Privacy budget") -> Report:
+def report(*sites: SiteReport, title: str = "Privacy budget") -> Report:
     return Report(
         format=FORMAT,
         made="2026-11-25T20:59:36Z",
@@ -175,20 +175,20 @@ def report(*books: Book, title: str = "Privacy budget") -> Report:
         unit="one record",
         adjacency="zero-out of one record (numerically add/remove)",
         sampling="Poisson: every record enters a step independently of all others",
-        books=list(books),
+        sites=list(sites),
     )
 
 
 VARIANTS = {
-    "usual": report(book("basel", checks=UNSEEN), book("zurich")),
-    "not kept": report(book(kept=False, checks=[], ledger=None, rows=None, head=None)),
-    "failed": report(book(checks=BROKEN)),
-    "infinite": report(book(spent="infinite", private=False)),
-    "alone": report(book(members=1, runs=1)),
-    "hostile": report(book(HOSTILE, text=HOSTILE, source=HOSTILE), title=HOSTILE),
-    "long names": report(book(LONG, text=LONG * 2, members=10)),
-    "many runs": report(book(runs=100, points=400)),
-    "nothing": report(book(runs=[], accounts=[]), book("bern", accounts=[])),
+    "usual": report(site_report("basel", checks=UNSEEN), site_report("zurich")),
+    "not kept": report(site_report(kept=False, checks=[], ledger=None, rows=None, head=None)),
+    "failed": report(site_report(checks=BROKEN)),
+    "infinite": report(site_report(spent="infinite", private=False)),
+    "alone": report(site_report(members=1, runs=1)),
+    "hostile": report(site_report(HOSTILE, text=HOSTILE, source=HOSTILE), title=HOSTILE),
+    "long names": report(site_report(LONG, text=LONG * 2, members=10)),
+    "many runs": report(site_report(runs=100, points=400)),
+    "nothing": report(site_report(runs=[], accounts=[]), site_report("bern", accounts=[])),
     "empty": report(),
 }
 every_page = pytest.mark.parametrize("name", VARIANTS)

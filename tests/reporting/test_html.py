@@ -15,7 +15,7 @@ import pytest
 
 from privfl.reporting.html import MECHANISMS, to_html
 from privfl.reporting.numbers import up
-from tests.reporting.pages import HOSTILE, VARIANTS, book, every_page, report
+from tests.reporting.pages import HOSTILE, VARIANTS, every_page, report, site_report
 
 
 def tree(page: str) -> ET.Element:
@@ -169,7 +169,7 @@ def test_all_that_is_in_the_report_is_on_the_page(pages: dict[str, str], name: s
         "rdp": "RDP",
         "filter": "filter",
     } | MECHANISMS
-    for one in found["books"]:
+    for one in found["sites"]:
         for run in one["runs"][:-1]:
             del run["adversaries"]  # of the newest run only
         for adversary in one["runs"][-1]["adversaries"]:
@@ -201,10 +201,10 @@ def test_the_summary_is_a_sentence(pages: dict[str, str]):
 
 
 @every_page
-def test_no_book_is_kept_is_said_where_it_is_so(pages: dict[str, str], name: str):
+def test_no_ledger_is_kept_is_said_where_it_is_so(pages: dict[str, str], name: str):
     text = text_of(pages[name]).lower()
-    assert text.count("no book is kept across runs") == 2 * sum(
-        not book.kept for book in VARIANTS[name].books
+    assert text.count("no ledger is kept across runs") == 2 * sum(
+        not site.kept for site in VARIANTS[name].sites
     )
 
 
@@ -213,8 +213,8 @@ def test_a_failed_check_is_loud_and_others_are_not(pages: dict[str, str], name: 
     text = text_of(pages[name])
     assert ("NOT VERIFIED" in text) == ("FAILED" in text) == (not VARIANTS[name].sound)
     assert ("Could not be checked" in text) == any(
-        not book.checks or any(check.ok is None for check in book.checks)
-        for book in VARIANTS[name].books
+        not site.checks or any(check.ok is None for check in site.checks)
+        for site in VARIANTS[name].sites
     )
 
 
@@ -239,17 +239,17 @@ def test_a_dash_comes_with_its_reason(pages: dict[str, str]):
     assert cells == ["the coordinator alone", "masked updates", "—", "encryption: it has no key"]
 
 
-def test_a_page_about_one_run_says_that_the_site_keeps_a_book():
+def test_a_page_about_one_run_says_that_the_site_keeps_a_ledger():
     """Rank 0 writes such a page: it knows that a site keeps a ledger, and not what is in it."""
-    alone = book().model_copy(update={"budget": None, "rows": None, "head": None})
+    alone = site_report().model_copy(update={"budget": None, "rows": None, "head": None})
     text = to_html(report(alone))
     assert "which this page does not show" in text
     assert "in its ledger" in text
-    assert "which this page does not show" not in to_html(report(book()))
+    assert "which this page does not show" not in to_html(report(site_report()))
 
 
 def test_a_page_made_from_a_ledger_without_a_budget_says_so():
-    text = to_html(report(book().model_copy(update={"budget": None, "rows": 12})))
+    text = to_html(report(site_report().model_copy(update={"budget": None, "rows": 12})))
     assert "Its ledger has no budget: nothing limits what may be spent of these records." in text
     assert "in its ledger" not in text
     assert "which this page does not show" not in text
@@ -259,7 +259,7 @@ def test_a_page_made_from_a_ledger_without_a_budget_says_so():
 
 
 def test_ten_sites_take_little_time(tmp_path):
-    found = report(*(book(f"site-{i}", points=400, runs=8, members=10) for i in range(10)))
+    found = report(*(site_report(f"site-{i}", points=400, runs=8, members=10) for i in range(10)))
     (tmp_path / "report.json").write_text(found.model_dump_json())
     script = """
 import sys, time
