@@ -19,8 +19,8 @@ from privfl.federation.metrics import pack
 from privfl.ledger import Ledger
 from privfl.reporting.schema import Report
 from privfl.site.observer import Observer
-from tests.ledgers import PRIVATE, read, run_ledgers
 from tests.conftest import ROOT, Twin, edit, run_twin
+from tests.ledgers import PRIVATE, read, run_ledgers
 
 
 @pytest.mark.usefixtures("trainers_as_threads")

@@ -24,9 +24,9 @@ from privfl.reporting.numbers import decimals
 from privfl.site import agent, algorithms
 from privfl.site.active_run import ActiveRun
 from privfl.site.run_ledger import RunLedger
-from tests.ledgers import read, run_ledgers
 from tests.conftest import Twin, run_cli, run_twin, secure_experiment
 from tests.inside import Seen
+from tests.ledgers import read, run_ledgers
 from tests.test_run import user_module
 
 SITES = ("aa", "bbb", "cccc")

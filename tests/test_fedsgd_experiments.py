@@ -11,9 +11,9 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from tests.ledgers import read, run_ledgers
 from tests.conftest import TASK, edit, run_twin
 from tests.inside import watch
+from tests.ledgers import read, run_ledgers
 from tests.test_fedsgd import RANKS, SITES
 from tests.test_run import user_module
 

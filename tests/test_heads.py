@@ -13,8 +13,8 @@ from typing import Any
 import pytest
 
 from privfl.federation.messages import Kind, decode
-from tests.ledgers import PRIVATE
 from tests.conftest import run_cli, run_twin
+from tests.ledgers import PRIVATE
 
 
 def test_heads_are_shown_and_found_again(small: Path, tmp_path: Path, sites: Path):
