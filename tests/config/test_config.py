@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from pathlib import Path
 
 import pytest
@@ -123,6 +124,56 @@ def test_files_that_are_none(tmp_path: Path):
     assert "is missing" in refused(tmp_path / "empty.yaml")
     (tmp_path / "unsafe.yaml").write_text("rounds: !!python/object/apply:os.system ['true']\n")
     assert "not valid YAML" in refused(tmp_path / "unsafe.yaml")
+
+
+def options(small: Path, text: str) -> Path:
+    """The experiment with these data_options."""
+    edit(small, "\nmodel:", f"\ndata_options: {text}\nmodel:")
+    return small
+
+
+def nested_aliases(levels: int) -> str:
+    """Ten lists of ten lists of ten ..., written with aliases."""
+    lines = ["a0: &a0 [1, 1, 1, 1, 1, 1, 1, 1, 1, 1]"]
+    lines += [f"a{i}: &a{i} [{', '.join([f'*a{i - 1}'] * 10)}]" for i in range(1, levels)]
+    return f"{{{', '.join(lines)}}}"
+
+
+def test_aliases_are_written_out(small: Path):
+    experiment = load_experiment(options(small, "{a: &a [1, 2], b: {c: *a}, d: *a}"))
+    assert experiment.data_options == {"a": [1, 2], "b": {"c": [1, 2]}, "d": [1, 2]}
+
+
+@pytest.mark.timeout(30)
+@pytest.mark.parametrize(
+    ("text", "sentence"),
+    [
+        (nested_aliases(12), "aliases repeat more than 100000 values"),
+        ("{a: &a [*a]}", "an alias stands inside of what it repeats"),
+        ("{a: &a {b: {c: *a}}}", "an alias stands inside of what it repeats"),
+    ],
+)
+def test_aliases_without_end(small: Path, text: str, sentence: str):
+    assert sentence in refused(options(small, text))
+
+
+@pytest.mark.parametrize("text", [r'{x: "\ud800"}', r'{x: [{y: "a\udfff"}]}', r'{"\ud800": 1}'])
+def test_half_a_character(small: Path, text: str):
+    """The trainer gets the experiment as JSON in UTF-8, which cannot hold it."""
+    assert "half of a character" in refused(options(small, text))
+    assert "not valid YAML" in refused(small, f"data_options={text}")
+
+
+def test_large_mappings_take_no_longer_than_large_lists(small: Path):
+    def seconds(text: str) -> float:
+        start = time.process_time()
+        load_experiment(small, [f"data_options={text}"])
+        return time.process_time() - start
+
+    numbers = range(8000)
+    mapping = "{" + ", ".join(f"k{i}: v" for i in numbers) + "}"
+    pairs = "{x: [" + ", ".join(f"k{i}, v" for i in numbers) + "]}"
+    assert seconds(mapping) < 2.0 * seconds(pairs) + 0.2
 
 
 def test_settings_go_over_the_file(small: Path):
