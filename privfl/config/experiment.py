@@ -1,6 +1,7 @@
 """The experiment file: what the consortium proposes to train, key for key as in the YAML file.
 
-The descriptions of the fields are the reference of the keys, docs/reference/experiment-keys.md.
+Docstrings of sections and descriptions of fields are the reference of the keys, from which
+docs/reference/experiment-keys.md is generated.
 """
 
 from __future__ import annotations
@@ -27,7 +28,7 @@ from privfl.config.values import (
 
 
 class Optimizer(Section):
-    """The optimizer.
+    """The optimizer that moves the model along noisy gradients.
 
     With `fedavg` it takes the local steps of a site, and its state (momentum, moments of Adam)
     starts anew in every round.
@@ -186,8 +187,8 @@ class SecureAggregation(Section):
         "(the default), a power of two over the sites' maxima on which the sites agree in every "
         "round, so that each learns the others' maxima to a power of two. "
         "With `fedsgd` it bounds each element of the sum over all sites: a public number, or "
-        "`derived` (the default) once from sampling rates, numbers of records, clipping norm "
-        "and noise.",
+        "`derived` (the default), computed once from sampling rates, numbers of records, "
+        "clipping norm and noise.",
     )
     rounding: Literal["nearest", "stochastic"] = Field(
         default="nearest",
@@ -261,16 +262,10 @@ class Experiment(Section):
         "the records' losses as a single number. "
         "The loss of a record may depend on no other record."
     )
-    optimizer: Optimizer = Field(description="The optimizer.")
-    evaluation: Evaluation = Field(
-        default=Evaluation(),
-        description="Metrics on evaluation records. By default there are none.",
-    )
-    privacy: Privacy = Field(description="The guarantee for training records.")
-    secure_aggregation: SecureAggregation = Field(
-        default=SecureAggregation(),
-        description="How updates become integers that add up under masks and encryption.",
-    )
+    optimizer: Optimizer
+    evaluation: Evaluation = Evaluation()
+    privacy: Privacy
+    secure_aggregation: SecureAggregation = SecureAggregation()
     output: str = Field(
         default="runs",
         description="Folder in which every run makes a folder of its own; a relative path starts "

@@ -1,7 +1,7 @@
 """The site file: what one site keeps to itself, and the policy of its data owner.
 
-No experiment can overrule the policy. The descriptions of the fields are the reference of the
-keys, docs/reference/site-keys.md.
+No experiment can overrule the policy. Docstrings of sections and descriptions of fields are the
+reference of the keys, from which docs/reference/site-keys.md is generated.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ Protection = Literal["encryption", "masks", "pinned_keys"]
 
 
 class LedgerFile(Section):
-    """Where the ledger of this site's records lies. A text alone is taken as `file`."""
+    """Where the ledger lies. A path alone is taken as `file`."""
 
     file: str = Field(
         description="Path of the ledger, on a local disk. It is made by the first run."
@@ -39,17 +39,15 @@ class LedgerFile(Section):
 
 
 class Budget(Section):
-    """What may be spent on a record in all runs together, kept in the ledger."""
+    """The limits of the ledger. They cannot be changed once it has begun."""
 
     epsilon: Positive = Field(
         description="Upper bound on the epsilon of a record over all runs with this ledger, "
-        "for training records and for evaluation records each. "
-        "It cannot be changed once the ledger has begun."
+        "for training records and for evaluation records each."
     )
     delta: Probability = Field(
         description="Delta at which that bound holds. "
-        "An experiment with a larger `privacy.delta` is refused. "
-        "It cannot be changed once the ledger has begun."
+        "An experiment with a larger `privacy.delta` is refused."
     )
 
 
@@ -101,7 +99,7 @@ class SiteFile(Section):
     ledger: Annotated[LedgerFile, BeforeValidator(_file_alone)] | None = Field(
         default=None,
         description="Ledger of everything spent on this site's records in all runs: a path, or a "
-        "section. It needs `budget`. "
+        "section with these keys. It needs `budget`. "
         "By default a run keeps a ledger of its own and knows nothing of earlier runs.",
     )
     budget: Budget | None = Field(
