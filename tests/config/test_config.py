@@ -223,7 +223,7 @@ def test_the_demo_is_a_valid_experiment():
     assert experiment.evaluation.records == "public"
 
 
-# -- site files ------------------------------------------------------------------------------------
+# -- site files --------------------------------------------------------
 
 
 def test_site_files_have_their_own_paths(tmp_path: Path):
@@ -259,7 +259,7 @@ def test_a_missing_site_file_is_an_error(tmp_path: Path):
         load_site(tmp_path, "aa")
 
 
-# -- user functions --------------------------------------------------------------------------------
+# -- user functions --------------------------------------------------------
 
 
 @pytest.mark.parametrize(
