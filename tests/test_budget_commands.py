@@ -53,9 +53,17 @@ def test_export_and_its_schema(small: Path, tmp_path: Path):
 def test_the_schema_describes_every_property():
     schema = json.loads(run_cli("budget", "export", "--schema").out)
     models = [schema, *schema["$defs"].values()]
-    properties = {f"{model['title']}.{name}": fields for model in models for name, fields in model["properties"].items()}
+    properties = {
+        f"{model['title']}.{name}": fields
+        for model in models
+        for name, fields in model["properties"].items()
+    }
     assert len(properties) > 70
-    assert [name for name, fields in properties.items() if not fields.get("description", "").endswith(".")] == []
+    assert [
+        name
+        for name, fields in properties.items()
+        if not fields.get("description", "").endswith(".")
+    ] == []
     assert [model["title"] for model in models if "description" not in model] == []
 
 

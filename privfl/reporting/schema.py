@@ -12,7 +12,7 @@ from pydantic import BaseModel, BeforeValidator, ConfigDict, Field
 
 from privfl.accounting import Account as AccountName
 
-FORMAT: Final = "privfl budget report 1"
+FORMAT: Final = "privfl budget report 2"
 
 
 def _or_infinite(value: object) -> object:
@@ -201,7 +201,7 @@ class Account(_Part):
     )
 
 
-class Book(_Part):
+class SiteReport(_Part):
     """The spending of one site."""
 
     site: str = Field(description="Name of the site.")
@@ -226,7 +226,7 @@ class Book(_Part):
 class Report(_Part):
     """A budget report of privfl: what was spent on the records of one or more sites."""
 
-    format: Literal["privfl budget report 1"] = Field(
+    format: Literal["privfl budget report 2"] = Field(
         description="Name and version of this format."
     )
     made: str = Field(description="Time at which the report was made, ISO 8601 in UTC.")
@@ -235,7 +235,7 @@ class Report(_Part):
     unit: str = Field(description="What an epsilon is about, where nothing else is said.")
     adjacency: str = Field(description="Which pairs of data sets the guarantee compares.")
     sampling: str = Field(description="How records are chosen for a step.")
-    books: list[Book] = Field(description="The spending of each site.")
+    sites: list[SiteReport] = Field(description="The spending of each site.")
 
     @property
     def sound(self) -> bool:
