@@ -14,6 +14,7 @@ import click
 
 from privfl import environment
 from privfl._version import __version__
+from privfl.cli.help import example
 from privfl.errors import EXIT_USER, PrivflError
 
 _COMMANDS = {
@@ -22,7 +23,7 @@ _COMMANDS = {
     "budget": "Show, report, verify or export what sites have spent.",
     "init": "Write a commented starter experiment that runs as it stands.",
     "keys": "Make a site's identity, or show its public key.",
-    "doctor": "Show versions, MPI, threads, and probe the encryption.",
+    "doctor": "Show versions, MPI and threads, and test the encryption.",
 }
 
 
@@ -41,12 +42,17 @@ class _Lazy(click.Group):
             formatter.write_dl(list(_COMMANDS.items()))
 
 
-@click.group(cls=_Lazy, context_settings={"help_option_names": ["-h", "--help"]})
+@click.group(
+    cls=_Lazy,
+    context_settings={"help_option_names": ["-h", "--help"]},
+    epilog=example("mpiexec -n 5 privfl train", "privfl init mine, for an experiment of your own"),
+)
 @click.version_option(__version__, prog_name="privfl")
 def cli() -> None:
-    """Differentially private federated learning over MPI.
+    """Train one model on records that may not leave their sites, and know what it cost in privacy.
 
-    Start with:  mpiexec -n 5 privfl train
+    Differentially private federated learning over MPI, with encrypted aggregation and an epsilon
+    for every site.
     """
 
 

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Literal
 
 import click
 
+from privfl.cli.help import example
 from privfl.errors import PrivflError
 
 if TYPE_CHECKING:
@@ -29,9 +30,19 @@ _HEADS = click.option(
 )
 
 
-@click.group(name="budget")
+@click.group(
+    name="budget",
+    short_help="Show, report, verify or export what sites have spent.",
+    epilog=example(
+        "privfl budget show runs",
+        "privfl budget report runs, for the page that a data protection officer reads",
+    ),
+)
 def command() -> None:
-    """What sites have spent. LEDGERS are files, or folders in which all *.ledger files count."""
+    """Show, report, verify or export what sites have spent of their privacy budgets.
+
+    LEDGERS are files, or folders in which all *.ledger files count.
+    """
 
 
 def _histories(ledgers: Sequence[Path], heads: Sequence[Path]) -> list[History]:
@@ -47,7 +58,10 @@ def _histories(ledgers: Sequence[Path], heads: Sequence[Path]) -> list[History]:
     return sorted(found, key=lambda history: history.site)
 
 
-@command.command()
+@command.command(
+    short_help="Show on the terminal what is spent and what remains.",
+    epilog=example("privfl budget show runs", "privfl budget report runs, for a page to hand on"),
+)
 @_PATHS
 @_HEADS
 def show(ledgers: tuple[Path, ...], heads: tuple[Path, ...]) -> None:
@@ -116,7 +130,13 @@ def _lines(history: History) -> Iterator[tuple[str, ...]]:
         )
 
 
-@command.command()
+@command.command(
+    short_help="Write a report that a data protection officer can read.",
+    epilog=example(
+        "privfl budget report /ledgers --heads runs --output report.html",
+        "open report.html in a browser, or print it",
+    ),
+)
 @_PATHS
 @_HEADS
 @click.option(
@@ -138,20 +158,29 @@ def report(ledgers: tuple[Path, ...], heads: tuple[Path, ...], output: Path) -> 
     click.echo(f"wrote {output}")
 
 
-@command.command()
+@command.command(
+    short_help="Check a ledger: its chain, its costs, its limits, and heads shown to others.",
+    epilog=example(
+        "privfl budget verify /ledgers/aa.ledger --heads runs",
+        "keep run folders: their heads show later whether rows were taken back",
+    ),
+)
 @click.argument("ledger", type=click.Path(path_type=Path))
-@click.argument("heads", nargs=-1, type=click.Path(path_type=Path, exists=True))
-def verify(ledger: Path, heads: tuple[Path, ...]) -> None:
-    """Check LEDGER, a file or a folder of them: the chain of its rows, the costs in it, its
-    limits, and the HEADS that were shown to others.
+@click.argument(
+    "more_heads", metavar="[HEADS]...", nargs=-1, type=click.Path(path_type=Path, exists=True)
+)
+@_HEADS
+def verify(ledger: Path, more_heads: tuple[Path, ...], heads: tuple[Path, ...]) -> None:
+    """Check LEDGER, a file or a folder of them, against itself and against what others were shown.
 
-    HEADS are run folders, their rounds.jsonl, or a site's heads.jsonl. Without any, a tail that was
-    cut off does not show.
+    Checked are the chain of its rows, the costs in it, its limits, and the heads that were shown to
+    others. Without any head, a tail that was cut off does not show. HEADS after the ledger mean the
+    same as --heads.
     """
     from privfl.ledger import Ledger
     from privfl.reporting import from_ledger
 
-    shown = from_ledger.heads_in([*heads, *([ledger] if ledger.is_dir() else [])])
+    shown = from_ledger.heads_in([*more_heads, *heads, *([ledger] if ledger.is_dir() else [])])
     problems = []
     for path in from_ledger.find([ledger]):
         with Ledger.read(path) as opened:
@@ -179,7 +208,13 @@ def verify(ledger: Path, heads: tuple[Path, ...]) -> None:
         )
 
 
-@command.command()
+@command.command(
+    short_help="Write every charge, or the report as JSON, for other programs.",
+    epilog=example(
+        "privfl budget export runs --format csv --output charges.csv",
+        "privfl budget export --schema, for what the JSON form holds",
+    ),
+)
 @click.argument("ledgers", nargs=-1, type=click.Path(path_type=Path))
 @_HEADS
 @click.option(

@@ -12,6 +12,7 @@ import click
 from privfl import environment
 from privfl._version import __version__
 from privfl.cli import launcher
+from privfl.cli.help import example
 from privfl.errors import PrivflError
 
 _PACKAGES = (
@@ -28,9 +29,16 @@ _PACKAGES = (
 )
 
 
-@click.command(name="doctor")
+@click.command(
+    name="doctor",
+    short_help="Show versions, MPI and threads, and test the encryption.",
+    epilog=example(
+        "mpiexec -n 2 privfl doctor",
+        "when it says all well: mpiexec -n 5 privfl train",
+    ),
+)
 def command() -> None:
-    """Show versions, the MPI library and its launcher, thread counts, and probe the encryption.
+    """Show versions, the MPI library and its launcher, thread counts, and test the encryption.
 
     Ends with exit code 2 and one sentence if something that a run needs does not work.
     """

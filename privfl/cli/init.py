@@ -6,14 +6,24 @@ from pathlib import Path
 
 import click
 
+from privfl.cli.help import example
 from privfl.errors import PrivflError
 
 
-@click.command(name="init")
+@click.command(
+    name="init",
+    short_help="Write a commented starter experiment that runs as it stands.",
+    epilog=example(
+        "privfl init mine",
+        "try it: mpiexec -n 5 privfl train mine/experiment.yaml --sites mine/sites",
+    ),
+)
 @click.argument("directory", type=click.Path(path_type=Path))
 def command(directory: Path) -> None:
-    """Write a commented starter into DIRECTORY: the experiment, its Python functions, and one
-    file per site.
+    """Write a commented starter experiment into DIRECTORY.
+
+    It is the built-in demo: the experiment, its Python functions, and one file per site. It runs as
+    it stands; change one thing after another.
     """
     from privfl.config import demo_path, load_experiment
 

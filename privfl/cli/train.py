@@ -12,6 +12,7 @@ import click
 
 from privfl import environment
 from privfl.cli import launcher
+from privfl.cli.help import example
 from privfl.errors import PrivflError
 
 if TYPE_CHECKING:
@@ -20,7 +21,14 @@ if TYPE_CHECKING:
     from privfl.transport import Transport
 
 
-@click.command(name="train")
+@click.command(
+    name="train",
+    short_help="Train one model at all sites of an experiment.",
+    epilog=example(
+        "mpiexec -n 5 privfl train mine/experiment.yaml --sites mine/sites",
+        "open report.html in the run folder, which the last line names; see also: privfl budget",
+    ),
+)
 @click.argument("experiment", required=False, type=click.Path(path_type=Path))
 @click.option(
     "--sites",
@@ -49,11 +57,10 @@ def command(
     settings: tuple[str, ...],
     ranks: int | None,
 ) -> int:
-    """Train one model at all sites of EXPERIMENT (a YAML file; the built-in demo if none is given).
+    """Train one model at all sites of EXPERIMENT, and say what that cost each in privacy.
 
-    One coordinator and N sites are N + 1 MPI ranks:
-
-        mpiexec -n 5 privfl train experiment.yaml
+    EXPERIMENT is a YAML file; the built-in demo if none is given. One coordinator and N sites are
+    N + 1 MPI ranks. What it would cost says `privfl plan`, which trains nothing.
     """
     if ranks is not None:
         _launch(ranks, experiment, sites, output, settings)
