@@ -36,7 +36,7 @@ def test_large_books_are_read_in_seconds(tmp_path: Path):
 def test_export_and_its_schema(small: Path, tmp_path: Path):
     twin = run_twin(small, output=tmp_path / "runs", ranks=3)
     schema = json.loads(run_cli("budget", "export", "--schema").out)
-    assert schema["properties"]["sites"]["items"]["$ref"].endswith("/Book")
+    assert schema["properties"]["sites"]["items"]["$ref"].endswith("/SiteReport")
     exported = run_cli("budget", "export", twin.folder)
     found = Report.model_validate_json(exported.out)
     assert [book.site for book in found.sites] == ["aa", "bbb"]

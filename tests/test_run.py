@@ -332,7 +332,9 @@ def test_the_decrypted_mean_is_the_plain_mean(
     leaves the decryption.
     """
     seen = _Vectors()
-    twin = run_twin(small, "weights=records", "rounds=1", output=tmp_path / "runs", ranks=3)
+    twin = run_twin(
+        small, "weights=records", "rounds=1", output=tmp_path / "runs", ranks=3, observer=seen
+    )
     assert twin.codes == [0, 0, 0], twin.err
     plain = np.sum(seen.updates, axis=0)
     assert (len(seen.updates), len(seen.means)) == (2, 2)
@@ -353,7 +355,7 @@ def test_site_files_overrides_and_private_records(small: Path, tmp_path: Path):
     assert (tmp_path / "only_aa" / "model.safetensors").exists()
     assert "site bbb" in (tmp_path / "bbb.log").read_text()
     assert (
-        "metrics have noise, which costs the held-out records an epsilon of their own: aa 4.000  "
+        "metrics have noise, which costs the evaluation records an epsilon of their own: aa 4.000  "
         "bbb 4.000" in job.out
     )
     summary = json.loads((job.folder / "summary.json").read_text())
@@ -424,15 +426,15 @@ def test_noise_that_was_not_drawn_stops_the_run(small: Path, tmp_path: Path):
 def test_a_forgotten_charge_stops_the_run(
     small: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ):
-    from privfl.site.run_ledger import Book
+    from privfl.site.run_ledger import RunLedger
 
-    original = Book.charge_round
+    original = RunLedger.charge_round
 
-    def forget(self: Book, round_: int) -> None:
+    def forget(self: RunLedger, round_: int) -> None:
         original(self, round_)
         self._steps["training"] -= 1
 
-    monkeypatch.setattr(Book, "charge_round", forget)
+    monkeypatch.setattr(RunLedger, "charge_round", forget)
     twin = run_twin(small, output=tmp_path / "runs", ranks=3)
     assert twin.codes == [1, 1, 1]
     assert "noise was drawn 3 times for 2 charged steps" in twin.err

@@ -1,6 +1,6 @@
 """Handwritten digits at four sites, none of which has seen all ten: scikit-learn's `load_digits`.
 
-Each site lacks three digits in its training records. The held-out records are a public benchmark
+Each site lacks three digits in its training records. The evaluation records are a public benchmark
 with all ten; every site evaluates its own quarter, so that the pooled accuracy is that over the
 whole benchmark.
 """
@@ -32,14 +32,14 @@ def mlp() -> nn.Module:
 
 
 def data(site: str):
-    """The training and held-out records of one site, as (image, digit)."""
+    """The training and evaluation records of one site, as (image, digit)."""
     if site not in SITES:
         raise ValueError(
             f"digits.py knows the sites {', '.join(SITES)}, not {site!r}; correct `sites`"
         )
     images, digits = (torch.from_numpy(a) for a in load_digits(return_X_y=True))
     images = images.float() / 16 - INK.repeat(8)  # their own mean would leak: it reads records
-    train, held_out = train_test_split(
+    train, evaluation = train_test_split(
         range(len(digits)), test_size=360, random_state=0, stratify=digits
     )
     mine = []
@@ -49,7 +49,7 @@ def data(site: str):
             mine += [row for row in train if digits[row] == digit][
                 holders.index(site) :: len(holders)
             ]
-    quarter = held_out[SITES.index(site) :: len(SITES)]
+    quarter = evaluation[SITES.index(site) :: len(SITES)]
     return TensorDataset(images[mine], digits[mine]), TensorDataset(
         images[quarter], digits[quarter]
     )

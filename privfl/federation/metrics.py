@@ -1,4 +1,4 @@
-"""Held-out metrics as one vector that adds up over sites.
+"""Metrics as one vector that adds up over sites.
 
 A metric is a list of ratios, sums over counts; its value is their mean (one ratio for accuracy, one
 per class for balanced accuracy). Each site contributes for each metric, in order of name: its sums,
@@ -16,7 +16,7 @@ Measured = Mapping[str, tuple[list[float], list[float]]]
 
 
 def pack(measured: Measured, layout: Mapping[str, int]) -> NDArray[np.float64]:
-    """One site's contribution; zeros where it has no held-out records.
+    """One site's contribution; zeros where it has no evaluation records.
 
     Shape (sum of 2 * ratios + 2,).
     """
