@@ -46,13 +46,10 @@ def data(site: str):
     for digit in range(10):  # each digit is dealt in turn to the sites that have it
         holders = [name for name in SITES if digit not in ABSENT[name]]
         if site in holders:
-            mine += [row for row in train if digits[row] == digit][
-                holders.index(site) :: len(holders)
-            ]
+            rows = [row for row in train if digits[row] == digit]
+            mine += rows[holders.index(site) :: len(holders)]
     quarter = evaluation[SITES.index(site) :: len(SITES)]
-    return TensorDataset(images[mine], digits[mine]), TensorDataset(
-        images[quarter], digits[quarter]
-    )
+    return tuple(TensorDataset(images[rows], digits[rows]) for rows in (mine, quarter))
 
 
 def loss(output, target):
