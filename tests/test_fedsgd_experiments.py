@@ -12,7 +12,7 @@ import torch
 from safetensors.torch import load_file
 
 from tests.conftest import TASK, edit, run_twin
-from tests.inside import watch
+from tests.inside import Seen
 from tests.ledgers import read, run_ledgers
 from tests.test_fedsgd import RANKS, SITES
 from tests.test_run import user_module
@@ -78,9 +78,13 @@ def test_batch_norm_is_refused(steps: Path, tmp_path: Path):
 def test_values_of_few_bits_are_refused_for_their_grid(
     steps: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ):
-    seen = watch(monkeypatch)
+    seen = Seen()
     twin = run_twin(
-        steps, "secure_aggregation.value_bits=12", output=tmp_path / "runs", ranks=RANKS
+        steps,
+        "secure_aggregation.value_bits=12",
+        output=tmp_path / "runs",
+        ranks=RANKS,
+        observer=seen,
     )
     assert twin.codes == [2] * RANKS
     assert "12 parameters need a finer grid than the bits of a value allow" in twin.err
@@ -153,9 +157,14 @@ def test_models_that_train(
     steps: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, model: str, parameters: int
 ):
     (tmp_path / "task.py").write_text(TASK + model)
-    seen = watch(monkeypatch)
+    seen = Seen()
     twin = run_twin(
-        steps, "rounds=5", "optimizer={name: adam, lr: 0.05}", output=tmp_path / "runs", ranks=RANKS
+        steps,
+        "rounds=5",
+        "optimizer={name: adam, lr: 0.05}",
+        output=tmp_path / "runs",
+        ranks=RANKS,
+        observer=seen,
     )
     assert twin.codes == [0] * RANKS, twin.err
     for site in SITES:
@@ -178,8 +187,15 @@ def test_models_that_train(
 def test_a_batch_without_records_is_a_step_like_any_other(
     steps: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ):
-    seen = watch(monkeypatch)
-    twin = run_twin(steps, "rounds=30", "sampling_rate=0.01", output=tmp_path / "runs", ranks=RANKS)
+    seen = Seen()
+    twin = run_twin(
+        steps,
+        "rounds=30",
+        "sampling_rate=0.01",
+        output=tmp_path / "runs",
+        ranks=RANKS,
+        observer=seen,
+    )
     assert twin.codes == [0] * RANKS, twin.err
     empty = {site: np.array([not total.any() for total in seen.sums[site]]) for site in SITES}
     # 0.99^100 = 0.37 of all: none in 90 would come once in 10^18 runs.
@@ -196,11 +212,11 @@ def test_a_batch_without_records_is_a_step_like_any_other(
 def test_a_target_epsilon_gives_noise_that_keeps_to_it(
     steps: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ):
-    seen = watch(monkeypatch)
+    seen = Seen()
     target = "privacy={noise: distributed, target_epsilon: 2.0, delta: 1.0e-5, max_grad_norm: 1.0}"
-    twin = run_twin(steps, "rounds=5", target, output=tmp_path / "runs", ranks=RANKS)
+    twin = run_twin(steps, "rounds=5", target, output=tmp_path / "runs", ranks=RANKS, observer=seen)
     assert twin.codes == [0] * RANKS, twin.err
     for site, facts in json.loads((twin.folder / "summary.json").read_text())["sites"].items():
         assert 1.9 < facts["epsilon"] <= 2.0
-        grid = seen.updates[site]._grid
+        grid = seen.algorithms[site].grid
         assert grid.deviation * grid.step == pytest.approx(facts["noise_multiplier"] / math.sqrt(2))
