@@ -48,9 +48,10 @@ class GroupSum:
         """The sum over all ranks of what ``accept`` returns, of the same shape; ``state`` must
         be the same at all ranks.
 
-        Raises: PrivflError: At all ranks, if one rank's vector does not fit; nothing of any vector
-            has left then. MismatchError: If the sum is not what the ranks sent; nothing more is
-            summed.
+        Raises:
+            PrivflError: At all ranks, if one rank's vector does not fit; nothing of any vector has
+                left then.
+            MismatchError: If the sum is not what the ranks sent; nothing more is summed.
         """
         group = self._group
 

@@ -112,8 +112,10 @@ class RankGroup:
     def agree_on(self, accept: Callable[[], NDArray[Any]], state: str) -> NDArray[Any]:
         """What ``accept`` returns, once every rank has said that its own fits.
 
-        Args: accept: returns this rank's vector, of the same shape at all ranks, or raises what is
-            wrong with it. state: what must be the same at all ranks.
+        Args:
+            accept: returns this rank's vector, of the same shape at all ranks, or raises what is
+                wrong with it.
+            state: what must be the same at all ranks.
 
         Raises:
             PrivflError: At all ranks, if one rank's vector does not fit: the first one's sentence.
@@ -156,11 +158,14 @@ class RankGroup:
     def join(self, arguments: str, choose: Callable[[], Parameters]) -> SumSession:
         """Exchange and sign keys; rank 0 makes those of the sums and seals them to the others.
 
-        Args: arguments: what all ranks must have been called with alike, as text. choose: the
-            parameters of the sums that follow, or raises what is wrong with this rank's arguments.
+        Args:
+            arguments: what all ranks must have been called with alike, as text.
+            choose: the parameters of the sums that follow, or raises what is wrong with this rank's
+                arguments.
 
-        Raises: PrivflError: At all ranks, if a rank was called with other arguments, runs other
-            versions, or has a problem of its own.
+        Raises:
+            PrivflError: At all ranks, if a rank was called with other arguments, runs other
+                versions, or has a problem of its own.
         """
         parameters, problem, site = None, "", f"rank{self.rank}"
         identity = Identity()

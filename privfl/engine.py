@@ -57,11 +57,14 @@ class PrivacyEngine(Engine):
     All ranks start from the same parameters and make the same number of steps. Nothing is ever
     refunded in a loop of the user's own.
 
-    Args: site: whose records these are; the name in the ledger. comm: an mpi4py communicator of at
-        least ``collusion`` + 2 ranks, or a privfl transport; None to train alone. ledger: the file
-        of this site's ledger, which is begun where there is none. Every step is charged there
-        before it is made. budget: (epsilon, delta) that a ledger begun here may spend; an existing
-        one keeps its own. collusion: how many ranks may pool what they see.
+    Args:
+        site: whose records these are; the name in the ledger.
+        comm: an mpi4py communicator of at least ``collusion`` + 2 ranks, or a privfl transport;
+            None to train alone.
+        ledger: the file of this site's ledger, which is begun where there is none. Every step is
+            charged there before it is made.
+        budget: (epsilon, delta) that a ledger begun here may spend; an existing one keeps its own.
+        collusion: how many ranks may pool what they see.
 
     Raises:
         PrivflError: arguments that do not fit, or a ledger that cannot be used.

@@ -63,8 +63,9 @@ class Identity:
 def verify(public: str, signature: bytes, message: bytes) -> None:
     """Check a signature.
 
-    Raises: ProtocolError: it is not that of ``message`` by the holder of ``public``, or ``public``
-        is no key.
+    Raises:
+        ProtocolError: it is not that of ``message`` by the holder of ``public``, or ``public`` is
+            no key.
     """
     try:
         Ed25519PublicKey.from_public_bytes(public_bytes(public)).verify(signature, message)

@@ -28,16 +28,22 @@ class SecureSum:
         claimed. Keys are not pinned, so rank 0 must run this code unchanged: a single trust domain.
         docs/secure-aggregation.md has the proofs.
 
-    Args: comm: an mpi4py communicator of at least 2 ranks, or a privfl transport. Collective, as is
-        every :meth:`sum`. value_bits: bits of a value, 12 to 28; by default as many, from 16 to 24,
-        as two values can share a word with. range: for floating-point vectors the public bound on
-        the size of their elements; without it vectors are integers. rounding: of floating-point
-        values to the grid range / (2^(value_bits - 1) - 1): ``nearest`` or ``stochastic``. path:
-        ``star`` sends contributions to rank 0, ``reduce`` lets the MPI library add them. Same
-        result. timeout: seconds after which a rank that does not answer is an error.
+    Args:
+        comm: an mpi4py communicator of at least 2 ranks, or a privfl transport. Collective, as is
+            every :meth:`sum`.
+        value_bits: bits of a value, 12 to 28; by default as many, from 16 to 24, as two values can
+            share a word with.
+        range: for floating-point vectors the public bound on the size of their elements; without it
+            vectors are integers.
+        rounding: of floating-point values to the grid range / (2^(value_bits - 1) - 1): ``nearest``
+            or ``stochastic``.
+        path: ``star`` sends contributions to rank 0, ``reduce`` lets the MPI library add them. Same
+            result.
+        timeout: seconds after which a rank that does not answer is an error.
 
-    Raises: PrivflError: If there are too few ranks, ranks have other arguments or versions, or
-        parameters do not fit.
+    Raises:
+        PrivflError: If there are too few ranks, ranks have other arguments or versions, or
+            parameters do not fit.
     """
 
     def __init__(
@@ -75,15 +81,18 @@ class SecureSum:
     def sum(self, vector: ArrayLike) -> NDArray[Any]:
         """The sum over all ranks, at every rank. Collective.
 
-        Args: vector: integers of at most ``value_bits`` bits (with sign), or, if a ``range`` was
-            given, numbers within it. Any shape, the same at all ranks.
+        Args:
+            vector: integers of at most ``value_bits`` bits (with sign), or, if a ``range`` was
+                given, numbers within it. Any shape, the same at all ranks.
 
-        Returns: int64, exact; with a ``range`` float64, each rank's values rounded to the grid. The
+        Returns:
+            int64, exact; with a ``range`` float64, each rank's values rounded to the grid. The
             shape of ``vector``.
 
-        Raises: PrivflError: At all ranks, if one rank's vector does not fit or it can sum nothing
-            more; nothing of any vector has left then. MismatchError: If the sum is not what the
-            ranks sent; this object sums nothing more.
+        Raises:
+            PrivflError: At all ranks, if one rank's vector does not fit or it can sum nothing more;
+                nothing of any vector has left then.
+            MismatchError: If the sum is not what the ranks sent; this object sums nothing more.
         """
         return self._sum.sum(lambda: self._accept(vector), self._quantiser)
 

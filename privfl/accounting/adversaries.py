@@ -20,10 +20,13 @@ Noise = Literal["site", "distributed"]
 class Adversary:
     """An adversary who wants to learn about a record of one site.
 
-    Attributes: colluders: how many of the other sites pool what they see; 0 for whoever sees only
-        what is published. honest_shares: how many sites' shares of the noise it cannot subtract.
+    Attributes:
+        colluders: how many of the other sites pool what they see; 0 for whoever sees only what is
+            published.
+        honest_shares: how many sites' shares of the noise it cannot subtract.
         noise_factor: the noise this adversary cannot subtract, as a multiple of sigma, the noise
-        multiplier that stands against ``collusion`` sites. sees: in plain words.
+            multiplier that stands against ``collusion`` sites.
+        sees: in plain words.
     """
 
     who: str

@@ -111,9 +111,10 @@ class _Sampled(_Noised):
 class PoissonGaussian(_Sampled):
     """The Gaussian mechanism on a Poisson sample: steps of DP-SGD (Abadi et al. 2016).
 
-    Attributes: sampling_rate: probability q in (0, 1] with which each record enters a step,
-        independently of all others. noise_multiplier: standard deviation of the noise in units of
-        the clipping norm.
+    Attributes:
+        sampling_rate: probability q in (0, 1] with which each record enters a step, independently
+            of all others.
+        noise_multiplier: standard deviation of the noise in units of the clipping norm.
     """
 
     kind: ClassVar[str] = "poisson_gaussian"
@@ -137,10 +138,12 @@ class DiscreteGaussian(_Sampled):
     continuous one (their Proposition 5), and only those of whole order follow from them under
     sampling.
 
-    Attributes: sampling_rate: as in :class:`PoissonGaussian`. noise_multiplier: standard deviation
-        of the noise that the charged adversary cannot subtract, in units of the clipping norm.
+    Attributes:
+        sampling_rate: as in :class:`PoissonGaussian`.
+        noise_multiplier: standard deviation of the noise that the charged adversary cannot
+            subtract, in units of the clipping norm.
         sensitivity: what one record can change, in the same unit; above 1 because clipping and the
-        grid round.
+            grid round.
     """
 
     kind: ClassVar[str] = "discrete_gaussian"
@@ -166,8 +169,10 @@ class DiscreteGaussian(_Sampled):
 class MetricRelease(_Noised):
     """Held-out metrics with Gaussian noise; they concern the evaluation records.
 
-    Attributes: metrics: the names of all metrics released together. noise_multiplier: standard
-        deviation of the noise in units of what one record can change of all of them together.
+    Attributes:
+        metrics: the names of all metrics released together.
+        noise_multiplier: standard deviation of the noise in units of what one record can change of
+            all of them together.
     """
 
     kind: ClassVar[str] = "metric_release"

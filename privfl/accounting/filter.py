@@ -38,8 +38,10 @@ _ROUNDING = 1e-9
 class RenyiFilter:
     """(epsilon, delta), divided over Renyi orders once and for all.
 
-    Attributes: orders: Renyi orders, rising. weights: each order's share of delta, adding up to at
-        most 1; orders without one take no part.
+    Attributes:
+        orders: Renyi orders, rising.
+        weights: each order's share of delta, adding up to at most 1; orders without one take no
+            part.
     """
 
     epsilon: float

@@ -19,8 +19,9 @@ def admit(site: str, experiment: Experiment, file: SiteFile) -> RunPlan:
     """The noise this site needs, and the limits it is held to, if its policy and its budget let
     the run happen.
 
-    Raises: PrivflError: If a target cannot be reached, the noise bounds nothing, or the experiment
-        breaks the policy or the budget; the sentence says what would pass.
+    Raises:
+        PrivflError: If a target cannot be reached, the noise bounds nothing, or the experiment
+            breaks the policy or the budget; the sentence says what would pass.
     """
     check_policy(site, experiment, file)
     plan = plan_run(site, experiment, file)
@@ -32,8 +33,9 @@ def admit(site: str, experiment: Experiment, file: SiteFile) -> RunPlan:
 def check_noise(site: str, experiment: Experiment, file: SiteFile, plan: RunPlan) -> None:
     """Whether the policy is content with the noise.
 
-    Raises: PrivflError: If the noise is less than the policy asks for; the sentence says how much
-        would pass.
+    Raises:
+        PrivflError: If the noise is less than the policy asks for; the sentence says how much would
+            pass.
     """
     least = file.least_noise_multiplier
     if least is not None and plan.metrics is not None and plan.metrics.noise_multiplier < least:
@@ -92,8 +94,9 @@ def least_noise_that_fits(
 ) -> tuple[float, float] | None:
     """The least noise that lets a run fit.
 
-    Returns: (the least noise multiplier with which all of the run fits, the run's epsilon with it);
-        None if no noise is enough.
+    Returns:
+        (the least noise multiplier with which all of the run fits, the run's epsilon with it); None
+        if no noise is enough.
     """
     event_of: Callable[[float], Event] = (
         training_steps(site, experiment) if account == "training" else metric_releases(experiment)

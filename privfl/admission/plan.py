@@ -46,12 +46,16 @@ ROUNDING = 1e-9
 class RunPlan:
     """The plan of one run at one site, and the limits it is charged against.
 
-    Attributes: training: all steps of the run. metrics: all releases of metrics with noise, if
-        there are any. filters: the limits of the ledger: the site's own budget, or the plan itself
-        where no ledger is kept across runs. spent: what earlier runs have charged, by account;
-        empty without a ledger. head: that of the ledger when it was read; None without a ledger, or
-        if it begins with this run. kept: whether a ledger is kept across runs. delta: the delta at
-        which the run's epsilons are given.
+    Attributes:
+        training: all steps of the run.
+        metrics: all releases of metrics with noise, if there are any.
+        filters: the limits of the ledger: the site's own budget, or the plan itself where no ledger
+            is kept across runs.
+        spent: what earlier runs have charged, by account; empty without a ledger.
+        head: that of the ledger when it was read; None without a ledger, or if it begins with this
+            run.
+        kept: whether a ledger is kept across runs.
+        delta: the delta at which the run's epsilons are given.
     """
 
     training: PoissonGaussian | DiscreteGaussian
@@ -108,8 +112,9 @@ class RunPlan:
 def plan_run(site: str, experiment: Experiment, file: SiteFile) -> RunPlan:
     """What the run would need and cost, whether or not it is let happen.
 
-    Raises: PrivflError: If a target cannot be reached, the noise bounds nothing, or the ledger
-        cannot be used.
+    Raises:
+        PrivflError: If a target cannot be reached, the noise bounds nothing, or the ledger cannot
+            be used.
     """
     privacy, delta, ledger = (
         experiment.privacy,

@@ -36,8 +36,9 @@ def check_members(site: str, experiment: Experiment, file: SiteFile, members: in
     """Whether a sum of so many sites is large enough for the policy, and its noise for their
     coalitions.
 
-    Raises: PrivflError: If it is not; the sentence says how many sites, or how many colluders,
-        would pass.
+    Raises:
+        PrivflError: If it is not; the sentence says how many sites, or how many colluders, would
+            pass.
     """
     if members < file.least_sites:
         raise refusal(
@@ -64,8 +65,9 @@ def check_members(site: str, experiment: Experiment, file: SiteFile, members: in
 def check_policy(site: str, experiment: Experiment, file: SiteFile) -> None:
     """Hold the proposal against everything of the site's policy that needs no accountant.
 
-    Raises: PrivflError: If the proposal breaks a rule; the sentence names the first one and says
-        what would pass.
+    Raises:
+        PrivflError: If the proposal breaks a rule; the sentence names the first one and says what
+            would pass.
     """
 
     def refuse(key: str, what: str) -> PrivflError:

@@ -147,8 +147,10 @@ def check_isolation(
     shapes (B, 1) and (B,) pairs every record with every other, and ``x - x.mean(0)`` mixes them in
     the model.
 
-    Args: gradients: per-example gradients of a batch, one tensor of shape (batch, ...) for each
-        parameter. inputs, targets: at least two different records.
+    Args:
+        gradients: per-example gradients of a batch, one tensor of shape (batch, ...) for each
+            parameter.
+        inputs, targets: at least two different records.
 
     Raises:
         PrivflError: coupled, or NaN for every record.

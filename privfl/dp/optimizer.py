@@ -169,8 +169,9 @@ class _SystemNoise:
     """Adds noise drawn from ``randomness`` instead of torch's generators, and counts how often
     it did.
 
-    Attributes: noise_draws: logical steps whose sum got its noise; the agent compares it with the
-        steps it charged.
+    Attributes:
+        noise_draws: logical steps whose sum got its noise; the agent compares it with the steps it
+            charged.
     """
 
     params: list[torch.nn.Parameter]

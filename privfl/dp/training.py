@@ -333,8 +333,9 @@ class LocalTraining:
         """Refuse a model that couples the records of a batch when it is only used: a metric of
         one record would then depend on the others.
 
-        Raises: PrivflError: the outputs of a few records of ``dataset`` depend on which others are
-            in the batch.
+        Raises:
+            PrivflError: the outputs of a few records of ``dataset`` depend on which others are in
+                the batch.
         """
         few = [
             dataset[int(i)]

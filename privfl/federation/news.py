@@ -19,14 +19,18 @@ class Greeted:
 class ReadySite:
     """What a site said of itself before the first round.
 
-    Attributes: records: training records. weight: its part of the mean; the weights of all sites
-        add up to 1. noise_multiplier: of a training step, against the charged adversary.
-        sampling_rate: q of Poisson sampling. planned_epsilon: of its training records at the end of
-        the run. evaluation_epsilon: of its evaluation records at the end of the run. metrics_noise:
-        the noise of its metrics, in units of what one record can change; 0 without noise.
-        accountant: the one by which its epsilons are meant. ledger: whether it keeps a ledger
-        across runs, and whether that begins with this run. outside: what its data() says that no
-        epsilon covers.
+    Attributes:
+        records: training records.
+        weight: its part of the mean; the weights of all sites add up to 1.
+        noise_multiplier: of a training step, against the charged adversary.
+        sampling_rate: q of Poisson sampling.
+        planned_epsilon: of its training records at the end of the run.
+        evaluation_epsilon: of its evaluation records at the end of the run.
+        metrics_noise: the noise of its metrics, in units of what one record can change; 0 without
+            noise.
+        accountant: the one by which its epsilons are meant.
+        ledger: whether it keeps a ledger across runs, and whether that begins with this run.
+        outside: what its data() says that no epsilon covers.
     """
 
     records: int

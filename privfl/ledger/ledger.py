@@ -95,8 +95,10 @@ class Ledger:
     ) -> Ledger:
         """Open the book at ``path`` as its only writer, or begin one with these ``filters``.
 
-        Raises: PrivflError: it cannot be opened, is in use, lies on a network file system, or is
-            another site's. DamagedError: its rows are not what was written.
+        Raises:
+            PrivflError: it cannot be opened, is in use, lies on a network file system, or is
+                another site's.
+            DamagedError: its rows are not what was written.
         """
         book = cls(Storage.write(path, network=network))
         try:
@@ -258,8 +260,9 @@ class Ledger:
 
         The caller has killed the trainer and forgets all that the charged steps changed.
 
-        Raises: InternalError: something left already, the charge is of another process, or it was
-            refunded before.
+        Raises:
+            InternalError: something left already, the charge is of another process, or it was
+                refunded before.
         """
         self._settle()
         if self._refundable.pop(charge.number, None) is None:

@@ -64,8 +64,10 @@ class Storage:
         Args:
             network: allow a file system that is shared between machines.
 
-        Raises: PrivflError: it cannot be opened, another run has it open, or it lies on a network
-            file system. DamagedError: it is no book.
+        Raises:
+            PrivflError: it cannot be opened, another run has it open, or it lies on a network file
+                system.
+            DamagedError: it is no book.
         """
         kind = file_system(path)
         if kind in _NETWORK and not network:

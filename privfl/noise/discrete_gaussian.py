@@ -63,8 +63,10 @@ _PIECE = 1 << 14
 class DiscreteGaussian:
     """Integers with P(x) proportional to exp(-x^2 / (2 deviation^2)).
 
-    Args: deviation: s, from 0.5 to 2^40; the standard deviation, but for the narrowest. randomness:
-        16 bytes for each candidate, and 16 more for about one in 2^38 (in 2^26 at the widest).
+    Args:
+        deviation: s, from 0.5 to 2^40; the standard deviation, but for the narrowest.
+        randomness: 16 bytes for each candidate, and 16 more for about one in 2^38 (in 2^26 at the
+            widest).
 
     Attributes:
         starts, weights: the first integer and the weight W_j of every bin.

@@ -42,10 +42,12 @@ _WRAP = 2.0**-40
 class StepGrid:
     """The grid of one run's sums, the same at all sites.
 
-    Attributes: step: g, a number of 16 significant bits, so that sites whose logarithms differ in
-        the last bit still agree on it. deviation: standard deviation of one share, in grid steps.
+    Attributes:
+        step: g, a number of 16 significant bits, so that sites whose logarithms differ in the last
+            bit still agree on it.
+        deviation: standard deviation of one share, in grid steps.
         sensitivity: what one record changes in a site's rounded sum at most, in units of the
-        clipping norm.
+            clipping norm.
     """
 
     step: float
@@ -55,8 +57,9 @@ class StepGrid:
     def check_charged(self, sensitivity: float) -> None:
         """Refuse to release sums whose mechanism event is charged for less than they can change.
 
-        Raises: InternalError: If ``sensitivity``, that of the charged event, is below that of this
-            grid.
+        Raises:
+            InternalError: If ``sensitivity``, that of the charged event, is below that of this
+                grid.
         """
         if not sensitivity >= self.sensitivity:
             raise InternalError(
@@ -109,8 +112,9 @@ class DistributedNoise:
             records: records of all sites together.
             steps: steps of the run, at most.
 
-        Raises: PrivflError: If so few bits of a value do not hold the sums finely enough, or the
-            shares are too narrow or too wide for them.
+        Raises:
+            PrivflError: If so few bits of a value do not hold the sums finely enough, or the shares
+                are too narrow or too wide for them.
         """
         if value_range is None:
             value_range = self.derived_range(
@@ -122,8 +126,9 @@ class DistributedNoise:
         """The finest grid on which a sum between -``value_range`` and ``value_range`` fits
         integers up to ``largest_total``.
 
-        Raises: PrivflError: If so coarse a grid would change more than the charged sensitivity, or
-            the shares are too narrow or too wide for it.
+        Raises:
+            PrivflError: If so coarse a grid would change more than the charged sensitivity, or the
+                shares are too narrow or too wide for it.
         """
         fraction, exponent = math.frexp(value_range / largest_total)
         step = math.ldexp(math.ceil(math.ldexp(fraction, 16)), exponent - 16)

@@ -57,11 +57,14 @@ class ReportedRun:
 class History:
     """One site's history.
 
-    Attributes: source: where it was read, for a person. kept: whether a ledger is kept across runs.
-        limits: the filters of its budget, by account, where they are known. mechanisms: each event
-        once, a single step of it. vectors: the divergences of one step of each, at ``orders``;
-        shape (orders,). told: by account, the epsilons that a site told others after its charges,
-        by a filter that they do not know; one for each charge.
+    Attributes:
+        source: where it was read, for a person.
+        kept: whether a ledger is kept across runs.
+        limits: the filters of its budget, by account, where they are known.
+        mechanisms: each event once, a single step of it.
+        vectors: the divergences of one step of each, at ``orders``; shape (orders,).
+        told: by account, the epsilons that a site told others after its charges, by a filter that
+            they do not know; one for each charge.
     """
 
     site: str

@@ -52,8 +52,9 @@ class ExchangeKey:
     def open(self, sender: bytes, sealed: bytes, context: bytes) -> bytes:
         """The secret that the holder of public key ``sender`` sealed to this key.
 
-        Raises: ProtocolError: altered on the way, sealed by or to somebody else, or for another
-            context.
+        Raises:
+            ProtocolError: altered on the way, sealed by or to somebody else, or for another
+                context.
         """
         return open_sealed(self._sealing_key(sender, sender, self.public, context), sealed, context)
 

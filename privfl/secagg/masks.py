@@ -29,8 +29,9 @@ _PIECE = 1 << 13
 class Masks:
     """One member's masks for one attempt. Integers are masked in order, each once.
 
-    Args: pairs: for every other member the key of the pair's stream, and whether this member adds
-        it (the other subtracts).
+    Args:
+        pairs: for every other member the key of the pair's stream, and whether this member adds it
+            (the other subtracts).
     """
 
     def __init__(self, pairs: Iterable[tuple[bytes, bool]]) -> None:
@@ -71,8 +72,10 @@ class Pairs:
 
     It gives masks for each (round, attempt) once, and only for later ones after that.
 
-    Args: own: this member's key of the run. members: the public exchange keys of all members, this
-        one included; afterwards, how many they are.
+    Args:
+        own: this member's key of the run.
+        members: the public exchange keys of all members, this one included; afterwards, how many
+            they are.
 
     Raises:
         ProtocolError: this member is not among them, a key is there twice, or one is no key.
@@ -92,8 +95,9 @@ class Pairs:
     def masks(self, round_: int, attempt: int, transcript: bytes) -> Masks:
         """The masks of one attempt. ``transcript``: a digest of all that its members must agree on.
 
-        Raises: ProtocolError: not later than the last one: the same masks over two vectors would
-            give away their difference.
+        Raises:
+            ProtocolError: not later than the last one: the same masks over two vectors would give
+                away their difference.
         """
         if (round_, attempt) <= self._last:
             raise ProtocolError(

@@ -29,11 +29,13 @@ def prove() -> bool:
     """Sum three masked, encrypted vectors, and look whether each stage does what the others rely
     on.
 
-    Returns: Whether the sum of ciphertexts' words is, word for word, what TenSEAL's evaluator
-        gives; if not, sums must be made with the evaluator (:class:`EvaluatorAdder`).
+    Returns:
+        Whether the sum of ciphertexts' words is, word for word, what TenSEAL's evaluator gives; if
+        not, sums must be made with the evaluator (:class:`EvaluatorAdder`).
 
-    Raises: PrivflError: sums are wrong, masks do not hide or do not cancel, or a wrong set of
-        members, or another key, decodes.
+    Raises:
+        PrivflError: sums are wrong, masks do not hide or do not cancel, or a wrong set of members,
+            or another key, decodes.
     """
     parameters = derive(_MEMBERS, _BITS)
     key, check = SumKey(parameters), os.urandom(KEY_BYTES)

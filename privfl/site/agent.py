@@ -53,9 +53,11 @@ def serve(
 ) -> int:
     """Take part in one run as a site; the exit code of the job.
 
-    Args: transport: connects this rank to the coordinator. prepare: called here, so that whatever
-        it raises reaches the coordinator instead of the screen of one rank. observer: told of what
-        happens at this site; for tests and audits.
+    Args:
+        transport: connects this rank to the coordinator.
+        prepare: called here, so that whatever it raises reaches the coordinator instead of the
+            screen of one rank.
+        observer: told of what happens at this site; for tests and audits.
     """
     # Before there is a key: no core file, and no other process reads this one.
     forbid_reading()

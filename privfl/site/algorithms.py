@@ -52,8 +52,9 @@ class Contribution(Protocol):
     def summand(self, sealed_ranges: Mapping[str, str]) -> Summand:
         """What goes into the sum.
 
-        Args: sealed_ranges: what every site said of its range, by site; empty where the range is
-            fixed.
+        Args:
+            sealed_ranges: what every site said of its range, by site; empty where the range is
+                fixed.
 
         Raises:
             ProtocolError: If a range was altered, or is of another site or round.
@@ -76,8 +77,9 @@ class Algorithm(Protocol):
             answer: the trainer's answer.
             steps: how many steps this run has charged so far.
 
-        Raises: InternalError: If the trainer drew noise, or batches, another number of times than
-            was charged, or its vector is not finite.
+        Raises:
+            InternalError: If the trainer drew noise, or batches, another number of times than was
+                charged, or its vector is not finite.
         """
         ...
 

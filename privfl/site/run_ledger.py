@@ -158,10 +158,13 @@ class RunLedger:
     ) -> None:
         """Check policy and ledger once more, before a contribution to a sum is made.
 
-        Args: account: whose records the contribution depends on. round_: the round of the sum.
-            members: the sites of the sum. active: the protections, and whether they are in place.
+        Args:
+            account: whose records the contribution depends on.
+            round_: the round of the sum.
+            members: the sites of the sum.
+            active: the protections, and whether they are in place.
             costs: whether the contribution must have been charged; metrics of public records, or of
-            none, are not.
+                none, are not.
 
         Raises:
             PrivflError: If the policy does not allow this sum.

@@ -100,8 +100,9 @@ def prepare_site(site: str, experiment: Experiment, folder: Path, file: SiteFile
 
     Above all that is how much noise its records need, and whether its policy lets the run happen.
 
-    Raises: PrivflError: If the policy or the budget refuses, the target epsilon cannot be reached,
-        or keys that are asked for are missing.
+    Raises:
+        PrivflError: If the policy or the budget refuses, the target epsilon cannot be reached, or
+            keys that are asked for are missing.
     """
     plan = admit(site, experiment, file)
     return SiteSetup(

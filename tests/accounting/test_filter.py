@@ -291,8 +291,9 @@ def played(
     from another while it is below; all three are drawn. What it takes is simulated with the record
     present, or absent.
 
-    Returns: The privacy loss of each transcript, towards the world that was simulated; and the
-        totals, added up apart from the filter.
+    Returns:
+        The privacy loss of each transcript, towards the world that was simulated; and the totals,
+        added up apart from the filter.
     """
     rng = np.random.default_rng(seed)
     costs = np.array([limit.cost(event) for event in POOL])

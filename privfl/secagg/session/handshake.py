@@ -57,8 +57,9 @@ class Handshake:
             signatures: by site, in hexadecimal.
             make_key: whether this site makes the keys of the run.
 
-        Returns: The keys sealed to every other member, as (index of the member, sealed); empty
-            unless ``make_key``.
+        Returns:
+            The keys sealed to every other member, as (index of the member, sealed); empty unless
+            ``make_key``.
 
         Raises:
             ProtocolError: If a signature is missing or does not fit.

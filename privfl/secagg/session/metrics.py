@@ -46,8 +46,9 @@ def metrics_from_totals(totals: NDArray[np.int64], parameters: Parameters) -> ND
 def layout_of(numbers: int, parameters: Parameters, *, wide: bool) -> Layout:
     """Where a vector of so many numbers lies in the blocks of a contribution.
 
-    Args: wide: whether each number is one modulo 2^64 that takes several values, as those of
-        metrics do.
+    Args:
+        wide: whether each number is one modulo 2^64 that takes several values, as those of metrics
+            do.
     """
     return Layout(numbers * limbs(parameters) if wide else numbers, parameters)
 

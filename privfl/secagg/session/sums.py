@@ -65,8 +65,10 @@ class SumSession:
     ) -> SumAttempt:
         """This site's part in the sum of one attempt.
 
-        Args: length: values of the vector. facts: whatever else all members must have been told
-            alike, as JSON: if they were not, the sum does not decode.
+        Args:
+            length: values of the vector.
+            facts: whatever else all members must have been told alike, as JSON: if they were not,
+                the sum does not decode.
 
         Raises:
             ProtocolError: not later than the last one, or the keys were given up.
