@@ -51,11 +51,11 @@ def _histories(ledgers: Sequence[Path], heads: Sequence[Path]) -> list[History]:
 
     # In a run folder the heads that were shown lie beside the ledgers.
     shown = from_ledger.heads_in([*heads, *(path for path in ledgers if path.is_dir())])
-    found = []
+    histories = []
     for path in from_ledger.find(ledgers):
         with Ledger.read(path) as ledger:
-            found.append(from_ledger.history(ledger, from_ledger.checks(ledger, shown)))
-    return sorted(found, key=lambda history: history.site)
+            histories.append(from_ledger.history(ledger, from_ledger.checks(ledger, shown)))
+    return sorted(histories, key=lambda history: history.site)
 
 
 @command.command(
@@ -153,8 +153,8 @@ def report(ledgers: tuple[Path, ...], heads: tuple[Path, ...], output: Path) -> 
     from privfl.reporting.build import report as compute
     from privfl.reporting.html import to_html
 
-    found = compute("Privacy budget", _histories(ledgers, heads))
-    _write(output, to_html(found))
+    page = compute("Privacy budget", _histories(ledgers, heads))
+    _write(output, to_html(page))
     click.echo(f"wrote {output}")
 
 
@@ -184,9 +184,9 @@ def verify(ledger: Path, more_heads: tuple[Path, ...], heads: tuple[Path, ...]) 
     problems = []
     for path in from_ledger.find([ledger]):
         with Ledger.read(path) as opened:
-            found = from_ledger.checks(opened, shown)
+            checks = from_ledger.checks(opened, shown)
             wrong_costs = opened.problems()
-            for check in found:
+            for check in checks:
                 click.echo(
                     f"{path}: {check.what}: "
                     f"{'ok' if check.ok else 'WRONG' if check.ok is False else 'not checked'}: "
@@ -199,7 +199,7 @@ def verify(ledger: Path, more_heads: tuple[Path, ...], heads: tuple[Path, ...]) 
                 )
             problems += [
                 f"{path}: {problem}"
-                for problem in [*(c.detail for c in found if c.ok is False), *wrong_costs]
+                for problem in [*(c.detail for c in checks if c.ok is False), *wrong_costs]
             ]
     if problems:
         raise PrivflError(

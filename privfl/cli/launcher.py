@@ -14,16 +14,16 @@ def matching_mpiexec() -> str:
     otherwise that of the PATH.
 
     Raises:
-        PrivflError: there is none.
+        PrivflError: If no mpiexec is found.
     """
     ours = shutil.which("mpiexec", path=sysconfig.get_path("scripts"))
-    found = ours or shutil.which("mpiexec")
-    if found is None:
+    mpiexec = ours or shutil.which("mpiexec")
+    if mpiexec is None:
         raise PrivflError(
             "no mpiexec was found: `pip install 'privfl[mpich]'` brings one, or load your "
             "cluster's MPI module"
         )
-    return found
+    return mpiexec
 
 
 def mpiexec_command(ranks: int) -> list[str]:

@@ -77,8 +77,8 @@ def step(plan: Plan, state: State, rank: int, message: Message) -> Result:
     """The state after ``message`` from ``rank``, and what to do.
 
     Raises:
-        ProtocolError: the message is not allowed now.
-        PrivflError: the sites cannot work together (different experiments, versions, models).
+        ProtocolError: If the message is not allowed now.
+        PrivflError: If the sites cannot work together (different experiments, versions, models).
     """
     body = message.body
     if state.phase is Phase.ENDED:

@@ -176,7 +176,7 @@ def step(
     ``blocks_of`` gives the number of blocks of a vector, once the run has begun.
 
     Raises:
-        ProtocolError: the message is not allowed now; nothing has changed.
+        ProtocolError: If the message is not allowed now; nothing has changed.
     """
     body = message.body
     if isinstance(body, Welcome):

@@ -99,7 +99,7 @@ def spent(history: History, name: AccountName) -> tuple[float, float, int]:
     """(epsilon, its delta, steps) of all charges to one account; cheap."""
     charges = [charge for charge in history.charges if charge.account == name]
     delta, steps = _delta(history, name), _steps(charges)
-    told, counted = history.told.get(name), steps
+    stated, counted = history.filter_epsilons.get(name), steps
     if name not in history.limits:
         runs = [
             _planned(
@@ -113,7 +113,7 @@ def spent(history: History, name: AccountName) -> tuple[float, float, int]:
         }
     epsilon = float(_spent(history, name, _total(history, counted), delta))
     # What a site tells of its filter cannot be less than the Renyi bound of the same steps.
-    return max(told[-1], epsilon) if told else epsilon, delta, sum(steps.values())
+    return max(stated[-1], epsilon) if stated else epsilon, delta, sum(steps.values())
 
 
 def _account(
@@ -123,7 +123,7 @@ def _account(
     epsilon, delta, _ = spent(history, name)
     return Account(
         account=name,
-        accountant="filter" if name in history.limits or name in history.told else "rdp",
+        accountant="filter" if name in history.limits or name in history.filter_epsilons else "rdp",
         delta=delta,
         spent=epsilon,
         person=_together(persons),
@@ -245,9 +245,11 @@ def _curve(
     picked = np.unique(
         np.linspace(0, len(charges) - 1, min(_POINTS, len(charges))).astype(np.int64)
     )
-    told = history.told.get(name)
+    stated = history.filter_epsilons.get(name)
     values = (
-        _after(history, name, charges, picked, delta) if told is None else np.array(told)[picked]
+        _after(history, name, charges, picked, delta)
+        if stated is None
+        else np.array(stated)[picked]
     )
     return [
         Point(
@@ -319,18 +321,18 @@ def _cost(
         return None
     planned = _planned(steps, plan)
     rdp = float(epsilons(history.orders, _total(history, planned), facts.delta).min())
-    limit, told = history.limits.get(name), history.told.get(name)
+    limit, stated = history.limits.get(name), history.filter_epsilons.get(name)
     by_filter = (
-        told[-1]
-        if told
+        stated[-1]
+        if stated
         else None
         if limit is None
         else limit.epsilon_of(_total(history, steps), facts.delta)
     )
     events = _events(history, planned)
-    few = len(events) <= _MECHANISMS_WITH_PLD
+    few_mechanisms = len(events) <= _MECHANISMS_WITH_PLD
     person = None
-    if facts.records_per_person > 1 and few:
+    if facts.records_per_person > 1 and few_mechanisms:
         epsilon = _person(events, facts.delta, facts.records_per_person)
         person = Person(records=facts.records_per_person, epsilon=epsilon, delta=facts.delta)
     return Cost(
@@ -346,7 +348,7 @@ def _cost(
         accountant="rdp" if by_filter is None else "filter",
         epsilon=rdp if by_filter is None else by_filter,
         rdp=rdp,
-        pld=_pld(events, facts.delta) if with_pld and few else None,
+        pld=_pld(events, facts.delta) if with_pld and few_mechanisms else None,
         filter=by_filter,
         person=person,
     )

@@ -37,20 +37,20 @@ def find(paths: Sequence[Path]) -> list[Path]:
     """The ledgers among files and folders, each once; folders are searched.
 
     Raises:
-        PrivflError: a path is not there, or a folder holds no ledger.
+        PrivflError: If a path does not exist, or a folder holds no ledger.
     """
-    found: dict[Path, Path] = {}
+    ledgers: dict[Path, Path] = {}
     for path in paths:
         if path.is_dir():
             inside = sorted(path.rglob("*.ledger"))
             if not inside:
                 raise PrivflError(f"there is no ledger (*.ledger) in {path} or below")
-            found |= {ledger.resolve(): ledger for ledger in inside}
+            ledgers |= {file.resolve(): file for file in inside}
         elif path.exists():
-            found[path.resolve()] = path
+            ledgers[path.resolve()] = path
         else:
             raise PrivflError(f"there is no ledger {path}")
-    return list(found.values())
+    return list(ledgers.values())
 
 
 def heads_in(paths: Iterable[Path]) -> list[Shown]:
@@ -58,9 +58,9 @@ def heads_in(paths: Iterable[Path]) -> list[Shown]:
     these files, or anywhere below these folders.
 
     Raises:
-        PrivflError: a file cannot be read.
+        PrivflError: If a file cannot be read, or is no log of rounds or heads.
     """
-    found = []
+    heads = []
     for path in paths:
         files = (
             [f for name in ("rounds.jsonl", "heads.jsonl") for f in sorted(path.rglob(name))]
@@ -68,14 +68,14 @@ def heads_in(paths: Iterable[Path]) -> list[Shown]:
             else [path]
         )
         for file in files:
-            found += _heads_of(file)
-    return found
+            heads += _heads_of(file)
+    return heads
 
 
 def _heads_of(file: Path) -> list[Shown]:
     from privfl.ledger import Head
 
-    found = []
+    heads = []
     try:
         lines = file.read_text(encoding="utf-8").splitlines()
         for number, line in enumerate(lines, 1):
@@ -96,7 +96,7 @@ def _heads_of(file: Path) -> list[Shown]:
                     int(record["round"]),
                     int(fields["attempt"]),
                 )
-                found.append(Shown(Head.from_dict(fields), *where, str(fields["signature"]), file))
+                heads.append(Shown(Head.from_dict(fields), *where, str(fields["signature"]), file))
     except OSError as error:
         raise PrivflError(f"cannot read {file}: {error.strerror}") from error
     except (ValueError, KeyError, TypeError, AttributeError) as error:
@@ -104,7 +104,7 @@ def _heads_of(file: Path) -> list[Shown]:
             f"{file} is no log of rounds or heads of privfl; name a run folder, its rounds.jsonl, "
             f"or a site's heads.jsonl"
         ) from error
-    return found
+    return heads
 
 
 def checks(ledger: Ledger, heads: Sequence[Shown]) -> list[Check]:
@@ -113,9 +113,11 @@ def checks(ledger: Ledger, heads: Sequence[Shown]) -> list[Check]:
     """
     from privfl.reporting.schema import Check
 
-    found = [Check(what="chain", ok=True, detail=f"the hashes of all {len(ledger.rows)} rows fit")]
-    ours = [shown for shown in heads if shown.head.ledger == ledger.name]
-    if not ours:
+    verified = [
+        Check(what="chain", ok=True, detail=f"the hashes of all {len(ledger.rows)} rows fit")
+    ]
+    of_this_ledger = [shown for shown in heads if shown.head.ledger == ledger.name]
+    if not of_this_ledger:
         detail = (
             "no head of this ledger was given to compare with, so a tail that was cut off "
             "would not show"
@@ -126,24 +128,24 @@ def checks(ledger: Ledger, heads: Sequence[Shown]) -> list[Check]:
                 f"site {ledger.site} showed heads of {len(others)} other ledgers, and none of "
                 f"this one: it may have been begun anew"
             )
-        return [*found, Check(what="heads", ok=False if others else None, detail=detail)]
+        return [*verified, Check(what="heads", ok=False if others else None, detail=detail)]
     identities = {
         row.run: str(row.facts().get("identity", "")) for row in ledger.rows if row.kind == "run"
     }
     wrong = [
         f"{problem} ({shown.file})"
-        for shown in ours
+        for shown in of_this_ledger
         if (problem := _problem(ledger, shown, identities))
     ]
     detail = (
         wrong[0]
         if wrong
         else (
-            f"{len(ours)} signed heads that were shown to others fit, the last at row "
-            f"{max(s.head.rows for s in ours)}"
+            f"{len(of_this_ledger)} signed heads that were shown to others fit, the last at row "
+            f"{max(s.head.rows for s in of_this_ledger)}"
         )
     )
-    return [*found, Check(what="heads", ok=not wrong, detail=detail)]
+    return [*verified, Check(what="heads", ok=not wrong, detail=detail)]
 
 
 def _problem(ledger: Ledger, shown: Shown, identities: dict[str, str]) -> str | None:
@@ -251,10 +253,8 @@ def write_page(path: Path) -> None:
 
     try:
         with Ledger.read(path) as ledger:
-            found = report(
-                f"Privacy budget of {ledger.site}", [history(ledger, checks(ledger, []))]
-            )
-        path.with_suffix(".report.html").write_text(to_html(found), encoding="utf-8")
+            page = report(f"Privacy budget of {ledger.site}", [history(ledger, checks(ledger, []))])
+        path.with_suffix(".report.html").write_text(to_html(page), encoding="utf-8")
     except (PrivflError, OSError) as error:
         sys.stderr.write(
             f"privfl: the report beside the ledger {path} could not be written: "

@@ -22,7 +22,7 @@ def histories(
     """What the round log in ``folder`` says of each site.
 
     Args:
-        sites: what each site told of itself before the first round.
+        sites: what each site filter_epsilons of itself before the first round.
     """
     rounds = [
         json.loads(line)
@@ -62,7 +62,7 @@ def _history(
             *(["evaluation"] if any("evaluation" in r["sites"][site] for r in rounds) else []),
         ):
             charge(rounds[0]["time"], 0, account, NonPrivate(what="insecure_test_seed"))
-    told: dict[Any, list[float]] = {}
+    filter_epsilons: dict[Any, list[float]] = {}
     for record in rounds:
         said = {"training": record["sites"][site]} | {
             k: v for k, v in record["sites"][site].items() if k == "evaluation"
@@ -70,7 +70,7 @@ def _history(
         for account, cost in said.items():
             charge(record["time"], record["round"], account, event_from_dict(cost["event"]))
             if ready.accountant == "filter":
-                told.setdefault(account, []).append(cost["epsilon"])
+                filter_epsilons.setdefault(account, []).append(cost["epsilon"])
     whole = {"training": experiment.steps, "evaluation": experiment.metric_releases}
     plans: dict[Any, Event] = {
         c.account: mechanisms[c.mechanism].times(whole[c.account])
@@ -96,7 +96,7 @@ def _history(
         charges=charges,
         runs=[ReportedRun(run, rounds[0]["time"], trust, _facts(experiment, ready, plans))],
         checks=[Check(what="ledger", ok=None, detail=note)],
-        told=told,
+        filter_epsilons=filter_epsilons,
     )
 
 

@@ -90,10 +90,10 @@ class Site:
     @property
     def charges(self) -> list[tuple[Account, Charge]]:
         """All charges, by run and then by kind of record."""
-        found = [
+        charges = [
             (account, charge) for account in self.report.accounts for charge in account.charges
         ]
-        return sorted(found, key=lambda pair: self.numbers[pair[1].run])
+        return sorted(charges, key=lambda pair: self.numbers[pair[1].run])
 
     @property
     def persons(self) -> list[int]:
@@ -121,20 +121,20 @@ class Site:
     @property
     def exact(self) -> dict[tuple[str, ...], list[Run]]:
         """Metrics that were released without noise, and the runs that did."""
-        found: dict[tuple[str, ...], list[Run]] = {}
+        runs: dict[tuple[str, ...], list[Run]] = {}
         for run in self.report.runs:
             if run.exact_metrics:
-                found.setdefault(tuple(run.exact_metrics), []).append(run)
-        return found
+                runs.setdefault(tuple(run.exact_metrics), []).append(run)
+        return runs
 
     @property
     def outside(self) -> dict[str, list[Run]]:
         """What a run's data() says that no epsilon covers, and the runs."""
-        found: dict[str, list[Run]] = {}
+        runs: dict[str, list[Run]] = {}
         for run in self.report.runs:
             for text in run.outside:
-                found.setdefault(text, []).append(run)
-        return found
+                runs.setdefault(text, []).append(run)
+        return runs
 
     @property
     def unbounded(self) -> list[Account]:
@@ -223,15 +223,15 @@ def _plots(report: SiteReport, account: Account, numbers: dict[str, int], key: s
 
 def _deltas(report: Report) -> list[float]:
     """All deltas in the report, each once."""
-    found = [account.delta for site in report.sites for account in site.accounts]
-    found += [
+    deltas = [account.delta for site in report.sites for account in site.accounts]
+    deltas += [
         cost.delta
         for site in report.sites
         for run in site.runs
         for cost in (run.training, run.evaluation)
         if cost is not None
     ]
-    return sorted({delta for delta in found if not math.isnan(delta)})
+    return sorted({delta for delta in deltas if not math.isnan(delta)})
 
 
 # -- numbers in words ------------------------------------------------------------------------------
@@ -299,5 +299,5 @@ def numbered(runs: Sequence[Run], numbers: dict[str, int]) -> str:
 
 def moment(time: str) -> str:
     """2026-11-25T20:59:35Z as '2026-11-25 20:59:35'; all times are UTC."""
-    found = re.fullmatch(r"(\d{4}-\d\d-\d\d)T(\d\d:\d\d:\d\d)(?:\.\d+)?Z", time)
-    return f"{found[1]} {found[2]}" if found else time
+    parts = re.fullmatch(r"(\d{4}-\d\d-\d\d)T(\d\d:\d\d:\d\d)(?:\.\d+)?Z", time)
+    return f"{parts[1]} {parts[2]}" if parts else time

@@ -54,17 +54,17 @@ def after_runs(account: Account, numbers: dict[str, int]) -> list[Spent]:
     """Epsilon after each run that charged the account; where the curve is thinned out, its next
     point, which is not below the truth.
     """
-    found, curve = [], account.curve
+    points, curve = [], account.curve
     for run in dict.fromkeys(charge.run for charge in account.charges):
         inside = [i for i, point in enumerate(curve) if point.run == run]
         if inside:
             last = inside[-1]
             exact = last + 1 == len(curve) or curve[last + 1].charge == curve[last].charge + 1
-            found.append(Spent(numbers[run], curve[last if exact else last + 1].epsilon))
+            points.append(Spent(numbers[run], curve[last if exact else last + 1].epsilon))
         elif curve:
             later = [point for point in curve if numbers[point.run] > numbers[run]]
-            found.append(Spent(numbers[run], (later or curve[-1:])[0].epsilon))
-    return found
+            points.append(Spent(numbers[run], (later or curve[-1:])[0].epsilon))
+    return points
 
 
 def curve_plot(

@@ -20,7 +20,7 @@ def places(
         output, log: from the site file; by default both lie in the run's ``folder``.
 
     Raises:
-        PrivflError: they cannot be written.
+        PrivflError: If the folder or the log cannot be written.
     """
     results = Path(output or Path(folder) / "sites" / site)
     path = Path(log or results / "site.log")
@@ -39,7 +39,7 @@ def open_log(path: Path) -> TextIO:
     says of records.
 
     Raises:
-        OSError: it cannot be written.
+        OSError: If the log cannot be written.
     """
 
     def owner_only(name: str, flags: int) -> int:
@@ -57,7 +57,7 @@ def share_model(model: Path, folder: Path, run: str, site: str) -> None:
     Only for sites that share an account with the coordinator anyway: it owns the folder.
 
     Raises:
-        OSError: the folder is not shared with this site, or something is in the way.
+        OSError: If the folder is not shared with this site, or the model cannot be put there.
     """
     if run not in (folder / "experiment.yaml").read_text(encoding="utf-8"):
         return

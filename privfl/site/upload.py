@@ -36,7 +36,7 @@ class Upload:
         """Send all blocks; with ``reduce`` only an empty message says that they are handed over.
 
         Raises:
-            PrivflError: other members did not take part in the reduction in time.
+            PrivflError: If other members do not take part in the reduction in time.
         """
         if self._path == "star":
             for part, block in enumerate(blocks):
