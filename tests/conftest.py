@@ -7,11 +7,13 @@ from __future__ import annotations
 import contextlib
 import io
 import os
+import re
 import shutil
 import subprocess
 import sys
 import sysconfig
 import threading
+import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -146,6 +148,45 @@ def processes() -> dict[int, list[str]]:
                     (entry / "cmdline").read_bytes().decode(errors="replace").split("\0")
                 )
     return found
+
+
+def descendants(ancestor: int) -> dict[int, list[str]]:
+    """The command lines of the children of a process, of their children and so on, by number (Linux)."""
+    commands, parents = processes(), {}
+    for pid in commands:
+        with contextlib.suppress(OSError):
+            # The name in parentheses may hold anything; the state and the parent follow the last one.
+            parents[pid] = int(Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[1])
+    family, generation = {}, {ancestor}
+    while generation := {pid for pid, parent in parents.items() if parent in generation}:
+        family |= {pid: commands[pid] for pid in generation}
+    return family
+
+
+def wait_for(
+    condition: Callable[[], Any], process: subprocess.Popen[str], limit: float = 60
+) -> Any:
+    """What ``condition`` gives once it gives something true; the test fails if the job ends or the time is over before."""
+    deadline = time.monotonic() + limit
+    while not (value := condition()):
+        if process.poll() is not None or time.monotonic() > deadline:
+            process.kill()
+            pytest.fail("what the test waits for did not come\n" + "\n".join(process.communicate()))
+        time.sleep(0.02)
+    return value
+
+
+def trainer_of(job: subprocess.Popen[str], site: str) -> int:
+    """The trainer of a site in this job, and not in another that runs on the same machine."""
+
+    def numbers() -> list[int]:
+        return [
+            pid
+            for pid, words in descendants(job.pid).items()
+            if site in words and "trainer" in re.split(r"\W", " ".join(words))
+        ]
+
+    return wait_for(numbers, job)[0]
 
 
 @dataclass
@@ -343,6 +384,7 @@ def edit(path: Path, old: str, new: str) -> None:
 __all__ = [
     "Job",
     "Twin",
+    "descendants",
     "edit",
     "in_threads",
     "processes",
@@ -352,6 +394,8 @@ __all__ = [
     "secure_experiment",
     "start_job",
     "train",
+    "trainer_of",
+    "wait_for",
     "without_ptrace",
 ]
 assert sys.version_info >= (3, 11)

@@ -4,8 +4,10 @@ half done.
 
 from __future__ import annotations
 
+import contextlib
 import os
 import signal
+import subprocess
 import sys
 import time
 from pathlib import Path
@@ -15,13 +17,15 @@ import pytest
 from tests.conftest import (
     PRIVFL,
     Job,
+    descendants,
     edit,
-    processes,
     run_cli,
     run_job,
     run_twin,
     start_job,
     train,
+    trainer_of,
+    wait_for,
 )
 
 
@@ -335,33 +339,26 @@ def test_a_device_that_is_not_there(small: Path, tmp_path: Path):
 # -- death -----------------------------------------------------------------------------------------
 
 
-def _trainer_of(site: str, limit: float = 60) -> int:
-    """The process whose command line names the trainer of this site."""
-    deadline = time.monotonic() + limit
-    while time.monotonic() < deadline:
-        for pid, words in processes().items():
-            if "privfl.trainer.main" in words and site in words:
-                return pid
-        time.sleep(0.05)
-    raise AssertionError(f"no trainer of {site} appeared")
+SLOW = "def loss(output, target):\n    import time; time.sleep(0.5)"
+LINUX = pytest.mark.skipif(sys.platform != "linux", reason="looks for the trainer in /proc")
 
 
-@pytest.mark.skipif(sys.platform != "linux", reason="looks for the trainer in /proc")
-def test_a_killed_trainer_is_reported_in_one_sentence(small: Path, tmp_path: Path):
-    edit(
-        small.parent / "task.py",
-        "def loss(output, target):",
-        "def loss(output, target):\n    import time; time.sleep(0.5)",
-    )
-    process = start_job(
+def after_round_1(small: Path, tmp_path: Path) -> subprocess.Popen[str]:
+    """A job of many slow rounds that has finished the first one."""
+    edit(small.parent / "task.py", "def loss(output, target):", SLOW)
+    job = start_job(
         3, [PRIVFL, "train", str(small), "--output", str(tmp_path / "o"), "--set", "rounds=200"]
     )
-    pid = _trainer_of("bbb")
-    deadline = time.monotonic() + 60
-    while not list(tmp_path.rglob("experiment.yaml")) and time.monotonic() < deadline:
-        time.sleep(0.1)
-    time.sleep(6)
-    os.kill(pid, signal.SIGKILL)
+    wait_for(
+        lambda: any(path.read_text().count("\n") for path in tmp_path.rglob("rounds.jsonl")), job
+    )
+    return job
+
+
+@LINUX
+def test_a_killed_trainer_is_reported_in_one_sentence(small: Path, tmp_path: Path):
+    process = after_round_1(small, tmp_path)
+    os.kill(trainer_of(process, "bbb"), signal.SIGKILL)
     out, err = process.communicate(timeout=60)
     one_sentence(
         Job(process.returncode, out, err),
@@ -370,48 +367,57 @@ def test_a_killed_trainer_is_reported_in_one_sentence(small: Path, tmp_path: Pat
     )
 
 
-@pytest.mark.skipif(sys.platform != "linux", reason="looks for the trainer in /proc")
+@LINUX
 def test_a_killed_trainer_is_noticed_although_its_children_live(small: Path, tmp_path: Path):
+    """The child keeps the trainer's end of the link open for longer than the job may take."""
     edit(
         small.parent / "task.py",
         "generator = ",
         "import os, time; (site == 'bbb' and os.fork() == 0) and time.sleep(300); generator = ",
     )
-    edit(
-        small.parent / "task.py",
-        "def loss(output, target):",
-        "def loss(output, target):\n    import time; time.sleep(0.5)",
-    )
-    process = start_job(
-        3, [PRIVFL, "train", str(small), "--output", str(tmp_path / "o"), "--set", "rounds=200"]
-    )
-    pid = _trainer_of("bbb")
-    time.sleep(8)
-    os.kill(pid, signal.SIGKILL)
-    started = time.monotonic()
+    process = after_round_1(small, tmp_path)
+    os.kill(trainer_of(process, "bbb"), signal.SIGKILL)
     out, err = process.communicate(timeout=60)
-    assert time.monotonic() - started < 15
     one_sentence(
         Job(process.returncode, out, err), "site bbb: the trainer was killed by signal SIGKILL"
     )
 
 
-@pytest.mark.skipif(sys.platform != "linux", reason="looks for the trainer in /proc")
+@LINUX
 def test_trainers_do_not_outlive_their_job(small: Path, tmp_path: Path):
+    """Killed with its launcher and all ranks, while the trainers are in the middle of a long step."""
+    busy = "    import sys, time; open(f'{__file__}.{sys.argv[1]}', 'w').close(); time.sleep(600)"
     edit(
-        small.parent / "task.py",
-        "def loss(output, target):",
-        "def loss(output, target):\n    import time; time.sleep(600)",
+        small.parent / "task.py", "def loss(output, target):", "def loss(output, target):\n" + busy
     )
     process = start_job(3, [PRIVFL, "train", str(small), "--output", str(tmp_path / "o")])
-    pids = [_trainer_of("aa"), _trainer_of("bbb")]
-    time.sleep(8)
+    wait_for(lambda: len(list(tmp_path.glob("task.py.*"))) == 2, process)
+    pids = [trainer_of(process, "aa"), trainer_of(process, "bbb")]
+    ranks = [pid for pid, words in descendants(process.pid).items() if str(small) in words]
     process.kill()
     process.communicate()
-    for pid, words in processes().items():
-        if str(small) in words:
+    for pid in ranks:
+        with contextlib.suppress(ProcessLookupError):
             os.kill(pid, signal.SIGKILL)
     deadline = time.monotonic() + 15
     while any(Path(f"/proc/{pid}").exists() for pid in pids) and time.monotonic() < deadline:
         time.sleep(0.1)
     assert not any(Path(f"/proc/{pid}").exists() for pid in pids)
+
+
+@LINUX
+def test_of_two_jobs_each_finds_its_own_trainer():
+    """Two real launchers, each with a rank whose child has the command line of a trainer of site bbb."""
+    child = "[sys.executable, '-c', 'input()', 'trainer', 'bbb']"  # ends with the rank, which holds its input open
+    rank = f"import subprocess, sys; subprocess.Popen({child}, stdin=subprocess.PIPE).wait()"
+    jobs = [start_job(1, [sys.executable, "-c", rank]) for _ in range(2)]
+    try:
+        pids = [trainer_of(job, "bbb") for job in jobs]
+        own = [set(descendants(job.pid)) for job in jobs]
+        assert own[0].isdisjoint(own[1])
+        assert pids[0] in own[0]
+        assert pids[1] in own[1]
+    finally:
+        for job in jobs:
+            job.kill()
+            job.communicate()
