@@ -189,6 +189,14 @@ def trainer_of(job: subprocess.Popen[str], site: str) -> int:
     return wait_for(numbers, job)[0]
 
 
+class Screen(io.StringIO):
+    """What ranks in threads write. A trainer that is a thread writes into the log of its site instead, as one that is a process does."""
+
+    def write(self, text: str) -> int:
+        log = getattr(threading.current_thread(), "log", None)
+        return super().write(text) if log is None else log.write(text)
+
+
 @dataclass
 class Twin:
     """A federation whose ranks are threads of this process (the trainers are real children)."""
@@ -233,7 +241,7 @@ def run_twin(
         except BaseException as error:
             twin.codes[number] = error
 
-    out, err = io.StringIO(), io.StringIO()
+    out, err = Screen(), Screen()
     with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
         threads = [
             threading.Thread(target=rank, args=(number,), daemon=True) for number in range(ranks)

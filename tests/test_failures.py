@@ -10,6 +10,7 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -43,6 +44,15 @@ def no_trainer_ran(folder: Path) -> None:
     assert not list(folder.rglob("site.log"))
 
 
+def refused(
+    small: Path, tmp_path: Path, *settings: str, sites: Path | None = None, ranks: int = 3
+) -> Job:
+    """The in-process run, which all ranks must end as users' mistakes; what its screen shows."""
+    twin = run_twin(small, *settings, output=tmp_path / "o", ranks=ranks, sites=sites)
+    assert twin.codes == [2] * ranks, twin.err
+    return Job(2, twin.out, twin.err)
+
+
 def timed(limit: float, *arguments: object, ranks: int = 3, **options: object) -> Job:
     started = time.monotonic()
     job = train(ranks, *arguments, **options)
@@ -57,14 +67,20 @@ def timed(limit: float, *arguments: object, ranks: int = 3, **options: object) -
 EARLY = 15
 
 
-@pytest.mark.parametrize("ranks", [2, 4])
-def test_wrong_number_of_ranks(small: Path, tmp_path: Path, ranks: int):
-    job = timed(EARLY, small, "--output", tmp_path / "o", ranks=ranks)
+def test_too_few_ranks(small: Path, tmp_path: Path):
+    job = timed(EARLY, small, "--output", tmp_path / "o", ranks=2)
     one_sentence(
         job,
         "2 sites and needs 3 MPI ranks",
-        f"started with {ranks} ranks",
+        "started with 2 ranks",
         f"mpiexec -n 3 privfl train {small} --output {tmp_path}/o",
+    )
+    no_trainer_ran(tmp_path)
+
+
+def test_too_many_ranks(small: Path, tmp_path: Path):
+    one_sentence(
+        refused(small, tmp_path, ranks=4), "2 sites and needs 3 MPI ranks", "started with 4 ranks"
     )
     no_trainer_ran(tmp_path)
 
@@ -100,7 +116,7 @@ def test_a_launcher_whose_ranks_do_not_find_each_other(small: Path):
     ],
 )
 def test_a_wrong_key_or_value(small: Path, tmp_path: Path, setting: str, part: str):
-    one_sentence(timed(EARLY, small, "--output", tmp_path / "o", "--set", setting), part)
+    one_sentence(refused(small, tmp_path, setting), part)
     no_trainer_ran(tmp_path)
 
 
@@ -110,69 +126,59 @@ def test_an_unknown_option():
 
 def test_an_unreachable_target(small: Path, tmp_path: Path):
     edit(small, "noise_multiplier: 1.5", "target_epsilon: 1e-9")
-    one_sentence(
-        timed(EARLY, small, "--output", tmp_path / "o"),
-        "privacy.target_epsilon 1e-09 cannot be reached",
-    )
+    one_sentence(refused(small, tmp_path), "privacy.target_epsilon 1e-09 cannot be reached")
     no_trainer_ran(tmp_path)
 
 
 def test_a_missing_site_file(small: Path, tmp_path: Path):
     (tmp_path / "sites").mkdir()
     (tmp_path / "sites" / "aa.yaml").write_text("device: cpu\n")
-    job = train(3, small, "--sites", tmp_path / "sites", "--output", tmp_path / "o")
+    job = refused(small, tmp_path, sites=tmp_path / "sites")
     one_sentence(job, "cannot read the file of site bbb", "sites/bbb.yaml")
 
 
-def test_one_name_for_two_ranks(small: Path, tmp_path: Path):
-    one_sentence(
-        train(3, small, "--output", tmp_path / "o", env={"PRIVFL_SITE": "aa"}),
-        "both are site 'aa'",
-        "PRIVFL_SITE",
-    )
-    one_sentence(
-        train(3, small, "--output", tmp_path / "o", env={"PRIVFL_SITE": "cc"}),
-        "PRIVFL_SITE is 'cc'",
-    )
+def test_one_name_for_two_ranks(small: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setenv("PRIVFL_SITE", "aa")
+    one_sentence(refused(small, tmp_path), "both are site 'aa'", "PRIVFL_SITE")
+    monkeypatch.setenv("PRIVFL_SITE", "cc")
+    one_sentence(refused(small, tmp_path), "PRIVFL_SITE is 'cc'")
 
 
 def test_a_run_folder_that_cannot_be_made(small: Path, tmp_path: Path):
     (tmp_path / "file").write_text("")
-    one_sentence(
-        train(3, small, "--output", tmp_path / "file" / "o"),
-        "cannot create the run folder",
-        "--output",
+    one_sentence(refused(small, tmp_path / "file"), "cannot create the run folder", "--output")
+
+
+@pytest.fixture(params=["star", "reduce"])
+def summing(request: pytest.FixtureRequest, small: Path, tmp_path: Path) -> Callable[..., Job]:
+    """A run with more keys for its sums: only those that MPI adds need MPI."""
+    if request.param == "star":
+        request.getfixturevalue("trainers_as_threads")
+        return lambda keys="": refused(small, tmp_path, f"secure_aggregation={{path: star{keys}}}")
+    return lambda keys="": timed(
+        45, small, "--output", tmp_path / "o", "--set", f"secure_aggregation={{path: reduce{keys}}}"
     )
 
 
-@pytest.mark.parametrize("path", ["star", "reduce"])
-def test_a_site_that_cannot_contribute_hangs_no_sum(small: Path, tmp_path: Path, path: str):
+def test_a_site_that_cannot_contribute_hangs_no_sum(summing: Callable[..., Job]):
     """Where MPI adds, the others are in the middle of a collective by then."""
-    job = timed(
-        45,
-        small,
-        "--output",
-        tmp_path / "o",
-        "--set",
-        f"secure_aggregation={{path: {path}, range: 1.0e-6}}",
-    )
-    one_sentence(job, "values beyond the public range 1e-06")
+    one_sentence(summing(", range: 1.0e-6"), "values beyond the public range 1e-06")
 
 
-@pytest.mark.parametrize("path", ["star", "reduce"])
 def test_a_metric_that_raises_in_the_middle_of_a_sum_hangs_nobody(
-    small: Path, tmp_path: Path, path: str
+    summing: Callable[..., Job], small: Path
 ):
     edit(
         small.parent / "task.py",
         "    return (output.argmax(dim=1) == target).sum(), len(target)",
-        "    import sys; calls.append(1); assert len(calls) < 2 or sys.argv[1] != 'bbb'\n"
+        "    import sys, threading; thread = threading.current_thread().name\n"
+        "    calls.append(sys.argv[1] if thread == 'MainThread' else thread); assert calls.count('bbb') < 2\n"
         "    return (output.argmax(dim=1) == target).sum(), len(target)",
     )
     edit(small.parent / "task.py", "def model():", "calls = []\n\n\ndef model():")
-    job = timed(45, small, "--output", tmp_path / "o", "--set", f"secure_aggregation.path={path}")
     one_sentence(
-        job, "site bbb: evaluating model and metrics on the held-out records raised AssertionError"
+        summing(),
+        "site bbb: evaluating model and metrics on the held-out records raised AssertionError",
     )
 
 
@@ -212,11 +218,6 @@ def test_a_metric_that_raises_in_the_middle_of_a_sum_hangs_nobody(
             ),
         ),
         (
-            "generator = ",
-            "import sys; sys.exit(0); generator = ",
-            ("data (task.py:data) raised SystemExit",),
-        ),
-        (
             "return nn.functional.cross_entropy(output, target)",
             "return output.sum() * float('nan')",
             ("NaN or infinite", "loss()"),
@@ -230,20 +231,16 @@ def test_a_metric_that_raises_in_the_middle_of_a_sum_hangs_nobody(
                 "site.log",
             ),
         ),
+        # The thread of a trainer has the name of its site.
         (
             "return nn.Linear(5, 2)",
-            "import sys; return nn.Linear(5, len(sys.argv[1]))",
+            "import threading; return nn.Linear(5, len(threading.current_thread().name))",
             ("another number of trainable parameters at some sites (aa 12, bbb 18)",),
         ),
         (
             "return nn.Linear(5, 2)",
-            "import sys; torch.manual_seed(len(sys.argv[1])); return nn.Linear(5, 2)",
+            "import threading; torch.manual_seed(len(threading.current_thread().name)); return nn.Linear(5, 2)",
             ("different initial parameters",),
-        ),
-        (
-            "import torch\n",
-            "import torch\nimport mpi4py.MPI\n",
-            ("importing task.py raised ModuleNotFoundError",),
         ),
     ],
     ids=[
@@ -253,21 +250,49 @@ def test_a_metric_that_raises_in_the_middle_of_a_sum_hangs_nobody(
         "no records",
         "too few",
         "data raises",
-        "data exits",
         "NaN loss",
         "wrong shapes",
         "other model",
         "other seed",
-        "mpi4py",
     ],
 )
+@pytest.mark.usefixtures("trainers_as_threads")
 def test_user_code_that_does_not_work(
     small: Path, tmp_path: Path, old: str, new: str, parts: tuple[str, ...]
 ):
+    user_code_is_refused(small, tmp_path, old, new, parts)
+
+
+@pytest.mark.parametrize(
+    ("old", "new", "parts"),
+    [
+        (
+            "generator = ",
+            "import sys; sys.exit(0); generator = ",
+            (
+                "data (task.py:data) raised SystemExit in line 12 of task.py; read what it said in /",
+            ),
+        ),
+        (
+            "import torch\n",
+            "import torch\nimport mpi4py.MPI\n",
+            ("importing task.py raised ModuleNotFoundError",),
+        ),
+    ],
+    ids=["data exits", "mpi4py"],
+)
+def test_user_code_that_does_not_work_in_a_process(
+    small: Path, tmp_path: Path, old: str, new: str, parts: tuple[str, ...]
+):
+    """What only a trainer that is a process survives or forbids."""
+    user_code_is_refused(small, tmp_path, old, new, parts)
+
+
+def user_code_is_refused(
+    small: Path, tmp_path: Path, old: str, new: str, parts: tuple[str, ...]
+) -> None:
     edit(small.parent / "task.py", old, new)
-    twin = run_twin(small, output=tmp_path / "o", ranks=3)
-    assert twin.codes == [2, 2, 2]
-    one_sentence(Job(2, twin.out, twin.err), *parts)
+    one_sentence(refused(small, tmp_path), *parts)
     assert not list(tmp_path.rglob("summary.json"))
 
 
@@ -301,6 +326,7 @@ def test_a_full_disk_for_the_log_hangs_nobody(small: Path, tmp_path: Path):
     assert job.err.count("privfl: ") == 1, job.err
 
 
+@pytest.mark.usefixtures("trainers_as_threads")
 def test_odd_bytes_in_an_error_hang_nobody(small: Path, tmp_path: Path):
     edit(
         small.parent / "task.py",
@@ -308,21 +334,16 @@ def test_odd_bytes_in_an_error_hang_nobody(small: Path, tmp_path: Path):
         "from privfl.errors import PrivflError; import os; raise PrivflError('no ' + "
         "os.fsdecode(b'/M\\xfcller'))",
     )
-    one_sentence(timed(60, small, "--output", tmp_path / "o"), "no /M")
+    one_sentence(refused(small, tmp_path), "no /M")
 
 
 def test_dates_and_odd_keys_in_options_are_refused(small: Path, tmp_path: Path):
     for value in ("{day: 2020-02-03}", "{labels: {0: absent}}"):
-        one_sentence(
-            train(3, small, "--output", tmp_path / "o", "--set", f"data_options={value}"),
-            "data_options",
-        )
-    one_sentence(
-        train(3, small, "--output", tmp_path / "o", "--set", "data_options={day: 2020-02-30}"),
-        "not valid YAML",
-    )
+        one_sentence(refused(small, tmp_path, f"data_options={value}"), "data_options")
+    one_sentence(refused(small, tmp_path, "data_options={day: 2020-02-30}"), "not valid YAML")
 
 
+@pytest.mark.usefixtures("trainers_as_threads")
 def test_a_device_that_is_not_there(small: Path, tmp_path: Path):
     import torch
 
@@ -331,9 +352,7 @@ def test_a_device_that_is_not_there(small: Path, tmp_path: Path):
     (tmp_path / "sites").mkdir()
     for site in ("aa", "bbb"):
         (tmp_path / "sites" / f"{site}.yaml").write_text("device: cuda\n")
-    one_sentence(
-        train(3, small, "--sites", tmp_path / "sites", "--output", tmp_path / "o"), "device cuda"
-    )
+    one_sentence(refused(small, tmp_path, sites=tmp_path / "sites"), "device cuda")
 
 
 # -- death -----------------------------------------------------------------------------------------

@@ -38,8 +38,9 @@ class ThreadTrainer(process.TrainerProcess):
         ours, theirs = socket.socketpair()
         self._channel, self._process = Channel(ours, ANSWERS), _Running()  # type: ignore[assignment]
         self._thread = threading.Thread(
-            target=self._serve, args=(site, Channel(theirs, REQUESTS)), daemon=True
+            target=self._serve, args=(site, Channel(theirs, REQUESTS)), name=site, daemon=True
         )
+        self._thread.log = log  # type: ignore[attr-defined]
         self._thread.start()
         self.ask(prepare.model_copy(update={"threads": 1}))
 
