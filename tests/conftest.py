@@ -138,6 +138,20 @@ def run_cli(
     return Job(done.returncode, done.stdout, done.stderr)
 
 
+def call_cli(*arguments: str | Path) -> Job:
+    """`privfl ARGUMENTS` in this process, where nothing of a process is looked at: what it imports is imported once."""
+    from privfl.cli import main
+
+    out, err = io.StringIO(), io.StringIO()
+    with (
+        contextlib.redirect_stdout(out),
+        contextlib.redirect_stderr(err),
+        pytest.raises(SystemExit) as end,
+    ):
+        main([*map(str, arguments)])
+    return Job(int(end.value.code or 0), out.getvalue(), err.getvalue())
+
+
 def processes() -> dict[int, list[str]]:
     """The command lines of all running processes, by number (Linux)."""
     found = {}
@@ -392,6 +406,7 @@ def edit(path: Path, old: str, new: str) -> None:
 __all__ = [
     "Job",
     "Twin",
+    "call_cli",
     "descendants",
     "edit",
     "in_threads",
