@@ -227,7 +227,7 @@ class Twin:
 def run_twin(
     experiment: Path | None,
     *settings: str,
-    output: Path,
+    output: Path | None,
     ranks: int,
     wrap: Callable[[object], object] = lambda t: t,
     sites: Path | None = None,
@@ -258,7 +258,8 @@ def run_twin(
     out, err = Screen(), Screen()
     with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
         threads = [
-            threading.Thread(target=rank, args=(number,), daemon=True) for number in range(ranks)
+            threading.Thread(target=rank, args=(number,), name=f"rank {number}", daemon=True)
+            for number in range(ranks)
         ]
         for thread in threads:
             thread.start()
