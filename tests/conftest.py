@@ -139,7 +139,7 @@ def run_cli(
 
 
 def call_cli(*arguments: str | Path) -> Job:
-    """`privfl ARGUMENTS` in this process, where nothing of a process is looked at: what it imports is imported once."""
+    """`privfl ARGUMENTS` in this process, for tests that look at nothing of a process."""
     from privfl.cli import main
 
     out, err = io.StringIO(), io.StringIO()
@@ -165,11 +165,11 @@ def processes() -> dict[int, list[str]]:
 
 
 def descendants(ancestor: int) -> dict[int, list[str]]:
-    """The command lines of the children of a process, of their children and so on, by number (Linux)."""
+    """The command lines of all children of a process and of theirs, by number (Linux)."""
     commands, parents = processes(), {}
     for pid in commands:
         with contextlib.suppress(OSError):
-            # The name in parentheses may hold anything; the state and the parent follow the last one.
+            # The name, in parentheses, may hold anything; state and parent follow the last one.
             parents[pid] = int(Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[1])
     family, generation = {}, {ancestor}
     while generation := {pid for pid, parent in parents.items() if parent in generation}:
@@ -180,7 +180,10 @@ def descendants(ancestor: int) -> dict[int, list[str]]:
 def wait_for(
     condition: Callable[[], Any], process: subprocess.Popen[str], limit: float = 60
 ) -> Any:
-    """What ``condition`` gives once it gives something true; the test fails if the job ends or the time is over before."""
+    """What ``condition`` gives once it gives something true.
+
+    The test fails if the job ends or the time is over before.
+    """
     deadline = time.monotonic() + limit
     while not (value := condition()):
         if process.poll() is not None or time.monotonic() > deadline:
@@ -204,7 +207,10 @@ def trainer_of(job: subprocess.Popen[str], site: str) -> int:
 
 
 class Screen(io.StringIO):
-    """What ranks in threads write. A trainer that is a thread writes into the log of its site instead, as one that is a process does."""
+    """What ranks that are threads write.
+
+    A trainer that is a thread writes into the log of its site, as one that is a process does.
+    """
 
     def write(self, text: str) -> int:
         log = getattr(threading.current_thread(), "log", None)

@@ -67,7 +67,8 @@ def _count(job: Any) -> int:
 
 
 def test_a_run_that_was_killed(job: Any, tmp_path: Path):
-    # On a new book, and on those that the runs before left: five writes of three statements and more, six messages.
+    # On a new ledger, and on those that the runs before left: five writes of three statements and
+    # more, six messages.
     for point in (23, 35, 52):
         assert job(point)[0] == -signal.SIGKILL
         everything_that_left_is_in_the_book(tmp_path)

@@ -161,7 +161,8 @@ def test_a_metric_that_raises_in_the_middle_of_a_sum_hangs_nobody(
         small.parent / "task.py",
         "    return (output.argmax(dim=1) == target).sum(), len(target)",
         "    import sys, threading; thread = threading.current_thread().name\n"
-        "    calls.append(sys.argv[1] if thread == 'MainThread' else thread); assert calls.count('bbb') < 2\n"
+        "    calls.append(sys.argv[1] if thread == 'MainThread' else thread)\n"
+        "    assert calls.count('bbb') < 2\n"
         "    return (output.argmax(dim=1) == target).sum(), len(target)",
     )
     edit(small.parent / "task.py", "def model():", "calls = []\n\n\ndef model():")
@@ -228,7 +229,8 @@ def test_a_metric_that_raises_in_the_middle_of_a_sum_hangs_nobody(
         ),
         (
             "return nn.Linear(5, 2)",
-            "import threading; torch.manual_seed(len(threading.current_thread().name)); return nn.Linear(5, 2)",
+            "import threading; torch.manual_seed(len(threading.current_thread().name)); "
+            "return nn.Linear(5, 2)",
             ("different initial parameters",),
         ),
     ],
@@ -259,7 +261,8 @@ def test_user_code_that_does_not_work(
             "generator = ",
             "import sys; sys.exit(0); generator = ",
             (
-                "data (task.py:data) raised SystemExit in line 12 of task.py; read what it said in /",
+                "data (task.py:data) raised SystemExit in line 12 of task.py; read what it said "
+                "in /",
             ),
         ),
         (
@@ -393,7 +396,7 @@ def test_a_killed_trainer_is_noticed_although_its_children_live(small: Path, tmp
 
 @LINUX
 def test_trainers_do_not_outlive_their_job(small: Path, tmp_path: Path):
-    """Killed with its launcher and all ranks, while the trainers are in the middle of a long step."""
+    """Killed with its launcher and all ranks, while the trainers are in the middle of a step."""
     busy = "    import sys, time; open(f'{__file__}.{sys.argv[1]}', 'w').close(); time.sleep(600)"
     edit(
         small.parent / "task.py", "def loss(output, target):", "def loss(output, target):\n" + busy
@@ -415,8 +418,11 @@ def test_trainers_do_not_outlive_their_job(small: Path, tmp_path: Path):
 
 @LINUX
 def test_of_two_jobs_each_finds_its_own_trainer():
-    """Two real launchers, each with a rank whose child has the command line of a trainer of site bbb."""
-    child = "[sys.executable, '-c', 'input()', 'trainer', 'bbb']"  # ends with the rank, which holds its input open
+    """Two real launchers, each with a rank whose child has the command line of site bbb's trainer.
+
+    The child ends with the rank, which holds its input open.
+    """
+    child = "[sys.executable, '-c', 'input()', 'trainer', 'bbb']"
     rank = f"import subprocess, sys; subprocess.Popen({child}, stdin=subprocess.PIPE).wait()"
     jobs = [start_job(1, [sys.executable, "-c", rank]) for _ in range(2)]
     try:

@@ -67,7 +67,10 @@ def test_keys_are_made_once_readable_for_their_owner_and_shown(tmp_path: Path):
 
 @pytest.fixture
 def accounts_of_their_own(trainers_as_threads: None, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Every rank of a twin runs as if under an account of its own, which one user cannot show with processes."""
+    """Every rank of a twin runs as if under an account of its own.
+
+    With processes one user cannot show that.
+    """
     own = os.getuid()
 
     def account() -> int:

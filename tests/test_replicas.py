@@ -19,7 +19,7 @@ pytestmark = pytest.mark.usefixtures("trainers_as_threads")
 
 
 def drift(monkeypatch: pytest.MonkeyPatch, by: float) -> None:
-    """At site bbb the optimizer comes out off by this much of each parameter, as on another processor."""
+    """At site bbb every parameter comes out off by this part, as on another processor."""
     step = torch.optim.SGD.step
 
     def drifting(self: torch.optim.SGD, *arguments: Any) -> None:

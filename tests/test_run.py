@@ -489,7 +489,7 @@ def test_what_is_not_trained_must_be_the_same_at_all_sites(small: Path, tmp_path
 
 @pytest.mark.usefixtures("trainers_as_threads")
 def test_twin_and_mpi_give_the_same_run_bit_for_bit_on_either_path(small: Path, tmp_path: Path):
-    """With seeded noise the model depends on the sums alone: those of the twin's star and those that MPI adds."""
+    """With seeded noise the model depends on the sums alone: of the twin's star, and of MPI."""
     seed = ("insecure_test_seed=3", "secure_aggregation.rounding=nearest")
     star = run_twin(small, *seed, output=tmp_path / "star", ranks=3)
     other = train(

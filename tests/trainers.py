@@ -36,7 +36,8 @@ class ThreadTrainer(process.TrainerProcess):
         self._log = log.name
         self.replica, self.update = SharedVector.create(), SharedVector.create()
         ours, theirs = socket.socketpair()
-        self._channel, self._process = Channel(ours, ANSWERS), _Running()  # type: ignore[assignment]
+        self._channel = Channel(ours, ANSWERS)
+        self._process = _Running()  # type: ignore[assignment]
         self._thread = threading.Thread(
             target=self._serve, args=(site, Channel(theirs, REQUESTS)), name=site, daemon=True
         )

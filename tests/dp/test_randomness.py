@@ -46,7 +46,8 @@ def opacus(generator):
 
 # All records in every step: only the noise can differ. Hardly any noise: only the samples can.
 json.dump({"our noise": ours(sampling_rate=1.0), "our samples": ours(noise_multiplier=1e-9),
-           "unseeded generator": opacus(torch.Generator()), "global generator": opacus(None)}, sys.stdout)
+           "unseeded generator": opacus(torch.Generator()), "global generator": opacus(None)},
+          sys.stdout)
 """
 
 
