@@ -21,8 +21,8 @@ from privfl.dp.optimizer import _SystemNoise
 from privfl.errors import PrivflError
 from privfl.ledger import Ledger
 from privfl.transport import connect
+from tests.api.test_engine import flat, linear, made, records, step
 from tests.conftest import in_threads
-from tests.test_engine import flat, linear, made, records, step
 
 NO_BATCH = "is no batch of the loader that make_private returned"
 MODES = pytest.mark.parametrize("mode", ["hooks", "ghost", "functorch"])
