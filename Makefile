@@ -7,10 +7,15 @@ PYTEST := .venv/bin/python -m pytest
 # matplotlib keeps a list of the machine's fonts, by default in the home directory too.
 export MPLCONFIGDIR := $(CURDIR)/.venv/matplotlib
 
-.PHONY: demo test test-all lint docs clean
+.PHONY: demo quick test test-all lint docs clean
 
 demo: .venv/.demo
 	.venv/bin/mpiexec -n 5 .venv/bin/privfl train
+
+# A developer's loop, under a minute: every folder of tests but those that train or start ranks (runs/
+# and api/), without what is marked slow or long.
+quick: .venv/.test
+	$(PYTEST) -m "not long and not slow" --ignore=tests/runs --ignore=tests/api $(PYTEST_ARGS)
 
 test: .venv/.test lint docs
 	$(PYTEST) -m "not long" $(PYTEST_ARGS)

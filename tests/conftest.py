@@ -29,6 +29,11 @@ MPIEXEC = str(Path(sysconfig.get_path("scripts")) / "mpiexec")
 PRIVFL = str(Path(sysconfig.get_path("scripts")) / "privfl")
 
 
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Whole runs come last: what is quick to find is found first."""
+    items.sort(key=lambda item: item.path.is_relative_to(ROOT / "tests" / "runs"))
+
+
 @pytest.fixture(scope="session")
 def heart_disease() -> Path:
     """The folder with UCI's four processed.*.data files: HEART_DISEASE_DIR, or shared/data

@@ -50,6 +50,7 @@ def integrated(q: float, sigma: float, order: float) -> float:
     return float(np.logaddexp.reduce(density + order * ratio) + math.log(z[1] - z[0])) / (order - 1)
 
 
+@pytest.mark.slow
 @settings(max_examples=20, deadline=None)
 @given(st.floats(0.01, 0.99), st.floats(0.5, 10.0))
 @example(0.75, 4.0)

@@ -61,6 +61,7 @@ def two_processes() -> list[dict[str, list[float]]]:
     return [json.loads(job.stdout) for job in jobs]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("what", ["our noise", "our samples"])
 def test_two_processes_with_the_same_torch_seed_differ(
     two_processes: list[dict[str, list[float]]], what: str
@@ -70,6 +71,7 @@ def test_two_processes_with_the_same_torch_seed_differ(
     assert np.abs(first - second).max() > 1e-3
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("trap", ["unseeded generator", "global generator"])
 def test_the_trap_is_real_without_our_optimizer(
     two_processes: list[dict[str, list[float]]], trap: str

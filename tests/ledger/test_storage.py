@@ -48,6 +48,7 @@ time.sleep(600)
 """
 
 
+@pytest.mark.slow
 def test_a_second_writer_is_refused_until_the_first_is_killed(path: Path):
     holder = subprocess.Popen(
         [sys.executable, "-c", HOLDER, str(path)], stdout=subprocess.PIPE, cwd=ROOT

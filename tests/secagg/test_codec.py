@@ -298,6 +298,7 @@ def test_the_checksum_is_linear_and_notices_one_unit(count: int, bits: int, leng
         assert check.fits(limbs) is (unit == 0)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("rounds", [1000, pytest.param(20_000, marks=pytest.mark.long)])
 def test_mutated_bytes_crash_nothing(rounds: int):
     """Blocks, keys, sealed keys, notes, seeded ciphertexts, signatures (10^5 in all in the long
