@@ -7,7 +7,7 @@ PYTEST := .venv/bin/python -m pytest
 # matplotlib keeps a list of the machine's fonts, by default in the home directory too.
 export MPLCONFIGDIR := $(CURDIR)/.venv/matplotlib
 
-.PHONY: demo quick test test-all lint docs clean
+.PHONY: demo quick test test-all lint docs dist clean
 
 demo: .venv/.demo
 	.venv/bin/mpiexec -n 5 .venv/bin/privfl train
@@ -32,6 +32,11 @@ docs: .venv/.test
 	.venv/bin/python -m sphinx -E -W --keep-going -q -c docs -d build/doctrees . build/docs
 	cp build/docs/README.html build/docs/index.html
 	@echo "the documentation is in build/docs/index.html"
+
+# Wheel and source distribution, with the setuptools of .venv and so without a network.
+dist: .venv/.test
+	rm -rf dist
+	.venv/bin/python -m build --no-isolation
 
 .venv/bin/python:
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || { echo "privfl needs Python 3.11 or later: make demo PYTHON=/path/to/python3.11" >&2; exit 2; }
