@@ -456,7 +456,7 @@ def test_differing_replicas_stop_the_run(
 def test_an_error_of_ours_is_one_sentence_with_exit_code_1(
     small: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, where: str
 ):
-    from privfl.coordinator import driver
+    from privfl.secagg import WordAdder
     from privfl.site.active_run import ActiveRun
 
     def broken(*_: Any) -> None:
@@ -465,7 +465,7 @@ def test_an_error_of_ours_is_one_sentence_with_exit_code_1(
     if where == "a site":
         monkeypatch.setattr(ActiveRun, "contribute", broken)
     else:
-        monkeypatch.setattr(driver._Driver, "_release", broken)
+        monkeypatch.setattr(WordAdder, "block", broken)
     twin = run_twin(small, output=tmp_path / "runs", ranks=3)
     assert twin.codes == [1, 1, 1]
     said = [line for line in twin.err.splitlines() if line.startswith("privfl: ")]
