@@ -134,6 +134,7 @@ def test_the_conversion_is_that_of_dp_accounting(divergence: np.ndarray, delta: 
     )
 
 
+@pytest.mark.slow
 @settings(deadline=None, max_examples=60)
 @given(vectors, deltas, shares)
 def test_a_share_of_delta_is_a_smaller_delta(
@@ -150,6 +151,7 @@ def test_a_share_of_delta_is_a_smaller_delta(
     assert np.isinf(found[weights == 0.0]).all()
 
 
+@pytest.mark.slow
 @settings(deadline=None, max_examples=60)
 @given(vectors, deltas, st.none() | shares)
 def test_the_bounds_are_the_inverse_of_the_conversion(
