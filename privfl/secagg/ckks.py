@@ -21,10 +21,6 @@ from privfl.secagg.parameters import CIPHERTEXT_WORDS, DEGREE, Parameters
 from privfl.secagg.seal import body_of, load_body
 
 _WORD_BYTES = 8 * CIPHERTEXT_WORDS
-_HALF_BYTES = 8 * DEGREE
-# SEAL's serialised description of a generator: header, kind, 64 bytes of seed.
-SEED_BYTES = 81
-SEEDED_BYTES = _HALF_BYTES + SEED_BYTES
 
 
 @functools.cache
@@ -69,25 +65,6 @@ class Ring:
         # As bytes, because in the body they do not stand at a multiple of 8.
         out.view(np.uint8)[:] = np.frombuffer(body_of(ciphertext), dtype=np.uint8)[-_WORD_BYTES:]
 
-    def expand(self, seeded: bytes, front: bytes) -> NDArray[np.uint64]:
-        """The words behind a seeded ciphertext; ``front`` as :attr:`SumKey.seeded_front`; shape
-        (CIPHERTEXT_WORDS,).
-
-        Raises:
-            ProtocolError: it is none.
-        """
-        if len(seeded) != SEEDED_BYTES:
-            raise ProtocolError(
-                f"a seeded ciphertext has {len(seeded)} bytes, expected {SEEDED_BYTES}"
-            )
-        # SEAL makes c1 in NTT form; the zeros in the place of c0 are the same in both forms.
-        body = front + bytes(_HALF_BYTES) + seeded[_HALF_BYTES:]
-        carrier = load_body(_sealapi().Ciphertext(), self.context, body)
-        self.evaluator.transform_from_ntt_inplace(carrier)
-        words = self.words(carrier)
-        words[:DEGREE] = np.frombuffer(seeded[:_HALF_BYTES], dtype="<u8")
-        return words
-
     def front(self, ciphertext: Any) -> bytes:
         """What stands before the words; the same for all ciphertexts of one form."""
         return body_of(ciphertext)[:-_WORD_BYTES]
@@ -123,11 +100,6 @@ class SumKey:
         # and so used once.
         self._ahead: list[NDArray[np.uint64]] = []
 
-    @functools.cached_property
-    def seeded_front(self) -> bytes:
-        """What stands before c0 and seed in the body of a seeded ciphertext."""
-        return body_of(self._encryptor.encrypt_zero_symmetric())[:-SEEDED_BYTES]
-
     def secret_bytes(self) -> bytes:
         """The key as bytes, to be sealed to another site and to go nowhere else."""
         return body_of(self._key)
@@ -160,17 +132,6 @@ class SumKey:
         self._encryptor.encrypt_zero_symmetric(self._zero)
         self.ring.evaluator.transform_from_ntt_inplace(self._zero)
         self.ring.copy_words(self._zero, out)
-
-    def encrypt_seeded(self, integers: NDArray[np.uint64]) -> bytes:
-        """Encrypt as :meth:`encrypt`, in half the size: c0, and instead of c1 the seed that
-        makes it (:meth:`Ring.expand`).
-        """
-        body = body_of(self._encryptor.encrypt_zero_symmetric())
-        whole = load_body(_sealapi().Ciphertext(), self.ring.context, body)
-        self.ring.evaluator.transform_from_ntt_inplace(whole)
-        c0 = self.ring.words(whole)[:DEGREE]
-        self._embed(integers, c0)
-        return c0.tobytes() + body[-SEED_BYTES:]
 
     def _embed(self, integers: NDArray[np.uint64], c0: NDArray[np.uint64]) -> None:
         """c0 + Delta * r modulo q in place, r being the centred integers."""

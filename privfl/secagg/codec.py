@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 
 from privfl.errors import MismatchError, ProtocolError
 from privfl.secagg.checksum import ROW, Checksum, checksum_length
-from privfl.secagg.ckks import SEEDED_BYTES, Ring, SumKey
+from privfl.secagg.ckks import SumKey
 from privfl.secagg.layout import Layout
 from privfl.secagg.masks import Masks
 from privfl.secagg.packing import centred, pack, packed_length, unpack
@@ -38,32 +38,6 @@ def encrypt(
     return (
         _words(integers, key)
         for integers in _masked(vector, quantiser, checksum, masks, key.parameters)
-    )
-
-
-def encrypt_seeded(
-    vector: NDArray[np.generic], quantiser: Quantiser, checksum: Checksum, masks: Masks, key: SumKey
-) -> Iterator[bytes]:
-    """As :func:`encrypt` in half the size, for links that leave the machine: whoever adds makes
-    words of a block with :func:`expand`.
-    """
-    masked = _masked(vector, quantiser, checksum, masks, key.parameters)
-    return (
-        b"".join(key.encrypt_seeded(piece) for piece in integers.reshape(-1, DEGREE))
-        for integers in masked
-    )
-
-
-def expand(block: bytes, ring: Ring, front: bytes) -> NDArray[np.uint64]:
-    """The words of a block of seeded ciphertexts; needs no key (``front`` as
-    :attr:`SumKey.seeded_front`).
-
-    Raises:
-        ProtocolError: it is no such block.
-    """
-    pieces = [block[start : start + SEEDED_BYTES] for start in range(0, len(block), SEEDED_BYTES)]
-    return np.concatenate(
-        [ring.expand(piece, front) for piece in pieces] or [np.empty(0, dtype=np.uint64)]
     )
 
 

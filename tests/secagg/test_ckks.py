@@ -113,21 +113,6 @@ def test_an_encryption_made_ahead_serves_once():
     assert key.encrypt_ahead(1)
 
 
-def test_half_size_ciphertexts_expand_to_whole_ones():
-    integers = np.random.default_rng(1).integers(0, 1 << P.word_bits, DEGREE, dtype=np.uint64)
-    seeded = KEY.encrypt_seeded(integers)
-    assert len(seeded) < 0.51 * 8 * CIPHERTEXT_WORDS
-    # The receiver needs no key of the run: one of its own shows what such ciphertexts look like.
-    stranger = SumKey(P)
-    words = stranger.ring.expand(seeded, stranger.seeded_front)
-    found = KEY.decrypt((words + encrypted(np.arange(DEGREE))) % np.uint64(P.prime))
-    total = (integers + np.arange(DEGREE, dtype=np.uint64)) % np.uint64(1 << P.word_bits)
-    assert np.array_equal(found % np.uint64(1 << P.word_bits), total)
-    for damaged in (seeded[:-1], seeded[:-81] + bytes(81), seeded + b"x"):
-        with pytest.raises(ProtocolError):
-            stranger.ring.expand(damaged, stranger.seeded_front)
-
-
 @pytest.mark.parametrize(
     "words",
     [

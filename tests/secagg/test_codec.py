@@ -14,7 +14,6 @@ from hypothesis import strategies as st
 from privfl.errors import MismatchError, PrivflError, ProtocolError
 from privfl.identity import Identity, verify
 from privfl.secagg import (
-    BoundedIntegers,
     Checksum,
     Decryption,
     EvaluatorAdder,
@@ -22,11 +21,9 @@ from privfl.secagg import (
     SumKey,
     WordAdder,
     derive,
-    encrypt,
 )
 from privfl.secagg.adders import reduce_words
 from privfl.secagg.checksum import checksum_length
-from privfl.secagg.codec import encrypt_seeded, expand
 from privfl.secagg.layout import BLOCK_INTEGERS
 from privfl.secagg.parameters import CIPHERTEXT_WORDS
 from privfl.secagg.session.keys import RunKeys
@@ -168,38 +165,6 @@ def test_the_adding_side_refuses_blocks_of_other_lengths(adder: type):
             adding.add(index, wrong.data.cast("B"))
 
 
-def test_half_size_contributions_add_to_the_same_sum():
-    """Every second member on a link that leaves the machine; the adding side has a key of its
-    own only to know the form.
-    """
-    members, length = Members(4, 20), 10_000
-    vectors, p = vectors_of("random", members, length, 5), members.parameters
-    members.attempt += 1
-    stranger, contributions = SumKey(p), []
-    for number, vector in enumerate(vectors):
-        how = encrypt_seeded if number % 2 else encrypt
-        blocks = list(
-            how(
-                vector,
-                BoundedIntegers(p),
-                Checksum(members.check, p),
-                members.masks(number),
-                members.key,
-            )
-        )
-        if number % 2:
-            assert sum(map(len, blocks)) < 0.51 * 8 * CIPHERTEXT_WORDS * Layout(
-                length, p
-            ).ciphertexts(0)
-            blocks = [expand(block, stranger.ring, stranger.seeded_front) for block in blocks]
-        contributions.append(blocks)
-    assert np.array_equal(
-        members.decode(members.add(contributions, length), length), np.sum(vectors, axis=0)
-    )
-    with pytest.raises(ProtocolError):
-        expand(b"short", stranger.ring, stranger.seeded_front)
-
-
 # -- integrity -------------------------------------------------------------------------------------
 
 
@@ -299,16 +264,13 @@ def test_the_checksum_is_linear_and_notices_one_unit(count: int, bits: int, leng
 
 @pytest.mark.parametrize("rounds", [1000, pytest.param(20_000, marks=pytest.mark.long)])
 def test_mutated_bytes_crash_nothing(rounds: int):
-    """Blocks, keys, sealed keys, notes, seeded ciphertexts, signatures (10^5 in all in the long
+    """Blocks, keys, sealed keys, notes, signatures (10^5 in all in the long
     run), at every decoder: a named error or a right answer.
     """
     members = Members(2, 20)
     blocks = members.contributions([np.ones(50, dtype=np.int64)] * 2)
     good = members.add(blocks, 50)[0]
-    secret, seeded = (
-        members.key.secret_bytes(),
-        members.key.encrypt_seeded(np.zeros(4096, dtype=np.uint64)),
-    )
+    secret = members.key.secret_bytes()
     random = np.random.default_rng(0)
 
     def mutated(data: bytes) -> bytes:
@@ -346,7 +308,6 @@ def test_mutated_bytes_crash_nothing(rounds: int):
         for attempt in (
             lambda: adder.add(0, mutated(good)),
             lambda: SumKey(members.parameters, mutated(secret)),
-            lambda: members.key.ring.expand(mutated(seeded), members.key.seeded_front),
             lambda: RunKeys.from_secret_bytes(mutated(keys.secret_bytes()), members.parameters),
             lambda: never(exchange[1].open(exchange[0].public, mutated(sealed), b"context")),
             lambda: never(keys.open_note(mutated(note), b"context")),
