@@ -179,8 +179,8 @@ def refused(members: Members, blocks: list[bytes], length: int) -> bool:
 
 @pytest.mark.parametrize("bits", [20, 28])
 def test_every_change_of_a_sum_is_noticed(bits: int):
-    """Whoever holds the ciphertext adds any polynomial he likes; each single unit anywhere, and
-    what cancels in plain sums.
+    """Whoever relays a ciphertext can add any polynomial to it: single units in any element, and
+    changes that cancel in a plain sum.
     """
     members, length = Members(3, bits), 9001
     contributions = members.contributions(vectors_of("random", members, length, 3))
@@ -189,7 +189,7 @@ def test_every_change_of_a_sum_is_noticed(bits: int):
     prime, delta = members.parameters.prime, 1 << members.parameters.delta_bits
     layout = Layout(length, members.parameters)
     changes = [
-        {place: delta} for place in (0, 1, layout.packed - 1, layout.packed, layout.integers - 1)
+        {index: delta} for index in (0, 1, layout.packed - 1, layout.packed, layout.integers - 1)
     ]
     changes += [
         {0: prime - delta},
@@ -199,9 +199,9 @@ def test_every_change_of_a_sum_is_noticed(bits: int):
     ]
     for change in changes:
         words = np.frombuffer(blocks[0], dtype="<u8").copy()
-        for place, amount in change.items():
-            at = place // 4096 * CIPHERTEXT_WORDS + place % 4096
-            words[at] = (int(words[at]) + amount % prime) % prime
+        for index, amount in change.items():
+            word = index // 4096 * CIPHERTEXT_WORDS + index % 4096
+            words[word] = (int(words[word]) + amount % prime) % prime
         assert refused(members, [words.tobytes()], length), change
     # Multiples of the whole sum, and an encryption of zero that needs no key.
     rows = np.frombuffer(blocks[0], dtype="<u8")
@@ -254,9 +254,9 @@ def test_the_checksum_is_linear_and_notices_one_unit(count: int, bits: int, leng
         own.add(vector.astype(np.float64))
         limbs += own.integers().view(np.int64)
     assert (limbs < 1 << (p.word_bits - 1)).all()
-    for place, unit in ((0, 0), (int(random.integers(length)), 1)):
+    for index, unit in ((0, 0), (int(random.integers(length)), 1)):
         total = vectors.sum(axis=0).astype(np.float64)
-        total[place] += unit
+        total[index] += unit
         check = Checksum(key, p)
         check.add(total)
         assert check.fits(limbs) is (unit == 0)
