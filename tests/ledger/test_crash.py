@@ -138,15 +138,15 @@ def killed_at_each(
     """Kill a fresh run at each of these points; how many rows were left, of all."""
     left = set()
     for point in points:
-        place = folder / str(point)
-        place.mkdir()
+        work_folder = folder / str(point)
+        work_folder.mkdir()
         counter = itertools.count()
 
         def tick(point: int = point, counter: Iterable[int] = counter) -> None:
             if next(counter) == point:
                 os.kill(os.getpid(), signal.SIGKILL)
 
-        path, released = place / "north.ledger", place / "released"
+        path, released = work_folder / "north.ledger", work_folder / "released"
         assert (
             child(
                 lambda path=path, released=released, tick=tick: work(path, released, ROUNDS, tick)
@@ -226,9 +226,9 @@ def torn(folder: Path, sizes: Iterable[int]) -> None:
     whole, _ = undisturbed(folder)
     left = []
     for size, action in itertools.product(sizes, (signal.SIG_DFL, signal.SIG_IGN)):
-        place = folder / f"{size}-{action}"
-        place.mkdir()
-        path, released = place / "north.ledger", place / "released"
+        work_folder = folder / f"{size}-{action}"
+        work_folder.mkdir()
+        path, released = work_folder / "north.ledger", work_folder / "released"
         code = out_of_room(path, released, size, action)
         assert code == (-signal.SIGXFSZ if action == signal.SIG_DFL else 2)
         left.append(check(path, released, whole))
@@ -267,9 +267,9 @@ def test_killed_before_each_system_call_of_sqlite(tmp_path: Path, call: str):
         pytest.skip("strace is not installed")
     left = set()
     for number in itertools.count(1):
-        place = tmp_path / str(number)
-        place.mkdir()
-        path, released = place / "north.ledger", place / "released"
+        work_folder = tmp_path / str(number)
+        work_folder.mkdir()
+        path, released = work_folder / "north.ledger", work_folder / "released"
         command = [
             "strace",
             "-f",

@@ -26,7 +26,7 @@ def path(tmp_path: Path) -> Path:
     return tmp_path / "north.ledger"
 
 
-def flipped(path: Path, places: Iterable[int], seed: int) -> tuple[int, int]:
+def flipped(path: Path, offsets: Iterable[int], seed: int) -> tuple[int, int]:
     """Flip a random bit of each byte in turn, in a fresh copy each; how often that was found,
     and how often it changed nothing.
     """
@@ -37,44 +37,44 @@ def flipped(path: Path, places: Iterable[int], seed: int) -> tuple[int, int]:
             ledger.filters,
         )
     good, copy, rng = path.read_bytes(), path.with_name("copy.ledger"), random.Random(seed)
-    found = same = 0
-    for place in places:
+    detected = unchanged = 0
+    for offset in offsets:
         bad = bytearray(good)
-        bad[place] ^= 1 << rng.randrange(8)
+        bad[offset] ^= 1 << rng.randrange(8)
         copy.write_bytes(bad)
         try:
             with Ledger.read(copy) as ledger:
-                assert ledger.rows == rows, place
-                assert ledger.filters == filters, place
+                assert ledger.rows == rows, offset
+                assert ledger.filters == filters, offset
                 for account, expected in zip(ACCOUNTS, spent, strict=True):
                     np.testing.assert_array_equal(ledger.spent(account), expected)
                 # Whatever this says, it says it.
                 ledger.problems()
-            same += 1
+            unchanged += 1
         except PrivflError:
-            found += 1
-    return found, same
+            detected += 1
+    return detected, unchanged
 
 
 @pytest.mark.slow
 def test_a_flipped_bit_is_found_or_changes_nothing(path: Path):
     size = path.stat().st_size
-    # The header, and places anywhere.
-    places = [*range(0, 110, 2), *random.Random(2).sample(range(size), 300)]
-    found, same = flipped(path, places, seed=3)
-    assert found > 100
-    assert same > 50
+    # The header, and bytes anywhere.
+    offsets = [*range(0, 110, 2), *random.Random(2).sample(range(size), 300)]
+    detected, unchanged = flipped(path, offsets, seed=3)
+    assert detected > 100
+    assert unchanged > 50
 
 
 @pytest.mark.long
 @pytest.mark.timeout(1800)
 def test_a_flipped_bit_in_every_byte_is_found_or_changes_nothing(path: Path):
-    found, same = flipped(path, range(path.stat().st_size), seed=4)
+    detected, unchanged = flipped(path, range(path.stat().st_size), seed=4)
     # All that is stored of the rows must be found: the larger part is text of the bodies.
     with Ledger.read(path) as ledger:
         stored = sum(len(str(value)) for row in ledger.rows for value in row)
-    assert found > 0.95 * stored
-    assert same > 1000
+    assert detected > 0.95 * stored
+    assert unchanged > 1000
 
 
 @pytest.mark.long
@@ -173,12 +173,12 @@ def test_every_changed_number_of_a_mechanism_and_of_the_limits_is_found(path: Pa
     for number, body in bodies.items():
         # Every digit in turn, of a sample of them: exponents, signs and the last place of a double
         # are among them.
-        digits = [place for place, character in enumerate(body) if character.isdigit()]
-        for place in random.Random(number).sample(digits, 60):
-            other = body[:place] + str((int(body[place]) + 1) % 10) + body[place + 1 :]
+        digits = [offset for offset, character in enumerate(body) if character.isdigit()]
+        for offset in random.Random(number).sample(digits, 60):
+            other = body[:offset] + str((int(body[offset]) + 1) % 10) + body[offset + 1 :]
             path.write_bytes(good)
             by_sql(path, ("UPDATE rows SET body = ? WHERE number = ?", (other, number)))
-            assert_damaged(path, (number, place))
+            assert_damaged(path, (number, offset))
 
 
 @pytest.mark.parametrize(

@@ -347,13 +347,13 @@ def test_a_run_has_a_name_of_its_own(path: Path):
 
 
 def test_numbers_survive_to_the_last_bit(path: Path):
-    odd = Gaussian(noise_multiplier=math.nextafter(20.0, 21.0))
+    event = Gaussian(noise_multiplier=math.nextafter(20.0, 21.0))
     with open_ledger(path) as ledger:
-        ledger.charge("training", odd, RUN, 1)
+        ledger.charge("training", event, RUN, 1)
         spent = ledger.spent("training")
     with Ledger.read(path) as ledger:
         np.testing.assert_array_equal(ledger.spent("training"), spent)
-        assert list(ledger.events.values()) == [odd]
+        assert list(ledger.events.values()) == [event]
 
 
 class Interrupted(sqlite3.Connection):

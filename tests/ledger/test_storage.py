@@ -28,10 +28,10 @@ def refused(
     action: Callable[[], object], *parts: str, kind: type[PrivflError] = PrivflError
 ) -> None:
     """``action`` ends with one sentence that has all of ``parts``."""
-    with pytest.raises(PrivflError) as found:
+    with pytest.raises(PrivflError) as caught:
         action()
-    assert type(found.value) is kind
-    said = str(found.value)
+    assert type(caught.value) is kind
+    said = str(caught.value)
     assert "\n" not in said
     for part in parts:
         assert part in said
@@ -248,12 +248,12 @@ def test_what_is_not_a_ledger_is_refused_and_left_alone(path: Path, name: str):
     make, said = NOT_LEDGERS[name]
     make(path)
     before = path.read_bytes()
-    with pytest.raises(PrivflError) as found:
+    with pytest.raises(PrivflError) as caught:
         open_ledger(path)
-    assert said in str(found.value)
-    assert "\n" not in str(found.value)
+    assert said in str(caught.value)
+    assert "\n" not in str(caught.value)
     assert path.read_bytes() == before
-    with pytest.raises(PrivflError, match=r"^(the )?(ledger )?[^\n]*$") as found:
+    with pytest.raises(PrivflError, match=r"^(the )?(ledger )?[^\n]*$") as caught:
         Ledger.read(path)
     assert path.read_bytes() == before
     assert {entry.name for entry in path.parent.iterdir()} <= {path.name, path.name + ".lock"}
@@ -362,7 +362,7 @@ MOUNTS = r"""
 
 
 @pytest.mark.parametrize(
-    ("place", "kind"),
+    ("path", "kind"),
     [
         ("/etc/north.ledger", "ext4"),
         ("/north.ledger", "ext4"),
@@ -381,10 +381,10 @@ MOUNTS = r"""
         ("/home/me/../../tmp/north.ledger", "tmpfs"),
     ],
 )
-def test_the_file_system_of_a_place(tmp_path: Path, place: str, kind: str):
+def test_the_file_system_of_a_path(tmp_path: Path, path: str, kind: str):
     mounts = tmp_path / "mountinfo"
     mounts.write_text(MOUNTS.lstrip(), encoding="utf-8")
-    assert file_system(Path(place), mounts=str(mounts)) == kind
+    assert file_system(Path(path), mounts=str(mounts)) == kind
 
 
 def test_the_file_system_behind_a_link(tmp_path: Path):
