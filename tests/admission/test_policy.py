@@ -58,17 +58,18 @@ TARGET = ("privacy={target_epsilon: 1.0, delta: 1.0e-5, max_grad_norm: 1.0}",)
         (
             {"metrics": []},
             (),
-            r"\(metrics in its site file\): accuracy would leave; allow it there",
+            r"\(metrics in its site file\): accuracy would leave the site; allow it there",
         ),
         (
             {"metrics": ["auc"]},
             ("evaluation={metrics: {accuracy: 'task.py:accuracy'}, target_epsilon: 1}",),
-            r"\(metrics in its site file\): accuracy would leave",
+            r"\(metrics in its site file\): accuracy would leave the site",
         ),
         (
             LEDGER,
             (),
-            r"accuracy would leave without noise .*; allow it there, or say evaluation.records: "
+            r"accuracy would leave the site without noise .*; allow it there, or set "
+            r"evaluation.records: "
             r"private",
         ),
         (
