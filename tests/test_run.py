@@ -404,11 +404,10 @@ def test_rates_differ_by_site(small: Path, tmp_path: Path):
 SABOTAGE = """
 import privfl.dp.optimizer
 
-def no_noise(self):
-    for p in self.params:
-        p.grad = p.summed_grad.view_as(p)
+def no_noise(self, totals, deviation):
+    return list(totals)
 
-privfl.dp.optimizer.SystemNoiseOptimizer.add_noise = no_noise
+privfl.dp.optimizer.OwnNoise.noisy = no_noise
 """
 
 

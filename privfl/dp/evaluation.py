@@ -23,8 +23,9 @@ _TRIED = 8
 def measure(metrics: Mapping[str, Metric], output: torch.Tensor, target: torch.Tensor) -> Sums:
     """(sums, counts) of every metric over all held-out records of a site.
 
-    Raises: PrivflError: a metric returns something else than two numbers or two vectors of one
-        length, or a count below 0.
+    Raises:
+        PrivflError: a metric returns something else than two numbers or two vectors of one length,
+            or a count below 0.
     """
     measured = {}
     for name, metric in metrics.items():
@@ -46,8 +47,9 @@ def measure_each(metrics: Mapping[str, Metric], output: torch.Tensor, target: to
     finite, or has another number of ratios than most, counts as zero: a single record must not be
     able to stop a run.
 
-    Raises: PrivflError: as :func:`measure`; and if a metric of some records is not the sum over
-        them (as AUC, which is about pairs of records).
+    Raises:
+        PrivflError: as :func:`measure`; and if a metric of some records is not the sum over them
+            (as AUC, which is about pairs of records).
     """
     measured = {}
     for name, metric in metrics.items():

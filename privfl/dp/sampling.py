@@ -22,8 +22,9 @@ class PoissonBatches(UniformWithReplacementSampler):  # type: ignore[misc]
     Args:
         ahead: batches are asked for before they are used, as the workers of a loader do.
 
-    Attributes: begun: called when what was left unfinished is to be forgotten: whenever a new pass
-        begins, and, unless they are asked for ahead, before every batch.
+    Attributes:
+        begun: called when what was left unfinished is to be forgotten: whenever a new pass begins,
+            and, unless they are asked for ahead, before every batch.
     """
 
     def __init__(

@@ -24,7 +24,8 @@ from privfl.dp.checks import (
     digest_of,
     wrapping,
 )
-from privfl.dp.optimizer import SecureSumOptimizer, SystemNoiseOptimizer
+from privfl.dp.clipping import ExampleClipper, samples_of, set_samples
+from privfl.dp.optimizer import OwnNoise, SumOptimizer, flat, split
 from privfl.errors import PrivflError, in_one_line
 from privfl.noise.randomness import Randomness, poisson_sample
 
@@ -102,29 +103,37 @@ class LocalTraining:
             self._wrapped = GradSampleModule(
                 self.model, batch_first=True, loss_reduction="mean", strict=True
             )
-        self.optimizer = self._make_optimizer(recipe, randomness, expected)
-        # Noise of local steps, or batches of sums: the agent compares it with the steps it charged.
-        self.draws = 0
+        self._noise = (
+            None
+            if recipe.noise_multiplier is None
+            else OwnNoise(randomness, charge=_charged_by_the_agent)
+        )
+        self._batches_summed = 0
+        self.optimizer = self._make_optimizer(expected)
         self._constants = constants(self.model)
         self._try_isolation()
 
-    def _make_optimizer(
-        self, recipe: Recipe, randomness: Randomness, expected: float
-    ) -> SystemNoiseOptimizer | SecureSumOptimizer:
-        inner = _OPTIMIZERS[recipe.optimizer](self._parameters, **recipe.optimizer_options)
-        common: dict[str, Any] = {
-            "max_grad_norm": recipe.max_grad_norm,
-            "expected_batch_size": expected,
-        }
-        if recipe.noise_multiplier is None:
-            return SecureSumOptimizer(inner, noise_multiplier=0.0, **common)
-        return SystemNoiseOptimizer(
-            inner, randomness=randomness, noise_multiplier=recipe.noise_multiplier, **common
+    def _make_optimizer(self, expected: float) -> SumOptimizer:
+        recipe = self._recipe
+        return SumOptimizer(
+            _OPTIMIZERS[recipe.optimizer](self._parameters, **recipe.optimizer_options),
+            clipper=ExampleClipper(exact=self._noise is None),
+            release=self._noise,
+            noise_multiplier=recipe.noise_multiplier or 0.0,
+            max_grad_norm=recipe.max_grad_norm,
+            expected_batch_size=expected,
         )
+
+    @property
+    def draws(self) -> int:
+        """How often noise was drawn, or a batch where sums get their noise elsewhere; the agent
+        compares it with the steps that it charged.
+        """
+        return self._batches_summed if self._noise is None else self._noise.draws
 
     def flat(self) -> NDArray[np.float32]:
         """The trainable parameters as one vector of shape (parameters,)."""
-        return torch.cat([p.detach().reshape(-1) for p in self._parameters]).cpu().numpy()
+        return flat(self._parameters).numpy()
 
     def constants_digest(self) -> str:
         """SHA-256 over everything in the model that is not trained; it must be the same at all
@@ -134,11 +143,10 @@ class LocalTraining:
 
     def load(self, replica: NDArray[np.float32]) -> None:
         """Put a vector of shape (parameters,) into the model."""
-        vector, start = torch.from_numpy(replica).to(self._device), 0
+        vector = torch.from_numpy(replica).to(self._device)
         with torch.no_grad():
-            for p in self._parameters:
-                p.copy_(vector[start : start + p.numel()].view_as(p))
-                start += p.numel()
+            for p, values in zip(self._parameters, split(vector, self._parameters), strict=True):
+                p.copy_(values)
 
     def train_round(self, replica: NDArray[np.float32]) -> NDArray[np.float32]:
         """``local_steps`` steps of DP-SGD from ``replica``; the update (end - start) of shape
@@ -155,8 +163,6 @@ class LocalTraining:
         for _ in range(self._recipe.local_steps):
             self._go_through(self._sample(), self.optimizer.step)
         self._check_round()
-        assert isinstance(self.optimizer, SystemNoiseOptimizer)
-        self.draws = self.optimizer.noise_draws
         update = self.flat() - replica
         if not np.isfinite(update).all():
             raise PrivflError("the parameters became NaN or infinite; lower optimizer.lr")
@@ -169,11 +175,10 @@ class LocalTraining:
         Raises:
             PrivflError: the loss is not finite for every record, or the model changed a buffer.
         """
-        assert isinstance(self.optimizer, SecureSumOptimizer)
         self._start_round(replica)
         total = self._go_through(self._sample(), self.optimizer.collect)
         self._check_round()
-        self.draws += 1
+        self._batches_summed += 1
         assert total is not None
         return total
 
@@ -188,7 +193,6 @@ class LocalTraining:
         Raises:
             PrivflError: the parameters are not finite.
         """
-        assert isinstance(self.optimizer, SecureSumOptimizer)
         self.optimizer.follow(gradient)
         self.optimizer.zero_grad(set_to_none=True)
         replica = self.flat()
@@ -227,7 +231,7 @@ class LocalTraining:
             # An empty batch is a step like any other: its sum is zero and gets the same noise. The
             # user's code never sees it.
             for p in self._parameters:
-                p.grad_sample = p.new_zeros((0, *p.shape))  # type: ignore[attr-defined]
+                set_samples(p, p.new_zeros((0, *p.shape)))
             made = self._advance(use, last=True)
         return made
 
@@ -250,7 +254,7 @@ class LocalTraining:
             )
         loss.backward()  # type: ignore[no-untyped-call]
         for name, p, value in zip(self._names, self._parameters, before, strict=True):
-            gradient = getattr(p, "grad_sample", None)
+            gradient = samples_of(p)
             if gradient is None:
                 raise PrivflError(
                     f"parameter '{name}' of model() took no part in the forward pass; use it, or "
@@ -333,8 +337,9 @@ class LocalTraining:
         """Refuse a model that couples the records of a batch when it is only used: a metric of
         one record would then depend on the others.
 
-        Raises: PrivflError: the outputs of a few records of ``dataset`` depend on which others are
-            in the batch.
+        Raises:
+            PrivflError: the outputs of a few records of ``dataset`` depend on which others are in
+                the batch.
         """
         few = [
             dataset[int(i)]
@@ -373,6 +378,10 @@ class LocalTraining:
         self._wrapped.train()
         check_constants(self.model, self._constants)
         return torch.cat(outputs), torch.cat(targets)
+
+
+def _charged_by_the_agent() -> None:
+    """The agent charges a round before it asks for it, and compares the draws afterwards."""
 
 
 def _size(what: str, dataset: Any) -> int:
