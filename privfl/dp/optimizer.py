@@ -190,7 +190,7 @@ class SumOptimizer(DPOptimizer):  # type: ignore[misc]
 
     def zero_grad(self, set_to_none: bool = False) -> None:
         """As Opacus' ``zero_grad``: the sum of a logical step of which more is to come stays."""
-        self._clipper.forget(self.params)
+        self._clipper.forget(self._all_parameters())
         super().zero_grad(set_to_none)
 
     def forget_unfinished_step(self) -> None:
@@ -202,13 +202,19 @@ class SumOptimizer(DPOptimizer):  # type: ignore[misc]
         self._end_step()
         self._step_skip_queue: list[bool] = []
         self._is_last_step_skipped = False
-        self._clipper.forget(self.params)
+        self._clipper.forget(self._all_parameters())
 
     def _end_step(self) -> None:
         """What follows belongs to another logical step."""
         self.examples_in_step, self._clipped_to = 0, None
-        for p in self.params:
+        for p in self._all_parameters():
             p.summed_grad = None
+
+    def _all_parameters(self) -> list[Any]:
+        """Also those that were frozen since, which ``params`` leaves out: what they hold of an
+        earlier step would come back with them.
+        """
+        return [p for group in self.param_groups for p in group["params"]]
 
     def __deepcopy__(self, memo: Any) -> Any:
         raise PrivflError(
