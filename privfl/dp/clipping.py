@@ -111,9 +111,6 @@ class ExampleClipper:
         for samples in recorded:
             _check_processed_flag(samples)
         rows = [torch.cat(s) if isinstance(s, list) else s for s in recorded if s is not None]
-        # Of an empty batch Opacus' embeddings make one row of zeros.
-        examples = min(len(g) for g in rows)
-        rows = rows if examples else [g[:0] for g in rows]
         squares = torch.stack(
             [
                 torch.linalg.vector_norm(g.flatten(1), dim=1, dtype=torch.float64).square()

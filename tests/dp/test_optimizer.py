@@ -310,6 +310,15 @@ def test_a_layer_that_was_frozen_in_between_brings_nothing_back(clipping: str):
     assert torch.equal(release.sums[0], alone.sums[0])
 
 
+def test_a_piece_that_was_announced_and_never_came_does_not_hold_up_the_next_step():
+    model, optimizer = parts("hooks", release := Recorded())
+    optimizer.signal_skip_step(True)
+    optimizer.forget_unfinished_step()
+    backward(model)
+    optimizer.step()
+    assert torch.equal(release.sums[0], whole_sum("hooks"))
+
+
 def test_gradients_are_used_once():
     model, optimizer = parts("hooks", Recorded())
     backward(model)
