@@ -19,11 +19,15 @@ _STARTING = threading.Lock()
 
 
 class _Running:
+    """A process that has not ended."""
+
     def poll(self) -> None:
         return None
 
 
 class _Waiting(Trainer):
+    """Gets ready when no other trainer does."""
+
     def answer(self, request: Request) -> Answer:
         with _STARTING if isinstance(request, Prepare) else contextlib.nullcontext():
             return super().answer(request)
@@ -35,10 +39,11 @@ class ThreadTrainer(process.TrainerProcess):
     def __init__(self, site: str, threads: int, log: TextIO, prepare: Prepare) -> None:
         self._log = log.name
         self.replica, self.update = SharedVector.create(), SharedVector.create()
-        ours, theirs = socket.socketpair()
-        self._channel, self._process = Channel(ours, ANSWERS), _Running()  # type: ignore[assignment]
+        agent_end, trainer_end = socket.socketpair()
+        self._channel = Channel(agent_end, ANSWERS)
+        self._process = _Running()  # type: ignore[assignment]
         self._thread = threading.Thread(
-            target=self._serve, args=(site, Channel(theirs, REQUESTS)), daemon=True
+            target=self._serve, args=(site, Channel(trainer_end, REQUESTS)), daemon=True
         )
         self._thread.start()
         self.ask(prepare.model_copy(update={"threads": 1}))
