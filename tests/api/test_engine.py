@@ -20,7 +20,7 @@ from torch.utils.data import DataLoader, TensorDataset
 
 import privfl
 from privfl.accounting import DiscreteGaussian, PoissonGaussian, epsilon_of
-from privfl.dp import optimizer
+from privfl.dp import optimizer as dp_optimizer
 from privfl.errors import BudgetError, PrivflError
 from privfl.ledger import Ledger
 from privfl.noise.discrete_gaussian import DiscreteGaussian as Sampler
@@ -98,14 +98,14 @@ def test_every_step_is_in_the_ledger_before_it_is_made(
 ):
     path, seen = tmp_path / "zurich.ledger", []
     engine = privfl.PrivacyEngine(site="zurich", ledger=path)
-    draw = optimizer.gaussian
+    draw = dp_optimizer.gaussian
 
     def look(*arguments: Any) -> Any:
         with Ledger.read(path) as ledger:
             seen.append(sum(row.steps for row in ledger.charges()))
         return draw(*arguments)
 
-    monkeypatch.setattr(optimizer, "gaussian", look)
+    monkeypatch.setattr(dp_optimizer, "gaussian", look)
     train(engine, records())
     assert seen == [1, 2, 3, 4, 5, 6]
     engine.close()
