@@ -25,11 +25,6 @@ from privfl.errors import (
     did_you_mean,
 )
 
-if TYPE_CHECKING:
-    from privfl import accounting
-    from privfl.engine import PrivacyEngine
-    from privfl.secure_sum import SecureSum
-
 __all__ = [
     "BudgetError",
     "DamagedError",
@@ -51,13 +46,18 @@ _LAZY = {
     "accounting": "privfl.accounting:",
 }
 
-
-def __getattr__(name: str) -> Any:
-    if name not in _LAZY:
-        raise AttributeError(
-            f"module 'privfl' has no attribute '{name}'{did_you_mean(name, __all__)}"
-        )
-    return pkgutil.resolve_name(_LAZY[name])
+if TYPE_CHECKING:
+    from privfl import accounting
+    from privfl.engine import PrivacyEngine
+    from privfl.secure_sum import SecureSum
+else:
+    # A type checker that saw this would take every name for one of privfl.
+    def __getattr__(name: str) -> Any:
+        if name not in _LAZY:
+            raise AttributeError(
+                f"module 'privfl' has no attribute '{name}'{did_you_mean(name, __all__)}"
+            )
+        return pkgutil.resolve_name(_LAZY[name])
 
 
 def __dir__() -> list[str]:

@@ -74,17 +74,18 @@ class SecureSum:
         problem = _argument_problem(value_bits, range, rounding, path, timeout)
         self._group = RankGroup(transport_of(comm), TIMEOUT if problem else float(timeout))
         self._range, self._path, self._closed = range, path, False
+        # A number of numpy would not go into a message.
+        bits = None if problem or value_bits is None else int(value_bits)
 
         def choose() -> Parameters:
             if problem:
                 raise PrivflError(problem)
-            parameters = parameters_for(self._group.size, value_bits, path)
+            parameters = parameters_for(self._group.size, bits, path)
             self._quantiser: Quantiser = BoundedIntegers(parameters)
             if range is not None:
                 self._quantiser = FixedPoint(parameters, _float_of(range), rounding)
             return parameters
 
-        bits = None if problem or value_bits is None else int(value_bits)
         alike = ["privfl SecureSum 1", self._group.size, bits, range, path]
         arguments = "" if problem else json.dumps(alike, default=_float_of)
         self._sum = GroupSum(self._group, self._group.join(arguments, choose), path)
