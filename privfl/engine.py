@@ -78,7 +78,7 @@ class PrivacyEngine(Engine):
         ...         torch.nn.functional.cross_entropy(model(inputs), targets).backward()
         ...         optimizer.step()
         >>> engine
-        PrivacyEngine(site='zurich', ledger=None, 4 steps, epsilon 4.29 at delta 1e-05, closed)
+        PrivacyEngine(site='zurich', ledger=None, 4 steps, epsilon 4.871 at delta 1e-05, closed)
     """
 
     __module__ = "privfl"

@@ -5,6 +5,7 @@ wrong argument, and at all ranks.
 from __future__ import annotations
 
 import ast
+import doctest
 import inspect
 import pickle
 import pydoc
@@ -139,6 +140,13 @@ def test_every_argument_is_in_the_docstring(kind: type):
         for name in inspect.signature(method).parameters:
             if name != "self":
                 assert f"{name}:" in text or f"{name}," in text, (method, name)
+
+
+@pytest.mark.parametrize("name", CLASSES)
+@pytest.mark.filterwarnings("ignore")
+def test_examples_in_docstrings_run(name: str):
+    for test in doctest.DocTestFinder(recurse=False).find(getattr(privfl, name), name):
+        assert doctest.DocTestRunner().run(test).failed == 0
 
 
 TYPED = """
