@@ -7,20 +7,26 @@ PYTEST := .venv/bin/python -m pytest
 # matplotlib keeps a list of the machine's fonts, by default in the home directory too.
 export MPLCONFIGDIR := $(CURDIR)/.venv/matplotlib
 
-.PHONY: demo test test-all lint clean
+.PHONY: demo test test-all lint docs clean
 
 demo: .venv/.demo
 	.venv/bin/mpiexec -n 5 .venv/bin/privfl train
 
-test: .venv/.test lint
+test: .venv/.test lint docs
 	$(PYTEST) -m "not long" $(PYTEST_ARGS)
 
-test-all: .venv/.test lint
+test-all: .venv/.test lint docs
 	$(PYTEST) $(PYTEST_ARGS)
 
 lint: .venv/.test
 	.venv/bin/ruff check .
 	.venv/bin/mypy
+
+# A fresh environment every time (-E): a page that was built before would keep its warnings to itself.
+docs: .venv/.test
+	.venv/bin/python -m sphinx -E -W --keep-going -q -c docs -d build/doctrees . build/docs
+	cp build/docs/README.html build/docs/index.html
+	@echo "the documentation is in build/docs/index.html"
 
 .venv/bin/python:
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || { echo "privfl needs Python 3.11 or later: make demo PYTHON=/path/to/python3.11" >&2; exit 2; }
@@ -31,7 +37,7 @@ lint: .venv/.test
 	@touch $@
 
 .venv/.test: .venv/.demo
-	$(PIP) -e '.[mpich,test,dev]'
+	$(PIP) -e '.[mpich,test,dev,docs]'
 	@touch $@
 
 clean:
