@@ -1,4 +1,6 @@
-"""A run of privfl beside bare processes on the same cores: what the benchmarks of rounds and of steps share."""
+"""A run of privfl beside bare processes on the same cores: what the benchmarks of rounds and of
+steps share.
+"""
 
 from __future__ import annotations
 
@@ -14,7 +16,9 @@ from typing import Any
 
 
 def slowest(work: Callable[..., None], arguments: Sequence[tuple[Any, ...]]) -> float:
-    """The largest number that processes put into a queue, all at once: ``work(*arguments, barrier to start at, queue)``."""
+    """The largest number that processes put into a queue, all at once: ``work(*arguments,
+    barrier to start at, queue)``.
+    """
     context = multiprocessing.get_context("spawn")
     start, results = context.Barrier(len(arguments)), context.Queue()
     processes = [context.Process(target=work, args=(*given, start, results)) for given in arguments]
@@ -27,9 +31,20 @@ def slowest(work: Callable[..., None], arguments: Sequence[tuple[Any, ...]]) -> 
 
 
 def phases(folder: str, *arguments: str) -> dict[str, float]:
-    """Median seconds of the phases of a round of `mpiexec -n 5 privfl train`, and of both together ("all")."""
+    """Median seconds of the phases of a round of `mpiexec -n 5 privfl train`, and of both
+    together ("all").
+    """
     scripts = Path(sysconfig.get_path("scripts"))
-    command = [str(scripts / "mpiexec"), "-n", "5", str(scripts / "privfl"), "train", *arguments, "--output", folder]
+    command = [
+        str(scripts / "mpiexec"),
+        "-n",
+        "5",
+        str(scripts / "privfl"),
+        "train",
+        *arguments,
+        "--output",
+        folder,
+    ]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     if done.returncode:
         sys.exit(done.stderr)

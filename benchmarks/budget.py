@@ -1,9 +1,11 @@
-"""What keeping and reading a ledger costs: a charge on this disk, and `privfl budget show` and `report` of large books as whole processes.
+"""What keeping and reading a ledger costs: a charge on this disk, and `privfl budget show` and
+`report` of large books as whole processes.
 
     python -m benchmarks.budget [--repeats N] [--folder DIR] [--json FILE]
 
-Books: ten sites, ten thousand rounds each, two hundred distinct mechanisms, twenty runs. The alternative to a durable charge, printed beside it,
-is the same row without waiting for the disk, which a power cut would lose.
+Books: ten sites, ten thousand rounds each, two hundred distinct mechanisms, twenty runs. The
+alternative to a durable charge, printed beside it, is the same row without waiting for the disk,
+which a power cut would lose.
 """
 
 from __future__ import annotations
@@ -36,10 +38,22 @@ def filters(epsilon: float = 300.0) -> dict[Account, RenyiFilter]:
 def make_books(folder: Path) -> None:
     """The books in ``folder``; they do not wait for the disk, which no figure here needs."""
     facts = {
-        "experiment": "d", "model": "m.py:model", "data": "m.py:data", "rounds": ROUNDS_OF_A_RUN, "noise": "site", "delta": 1e-5,
-        "target_epsilon": None, "private": True, "exact_metrics": [], "records_per_person": 1, "identity": "", "pinned": True, "kept": True,
-        "members": {f"site{i}": "" for i in range(SITES)}, "plans": {"training": PLAN.to_dict()},
-    }  # fmt: skip
+        "experiment": "d",
+        "model": "m.py:model",
+        "data": "m.py:data",
+        "rounds": ROUNDS_OF_A_RUN,
+        "noise": "site",
+        "delta": 1e-5,
+        "target_epsilon": None,
+        "private": True,
+        "exact_metrics": [],
+        "records_per_person": 1,
+        "identity": "",
+        "pinned": True,
+        "kept": True,
+        "members": {f"site{i}": "" for i in range(SITES)},
+        "plans": {"training": PLAN.to_dict()},
+    }
     limits = filters()
     for number in range(SITES):
         with Ledger.write(folder / f"site{number}.ledger", f"site{number}", limits) as book:
@@ -49,7 +63,12 @@ def make_books(folder: Path) -> None:
                 book.begin_run(run, facts)
                 for round_ in range(1, ROUNDS_OF_A_RUN + 1):
                     noise = 4.0 + (start + round_) % MECHANISMS / 100
-                    book.charge("training", PoissonGaussian(sampling_rate=0.01, noise_multiplier=noise), run, round_)
+                    book.charge(
+                        "training",
+                        PoissonGaussian(sampling_rate=0.01, noise_multiplier=noise),
+                        run,
+                        round_,
+                    )
 
 
 def charge_seconds(folder: Path, synchronous: str, count: int = 300) -> float:
@@ -80,7 +99,11 @@ def process_seconds(*arguments: str | Path, repeats: int) -> float:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--repeats", type=int, default=5)
-    parser.add_argument("--folder", type=Path, help="Where the ledgers lie whose charges are timed: a disk like that of a site.")
+    parser.add_argument(
+        "--folder",
+        type=Path,
+        help="Where the ledgers lie whose charges are timed: a disk like that of a site.",
+    )
     parser.add_argument("--json", type=Path)
     options = parser.parse_args()
     with tempfile.TemporaryDirectory(dir=options.folder) as name:
@@ -91,14 +114,24 @@ def main() -> None:
         }
         (folder / "books").mkdir()
         make_books(folder / "books")
-        result["show_seconds"] = process_seconds("budget", "show", folder / "books", repeats=options.repeats)
+        result["show_seconds"] = process_seconds(
+            "budget", "show", folder / "books", repeats=options.repeats
+        )
         page = ("--output", folder / "page.html")
-        result["report_seconds"] = process_seconds("budget", "report", folder / "books", *page, repeats=options.repeats)
+        result["report_seconds"] = process_seconds(
+            "budget", "report", folder / "books", *page, repeats=options.repeats
+        )
         result["verify_seconds"] = process_seconds("budget", "verify", folder / "books", repeats=1)
         result["plan_seconds"] = process_seconds("plan", repeats=options.repeats)
-        result["ledger_bytes"] = max(path.stat().st_size for path in (folder / "books").glob("*.ledger"))
+        result["ledger_bytes"] = max(
+            path.stat().st_size for path in (folder / "books").glob("*.ledger")
+        )
     for key, value in result.items():
-        bar = f"   {'met' if value <= BARS[key] else 'MISSED'} (bar <= {BARS[key]:g})" if key in BARS else ""
+        bar = (
+            f"   {'met' if value <= BARS[key] else 'MISSED'} (bar <= {BARS[key]:g})"
+            if key in BARS
+            else ""
+        )
         print(f"{key:<32}{value:.5g}{bar}")
     if options.json:
         options.json.write_text(json.dumps(result, indent=2) + "\n")

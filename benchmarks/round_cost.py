@@ -1,10 +1,12 @@
-"""What a round of privfl costs beside the same Opacus steps run by bare processes on the same cores.
+"""What a round of privfl costs beside the same Opacus steps run by bare processes on the same
+cores.
 
     python -m benchmarks.round_cost [--rounds N] [--repeats N] [--json FILE]
 
-MLP 64-64-10 (4810 parameters) on the demo's four sites, one local epoch at an expected batch of 32. Bare: four processes that run
-nothing but Opacus' own optimizer, loader and steps, all at once. privfl: `mpiexec -n 5 privfl train`, with the trainers' noise
-from the operating system, CKKS, MPI and the comparison of replicas. The two take turns; medians are compared.
+MLP 64-64-10 (4810 parameters) on the demo's four sites, one local epoch at an expected batch of 32.
+Bare: four processes that run nothing but Opacus' own optimizer, loader and steps, all at once.
+privfl: `mpiexec -n 5 privfl train`, with the trainers' noise from the operating system, CKKS, MPI
+and the comparison of replicas. The two take turns; medians are compared.
 """
 
 from __future__ import annotations
@@ -42,12 +44,19 @@ def _bare(site: str, rounds: int, steps: int, rate: float, start: Any, results: 
     train = digits.data(site)[0]
     model = GradSampleModule(digits.mlp())
     optimizer = DPOptimizer(
-        torch.optim.SGD(model.parameters(), lr=LR), noise_multiplier=SIGMA, max_grad_norm=CLIP, expected_batch_size=BATCH
+        torch.optim.SGD(model.parameters(), lr=LR),
+        noise_multiplier=SIGMA,
+        max_grad_norm=CLIP,
+        expected_batch_size=BATCH,
     )
-    sampler = UniformWithReplacementSampler(num_samples=len(train), sample_rate=rate, steps=rounds * steps)
+    sampler = UniformWithReplacementSampler(
+        num_samples=len(train), sample_rate=rate, steps=rounds * steps
+    )
     shapes = [t.shape[1:] for t in train.tensors]
     collate = wrap_collate_with_empty(
-        collate_fn=default_collate, sample_empty_shapes=shapes, dtypes=[t.dtype for t in train.tensors]
+        collate_fn=default_collate,
+        sample_empty_shapes=shapes,
+        dtypes=[t.dtype for t in train.tensors],
     )
     loader = DataLoader(train, batch_sampler=sampler, collate_fn=collate)
     start.wait()
@@ -77,7 +86,10 @@ def privfl_round(rounds: int, steps: int, rates: dict[str, float]) -> dict[str, 
         "evaluation.every": rounds,
     }
     with tempfile.TemporaryDirectory() as folder:
-        return phases(folder, *(word for key, value in settings.items() for word in ("--set", f"{key}={value}")))
+        return phases(
+            folder,
+            *(word for key, value in settings.items() for word in ("--set", f"{key}={value}")),
+        )
 
 
 def main() -> None:

@@ -1,11 +1,14 @@
-"""Secure aggregation beside the settings that everybody copies and beside a plain reduction, in one run on the same machine.
+"""Secure aggregation beside the settings that everybody copies and beside a plain reduction, in
+one run on the same machine.
 
     python -m benchmarks.secure_aggregation [--most PARAMETERS] [--repeats N] [--json FILE]
 
-Three ways to sum float vectors of four sites: privfl's codec with and without masks; NVFlare's settings by hand with TenSEAL (N = 8192,
-[60, 40, 40], scale 2^40, symmetric; one flat vector and one context, which is kinder than NVFlare is); float32 without any protection. First
-single steps in one process on one pinned core: what a client does before the wire and after it, what the server does for one site. Then
-whole sums under `mpiexec -n 5`, all over the same transport. Then the peak memory of rank 0 for 2 and 8 sites. Medians of the repeats.
+Three ways to sum float vectors of four sites: privfl's codec with and without masks; NVFlare's
+settings by hand with TenSEAL (N = 8192, [60, 40, 40], scale 2^40, symmetric; one flat vector and
+one context, which is kinder than NVFlare is); float32 without any protection. First single steps in
+one process on one pinned core: what a client does before the wire and after it, what the server
+does for one site. Then whole sums under `mpiexec -n 5`, all over the same transport. Then the peak
+memory of rank 0 for 2 and 8 sites. Medians of the repeats.
 """
 
 from __future__ import annotations
@@ -46,8 +49,13 @@ STEPS = ("client before", "client after", "server per site")
 
 
 def measured(ways: dict[str, Way], parameters: int, repeats: int) -> dict[str, dict[str, float]]:
-    """Median microseconds per parameter. All ways take turns, so that a machine whose speed drifts does not favour one of them."""
-    seconds: dict[tuple[str, str], list[float]] = {(name, step): [] for name, way in ways.items() for step in way.steps}
+    """Median microseconds per parameter.
+
+    All ways take turns, so that a machine whose speed drifts does not favour one of them.
+    """
+    seconds: dict[tuple[str, str], list[float]] = {
+        (name, step): [] for name, way in ways.items() for step in way.steps
+    }
     for _ in range(repeats + 1):
         for name, way in ways.items():
             for step, part in way.steps.items():
@@ -57,12 +65,17 @@ def measured(ways: dict[str, Way], parameters: int, repeats: int) -> dict[str, d
 
     def of(name: str, step: str) -> float:
         # The first round warms caches up. The server's step is that for all sites.
-        return median(seconds[name, step][1:]) / parameters * 1e6 / (SITES if step == STEPS[2] else 1)
+        return (
+            median(seconds[name, step][1:]) / parameters * 1e6 / (SITES if step == STEPS[2] else 1)
+        )
 
-    return {name: {"bytes": way.wire} | {step: of(name, step) for step in way.steps} for name, way in ways.items()}
+    return {
+        name: {"bytes": way.wire} | {step: of(name, step) for step in way.steps}
+        for name, way in ways.items()
+    }
 
 
-# -- single steps ---------------------------------------------------------------------------------------------------------
+# -- single steps ----------------------------------------------------------------------------------
 
 
 def ours(parameters: int, peers: int) -> Way:
@@ -71,7 +84,7 @@ def ours(parameters: int, peers: int) -> Way:
         Checksum,
         Decryption,
         ExchangeKey,
-        Grid,
+        FixedPoint,
         Layout,
         Masks,
         Pairs,
@@ -84,7 +97,7 @@ def ours(parameters: int, peers: int) -> Way:
     from privfl.transport import mpi
 
     p = derive(SITES, usual_value_bits(SITES))
-    key, check, vector, grid = SumKey(p), bytes(32), vector_of(0, parameters), Grid(p, SPAN)
+    key, check, vector, grid = SumKey(p), bytes(32), vector_of(0, parameters), FixedPoint(p, SPAN)
     exchange = [ExchangeKey() for _ in range(peers + 1)]
     pairs = Pairs(exchange[0], [k.public for k in exchange])
     attempt = iter(range(1, 1 << 30))
@@ -115,7 +128,10 @@ def ours(parameters: int, peers: int) -> Way:
             decryption.add(block)
         grid.numbers(decryption.totals())
 
-    return Way(sum(block.nbytes for block in alone) / parameters, dict(zip(STEPS, (up, down, server), strict=True)))
+    return Way(
+        sum(block.nbytes for block in alone) / parameters,
+        dict(zip(STEPS, (up, down, server), strict=True)),
+    )
 
 
 def nvflare_context() -> tuple[Any, Any]:
@@ -123,10 +139,15 @@ def nvflare_context() -> tuple[Any, Any]:
     import tenseal
 
     context = tenseal.context(
-        tenseal.SCHEME_TYPE.CKKS, 8192, coeff_mod_bit_sizes=[60, 40, 40], encryption_type=tenseal.ENCRYPTION_TYPE.SYMMETRIC
+        tenseal.SCHEME_TYPE.CKKS,
+        8192,
+        coeff_mod_bit_sizes=[60, 40, 40],
+        encryption_type=tenseal.ENCRYPTION_TYPE.SYMMETRIC,
     )
     context.global_scale = 2.0**40
-    public = context.serialize(save_public_key=False, save_secret_key=False, save_galois_keys=False, save_relin_keys=True)
+    public = context.serialize(
+        save_public_key=False, save_secret_key=False, save_galois_keys=False, save_relin_keys=True
+    )
     return context, tenseal.context_from(public)
 
 
@@ -169,7 +190,7 @@ def plain(parameters: int) -> Way:
     return Way(4.0, dict(zip(STEPS, steps, strict=True)))
 
 
-# -- whole sums under mpiexec ---------------------------------------------------------------------------------------------
+# -- whole sums under mpiexec ----------------------------------------------------------------------
 
 
 def whole(way: str, sites: int, parameters: int, repeats: int) -> dict[str, float]:
@@ -186,29 +207,45 @@ def whole(way: str, sites: int, parameters: int, repeats: int) -> dict[str, floa
         str(parameters),
         str(repeats),
     ]
-    done = subprocess.run(command, capture_output=True, text=True, check=False, env=os.environ | {"OMP_NUM_THREADS": "1"})
+    done = subprocess.run(
+        command,
+        capture_output=True,
+        text=True,
+        check=False,
+        env=os.environ | {"OMP_NUM_THREADS": "1"},
+    )
     if done.returncode:
         sys.exit(done.stderr)
     return json.loads(done.stdout.splitlines()[-1])
 
 
-# -- the report -----------------------------------------------------------------------------------------------------------
+# -- the report ------------------------------------------------------------------------------------
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--most", type=int, default=10_000_000, help="largest number of parameters; the others are tenths of it")
+    parser.add_argument(
+        "--most",
+        type=int,
+        default=10_000_000,
+        help="largest number of parameters; the others are tenths of it",
+    )
     parser.add_argument("--repeats", type=int, default=3)
     parser.add_argument("--json", type=Path)
     options = parser.parse_args()
     os.environ["OMP_NUM_THREADS"] = "1"
     sizes = [options.most // 10**k for k in (3, 2, 1, 0)]
-    result: dict[str, Any] = {"steps": single_steps(sizes, options.repeats), "sums": {}, "peak of rank 0": {}}
+    result: dict[str, Any] = {
+        "steps": single_steps(sizes, options.repeats),
+        "sums": {},
+        "peak of rank 0": {},
+    }
     print(f"\nwhole sum, {SITES} sites under mpiexec: microseconds per parameter")
     for size in sizes:
         repeats = options.repeats if size < 10**7 else 1
         row = {
-            way: whole(way, SITES, size, repeats)["seconds"] / size * 1e6 for way in ("privfl", "privfl-reduce", NVFLARE, "plain")
+            way: whole(way, SITES, size, repeats)["seconds"] / size * 1e6
+            for way in ("privfl", "privfl-reduce", NVFLARE, "plain")
         }
         result["sums"][size] = row
         print(f"{size:>10}  " + "  ".join(f"{way} {value:.4f}" for way, value in row.items()))
@@ -233,7 +270,10 @@ def single_steps(sizes: list[int], repeats: int) -> dict[int, Any]:
     everywhere = os.sched_getaffinity(0)
     os.sched_setaffinity(0, {max(everywhere)})
     print(f"one pinned core; microseconds per parameter, {SITES} sites")
-    print(f"{'parameters':>10}  {'':<22}{'bytes':>8}" + "".join(f"{step:>{len(step) + 2}}" for step in STEPS))
+    print(
+        f"{'parameters':>10}  {'':<22}{'bytes':>8}"
+        + "".join(f"{step:>{len(step) + 2}}" for step in STEPS)
+    )
     found: dict[int, Any] = {}
     for size in sizes:
         ways = {
@@ -277,11 +317,27 @@ def bars(result: dict[str, Any], sizes: list[int]) -> dict[str, tuple[float, str
             ">= 6",
             v >= 6,
         ),
-        "client before the wire, masks, times faster": (v := times_faster("privfl, masks", "client before"), ">= 5", v >= 5),
-        "server per site, times faster": (v := times_faster("privfl, masks", "server per site"), ">= 20", v >= 20),
+        "client before the wire, masks, times faster": (
+            v := times_faster("privfl, masks", "client before"),
+            ">= 5",
+            v >= 5,
+        ),
+        "server per site, times faster": (
+            v := times_faster("privfl, masks", "server per site"),
+            ">= 20",
+            v >= 20,
+        ),
         "whole sum, times faster": (summed, ">= 5", summed >= 5),
-        "client cost per parameter, largest / smallest": (v := max(linear) / min(linear), "<= 1.1", v <= 1.1),
-        "peak of rank 0, 8 sites / 2 sites": (v := peaks[1] / peaks[0], "0.9 to 1.1", 0.9 <= v <= 1.1),
+        "client cost per parameter, largest / smallest": (
+            v := max(linear) / min(linear),
+            "<= 1.1",
+            v <= 1.1,
+        ),
+        "peak of rank 0, 8 sites / 2 sites": (
+            v := peaks[1] / peaks[0],
+            "0.9 to 1.1",
+            0.9 <= v <= 1.1,
+        ),
         "peak of rank 0 / one contribution": (max(peaks), "<= 3", max(peaks) <= 3),
     }
 

@@ -1,12 +1,15 @@
-"""What a step of fedsgd costs beside the same Opacus step without a sum over sites, and where the time goes.
+"""What a step of fedsgd costs beside the same Opacus step without a sum over sites, and where
+the time goes.
 
     python -m benchmarks.step_cost [--most PARAMETERS] [--steps N] [--repeats N] [--json FILE]
 
-Four sites with the demo's digits and an MLP 64-h-10 of 10^4, 10^5 and 10^6 parameters, an expected batch of 8 records a site. Bare: four
-processes that run nothing but Opacus' own optimizer, all at once. privfl: `mpiexec -n 5 privfl train`, with two values in a word and with one.
-Bare and privfl take turns; medians are compared. The parts of a site's work are timed one by one in a process that has a core for itself. "Ahead" are
-encryptions of zero, which an agent makes while its trainer computes and "encryption" only adds integers to; "wire and waiting" is what is left
-of the sum in the real run, in which five ranks and four trainers share the cores.
+Four sites with the demo's digits and an MLP 64-h-10 of 10^4, 10^5 and 10^6 parameters, an expected
+batch of 8 records a site. Bare: four processes that run nothing but Opacus' own optimizer, all at
+once. privfl: `mpiexec -n 5 privfl train`, with two values in a word and with one. Bare and privfl
+take turns; medians are compared. The parts of a site's work are timed one by one in a process that
+has a core for itself. "Ahead" are encryptions of zero, which an agent makes while its trainer
+computes and "encryption" only adds integers to; "wire and waiting" is what is left of the sum in
+the real run, in which five ranks and four trainers share the cores.
 """
 
 from __future__ import annotations
@@ -54,7 +57,10 @@ def _bare(site: str, width: int, steps: int, rate: float, start: Any, results: A
     train = digits.data(site)[0]
     model = GradSampleModule(nn.Sequential(nn.Linear(64, width), nn.ReLU(), nn.Linear(width, 10)))
     optimizer = DPOptimizer(
-        torch.optim.SGD(model.parameters(), lr=LR), noise_multiplier=SIGMA, max_grad_norm=CLIP, expected_batch_size=BATCH
+        torch.optim.SGD(model.parameters(), lr=LR),
+        noise_multiplier=SIGMA,
+        max_grad_norm=CLIP,
+        expected_batch_size=BATCH,
     )
     seconds = []
     start.wait()
@@ -87,7 +93,12 @@ def privfl_step(width: int, steps: int, rates: dict[str, float], bits: int) -> d
             "data": "task.py:data",
             "loss": "task.py:loss",
             "optimizer": {"lr": LR},
-            "privacy": {"noise": "distributed", "noise_multiplier": SIGMA, "delta": 1e-5, "max_grad_norm": CLIP},
+            "privacy": {
+                "noise": "distributed",
+                "noise_multiplier": SIGMA,
+                "delta": 1e-5,
+                "max_grad_norm": CLIP,
+            },
             "secure_aggregation": {"value_bits": bits},
         }
         experiment.write_text(json.dumps(values))
@@ -118,7 +129,7 @@ def _one_sum(parameters: int, bits: int, timed: Callable[[str, Callable[[], Any]
     from privfl.secagg.codec import _masked, _words
     from privfl.secagg.layout import Layout
     from privfl.secagg.masks import Masks
-    from privfl.secagg.quantise import Whole
+    from privfl.secagg.quantise import WrappingIntegers
 
     derived = derive(len(SITES), bits)
     layout = Layout(parameters, derived)
@@ -126,15 +137,26 @@ def _one_sum(parameters: int, bits: int, timed: Callable[[str, Callable[[], Any]
     shares = Shares(StepGrid(1e-4, 2.0**14), SystemRandomness())
     vector = np.random.default_rng(0).normal(size=parameters)
     integers = timed("noise", lambda: shares.add(vector))
-    # Masks with each of the three others; the sum below is of vectors without, as if they had cancelled.
+    # Masks with each of the three others; the sum below is of vectors without, as if they had
+    # cancelled.
     pairs = [(os.urandom(32), True) for _ in range(len(SITES) - 1)]
-    masked = timed("masks", lambda: list(_masked(integers, Whole(), Checksum(check, derived), Masks(pairs), derived)))
-    timed("ahead", lambda: [key.encrypt_ahead(layout.all_ciphertexts) for _ in range(layout.all_ciphertexts)])
+    masked = timed(
+        "masks",
+        lambda: list(
+            _masked(integers, WrappingIntegers(), Checksum(check, derived), Masks(pairs), derived)
+        ),
+    )
+    timed(
+        "ahead",
+        lambda: [key.encrypt_ahead(layout.all_ciphertexts) for _ in range(layout.all_ciphertexts)],
+    )
     timed("encryption", lambda: [_words(block, key) for block in masked])
     adder = WordAdder(derived)
     adder.open(layout)
     for _ in SITES:
-        for number, block in enumerate(_masked(integers, Whole(), Checksum(check, derived), Masks([]), derived)):
+        for number, block in enumerate(
+            _masked(integers, WrappingIntegers(), Checksum(check, derived), Masks([]), derived)
+        ):
             adder.add(number, _words(block, key).data.cast("B"))
     sums = [bytes(adder.block(number)) for number in range(blocks)]
 
@@ -178,12 +200,17 @@ def main() -> None:
             row["added"] = row["privfl"] - row["bare"]
             row |= parts(parameters, bits, 5)
             aggregation = median(o["aggregation"] for o in ours[name])
-            row["wire and waiting"] = aggregation - sum(row[part] for part in ("masks", "encryption", "decryption"))
+            row["wire and waiting"] = aggregation - sum(
+                row[part] for part in ("masks", "encryption", "decryption")
+            )
             rows.append(row)
     names = list(rows[0])
     print("milliseconds", *names[2:], sep="  ")
     for row in rows:
-        print(f"{row['parameters']:>9} {row['packing']:<22}", *(f"{1e3 * row[name]:10.1f}" for name in names[2:]))
+        print(
+            f"{row['parameters']:>9} {row['packing']:<22}",
+            *(f"{1e3 * row[name]:10.1f}" for name in names[2:]),
+        )
     if options.json:
         options.json.write_text(json.dumps(rows, indent=2) + "\n")
 

@@ -1,6 +1,7 @@
 """privfl: differentially private federated learning over MPI, with an epsilon for every site.
 
-Nothing heavy is imported here: torch, MPI, TenSEAL, dp-accounting and pydantic load only where they are used.
+Nothing heavy is imported here: torch, MPI, TenSEAL, dp-accounting and pydantic load only where they
+are used.
 """
 
 from __future__ import annotations
@@ -8,12 +9,13 @@ from __future__ import annotations
 import importlib
 from typing import TYPE_CHECKING, Any
 
+from privfl._version import __version__
+
 if TYPE_CHECKING:
     from privfl.engine import PrivacyEngine
     from privfl.errors import OutsideGuarantee
     from privfl.secure_sum import SecureSum
 
-__version__ = "0.1.0"
 __all__ = ["OutsideGuarantee", "PrivacyEngine", "SecureSum", "__version__"]
 
 _HOMES = {

@@ -1,9 +1,12 @@
-"""Who a site is: an Ed25519 key pair (RFC 8032) that outlives runs, and the text form of its public half."""
+"""Who a site is: an Ed25519 key pair (RFC 8032) that outlives runs, and the text form of its
+public half.
+"""
 
 from __future__ import annotations
 
 import base64
 import binascii
+from pathlib import Path
 
 from cryptography.exceptions import InvalidSignature
 from cryptography.hazmat.primitives import serialization
@@ -19,7 +22,9 @@ class Identity:
 
     def __init__(self, private: Ed25519PrivateKey | None = None) -> None:
         self._private = Ed25519PrivateKey.generate() if private is None else private
-        raw = self._private.public_key().public_bytes(serialization.Encoding.Raw, serialization.PublicFormat.Raw)
+        raw = self._private.public_key().public_bytes(
+            serialization.Encoding.Raw, serialization.PublicFormat.Raw
+        )
         self.public = _PREFIX + base64.urlsafe_b64encode(raw).decode().rstrip("=")
 
     @classmethod
@@ -32,15 +37,22 @@ class Identity:
         try:
             key = serialization.load_pem_private_key(pem, password=None)
         except (ValueError, TypeError) as error:
-            raise PrivflError("holds no private key that can be read; make one with `privfl keys generate`") from error
+            raise PrivflError(
+                "holds no private key that can be read; make one with `privfl keys generate`"
+            ) from error
         if not isinstance(key, Ed25519PrivateKey):
-            raise PrivflError("holds a private key of another kind than Ed25519; make one with `privfl keys generate`")
+            raise PrivflError(
+                "holds a private key of another kind than Ed25519; make one with `privfl keys "
+                "generate`"
+            )
         return cls(key)
 
     def pem(self) -> bytes:
         """The private key, unencrypted, as PKCS8 in PEM."""
         return self._private.private_bytes(
-            serialization.Encoding.PEM, serialization.PrivateFormat.PKCS8, serialization.NoEncryption()
+            serialization.Encoding.PEM,
+            serialization.PrivateFormat.PKCS8,
+            serialization.NoEncryption(),
         )
 
     def sign(self, message: bytes) -> bytes:
@@ -52,7 +64,8 @@ def verify(public: str, signature: bytes, message: bytes) -> None:
     """Check a signature.
 
     Raises:
-        ProtocolError: it is not that of ``message`` by the holder of ``public``, or ``public`` is no key.
+        ProtocolError: it is not that of ``message`` by the holder of ``public``, or ``public`` is
+            no key.
     """
     try:
         Ed25519PublicKey.from_public_bytes(public_bytes(public)).verify(signature, message)
@@ -72,6 +85,35 @@ def public_bytes(public: str) -> bytes:
     except binascii.Error as error:
         raise ValueError("is no public key") from error
     # One spelling for each key: two that look different must be different.
-    if text == public or len(raw) != 32 or base64.urlsafe_b64encode(raw).decode().rstrip("=") != text:
+    if (
+        text == public
+        or len(raw) != 32
+        or base64.urlsafe_b64encode(raw).decode().rstrip("=") != text
+    ):
         raise ValueError("must be 'ed25519:' and 43 characters, as `privfl keys show` prints it")
     return raw
+
+
+def load_identity(path: str) -> Identity:
+    """The identity in a file that `privfl keys generate` wrote.
+
+    Raises:
+        PrivflError: it cannot be read, others may read it too, or it holds no such key.
+    """
+    file = Path(path)
+    try:
+        others = file.stat().st_mode & 0o077
+        pem = file.read_bytes()
+    except OSError as error:
+        raise PrivflError(
+            f"cannot read the identity {path}: {error.strerror}; make one with `privfl keys "
+            f"generate {path}`"
+        ) from error
+    if others:
+        raise PrivflError(
+            f"the identity {path} may be read or changed by others; `chmod 600 {path}`"
+        )
+    try:
+        return Identity.from_pem(pem)
+    except PrivflError as error:
+        raise PrivflError(f"{path} {error}") from error

@@ -1,4 +1,6 @@
-"""Shared fixtures: where the real data lie, and how a test starts a job of several ranks or its in-process twin."""
+"""Shared fixtures: where the real data lie, and how a test starts a job of several ranks or its
+in-process twin.
+"""
 
 from __future__ import annotations
 
@@ -13,9 +15,12 @@ import threading
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import pytest
+
+if TYPE_CHECKING:
+    from privfl.site.observer import Observer
 
 ROOT = Path(__file__).resolve().parent.parent
 MPIEXEC = str(Path(sysconfig.get_path("scripts")) / "mpiexec")
@@ -24,20 +29,29 @@ PRIVFL = str(Path(sysconfig.get_path("scripts")) / "privfl")
 
 @pytest.fixture(scope="session")
 def heart_disease() -> Path:
-    """The folder with UCI's four processed.*.data files: HEART_DISEASE_DIR, or shared/data beside the checkout."""
-    folder = Path(os.environ.get("HEART_DISEASE_DIR") or ROOT.parent / "shared" / "data" / "heart-disease")
+    """The folder with UCI's four processed.*.data files: HEART_DISEASE_DIR, or shared/data
+    beside the checkout.
+    """
+    folder = Path(
+        os.environ.get("HEART_DISEASE_DIR") or ROOT.parent / "shared" / "data" / "heart-disease"
+    )
     if not (folder / "processed.cleveland.data").exists():
-        pytest.skip("UCI Heart Disease is not here: set HEART_DISEASE_DIR to the folder with the four processed.*.data files")
+        pytest.skip(
+            "UCI Heart Disease is not here: set HEART_DISEASE_DIR to the folder with the four "
+            "processed.*.data files"
+        )
     return folder
 
 
 @pytest.fixture
 def trainers_as_threads(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Sites of a twin train in threads of the test's process: torch is loaded once, and a test can change what a trainer does."""
+    """Sites of a twin train in threads of the test's process: torch is loaded once, and a test
+    can change what a trainer does.
+    """
     from privfl.site import agent
     from tests.trainers import ThreadTrainer
 
-    monkeypatch.setattr(agent, "Trainer", ThreadTrainer)
+    monkeypatch.setattr(agent, "TrainerProcess", ThreadTrainer)
     monkeypatch.setattr(sys, "path", sys.path.copy())
 
 
@@ -57,7 +71,11 @@ class Job:
 
 
 def start_job(
-    ranks: int, command: Sequence[str], *, env: dict[str, str] | None = None, cwd: Path | None = None
+    ranks: int,
+    command: Sequence[str],
+    *,
+    env: dict[str, str] | None = None,
+    cwd: Path | None = None,
 ) -> subprocess.Popen[str]:
     """A job under the mpiexec of this environment, started and not waited for."""
     return subprocess.Popen(
@@ -71,7 +89,12 @@ def start_job(
 
 
 def run_job(
-    ranks: int, command: Sequence[str], *, env: dict[str, str] | None = None, cwd: Path | None = None, timeout: float = 150
+    ranks: int,
+    command: Sequence[str],
+    *,
+    env: dict[str, str] | None = None,
+    cwd: Path | None = None,
+    timeout: float = 150,
 ) -> Job:
     """Run a job to its end; a hanging one is killed and fails the test."""
     process = start_job(ranks, command, env=env, cwd=cwd)
@@ -85,13 +108,21 @@ def run_job(
 
 
 def train(
-    ranks: int, *arguments: str | Path, env: dict[str, str] | None = None, cwd: Path | None = None, timeout: float = 150
+    ranks: int,
+    *arguments: str | Path,
+    env: dict[str, str] | None = None,
+    cwd: Path | None = None,
+    timeout: float = 150,
 ) -> Job:
     """`mpiexec -n RANKS privfl train ARGUMENTS`."""
-    return run_job(ranks, [PRIVFL, "train", *map(str, arguments)], env=env, cwd=cwd, timeout=timeout)
+    return run_job(
+        ranks, [PRIVFL, "train", *map(str, arguments)], env=env, cwd=cwd, timeout=timeout
+    )
 
 
-def run_cli(*arguments: str | Path, env: dict[str, str] | None = None, cwd: Path | None = None) -> Job:
+def run_cli(
+    *arguments: str | Path, env: dict[str, str] | None = None, cwd: Path | None = None
+) -> Job:
     """`privfl ARGUMENTS` without a launcher."""
     done = subprocess.run(
         [PRIVFL, *map(str, arguments)],
@@ -111,7 +142,9 @@ def processes() -> dict[int, list[str]]:
     for entry in Path("/proc").iterdir():
         if entry.name.isdigit():
             with contextlib.suppress(OSError):
-                found[int(entry.name)] = (entry / "cmdline").read_bytes().decode(errors="replace").split("\0")
+                found[int(entry.name)] = (
+                    (entry / "cmdline").read_bytes().decode(errors="replace").split("\0")
+                )
     return found
 
 
@@ -135,8 +168,11 @@ def run_twin(
     ranks: int,
     wrap: Callable[[object], object] = lambda t: t,
     sites: Path | None = None,
+    observer: Observer | None = None,
 ) -> Twin:
-    """The same code as under mpiexec over the in-process transport; ``wrap`` may put something around each rank's transport."""
+    """The same code as under mpiexec over the in-process transport; ``wrap`` may put something
+    around each rank's transport.
+    """
     from privfl.cli.train import run
     from privfl.transport import connect
 
@@ -145,18 +181,29 @@ def run_twin(
 
     def rank(number: int) -> None:
         try:
-            twin.codes[number] = run(world[number], experiment, sites=sites, output=output, settings=settings)
+            twin.codes[number] = run(
+                world[number],
+                experiment,
+                sites=sites,
+                output=output,
+                settings=settings,
+                observer=observer,
+            )
         except BaseException as error:
             twin.codes[number] = error
 
     out, err = io.StringIO(), io.StringIO()
     with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
-        threads = [threading.Thread(target=rank, args=(number,), daemon=True) for number in range(ranks)]
+        threads = [
+            threading.Thread(target=rank, args=(number,), daemon=True) for number in range(ranks)
+        ]
         for thread in threads:
             thread.start()
         for thread in threads:
             thread.join(150)
-    assert not any(thread.is_alive() for thread in threads), f"the twin hangs\n{out.getvalue()}\n{err.getvalue()}"
+    assert not any(thread.is_alive() for thread in threads), (
+        f"the twin hangs\n{out.getvalue()}\n{err.getvalue()}"
+    )
     twin.out, twin.err = out.getvalue(), err.getvalue()
     return twin
 
@@ -171,7 +218,9 @@ def in_threads(world: Sequence[Any], part: Callable[[Any], Any]) -> list[Any]:
         except BaseException as error:
             results[number] = error
 
-    threads = [threading.Thread(target=rank, args=(number,), daemon=True) for number in range(len(world))]
+    threads = [
+        threading.Thread(target=rank, args=(number,), daemon=True) for number in range(len(world))
+    ]
     for thread in threads:
         thread.start()
     for thread in threads:
@@ -180,11 +229,15 @@ def in_threads(world: Sequence[Any], part: Callable[[Any], Any]) -> list[Any]:
 
 
 def without_ptrace() -> list[str]:
-    """The start of a command whose process may not read others' memory by the rights of root; skips where root cannot give them up."""
+    """The start of a command whose process may not read others' memory by the rights of root;
+    skips where root cannot give them up.
+    """
     if os.geteuid():
         return []
     if shutil.which("setpriv") is None:
-        pytest.skip("setpriv is not installed (Debian: util-linux), and root may read every process")
+        pytest.skip(
+            "setpriv is not installed (Debian: util-linux), and root may read every process"
+        )
     return ["setpriv", "--bounding-set", "-sys_ptrace", "--inh-caps", "-sys_ptrace"]
 
 
@@ -248,7 +301,8 @@ def sites(tmp_path: Path) -> Path:
     folder.mkdir()
     for site in ("aa", "bbb"):
         (folder / f"{site}.yaml").write_text(
-            f"ledger: ../{site}.ledger\nbudget: {{epsilon: 40, delta: 1.0e-5}}\nexact_metrics: [accuracy]\n"
+            f"ledger: ../{site}.ledger\nbudget: {{epsilon: 40, delta: 1.0e-5}}\nexact_metrics: "
+            f"[accuracy]\n"
         )
     return folder
 

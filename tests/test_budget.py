@@ -1,11 +1,12 @@
-"""The book over whole runs: charged before anything leaves, refused beforehand, and read by those who must check it."""
+"""The book over whole runs: charged before anything leaves, refused beforehand, and read by
+those who must check it.
+"""
 
 from __future__ import annotations
 
 import json
 import re
 import shutil
-import threading
 from pathlib import Path
 from typing import Any
 
@@ -14,22 +15,27 @@ import pytest
 
 from privfl.accounting import PoissonGaussian
 from privfl.federation.messages import Kind, decode
+from privfl.federation.metrics import pack
 from privfl.ledger import Ledger
 from privfl.reporting.schema import Report
-from tests.books import PRIVATE, read, run_books
+from privfl.site.observer import Observer
 from tests.conftest import ROOT, Twin, edit, run_twin
+from tests.ledgers import PRIVATE, read, run_ledgers
 
 
 @pytest.mark.usefixtures("trainers_as_threads")
 def test_the_heart_example_is_refused_when_the_budget_is_spent(
     heart_disease: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ):
-    """The issue's own case: two runs on one ledger; the second is refused with the rounds that still fit, and runs with those."""
+    """The issue's own case: two runs on one ledger; the second is refused with the rounds that
+    still fit, and runs with those.
+    """
     folder = tmp_path / "sites"
     folder.mkdir()
     for site in ("cleveland", "hungarian", "switzerland", "va"):
         (folder / f"{site}.yaml").write_text(
-            f"ledger: ../{site}.ledger\nbudget: {{epsilon: 1.2, delta: 1.0e-4}}\nexact_metrics: [accuracy, balanced_accuracy, auc]\n"
+            f"ledger: ../{site}.ledger\nbudget: {{epsilon: 1.2, delta: 1.0e-4}}\nexact_metrics: "
+            f"[accuracy, balanced_accuracy, auc]\n"
         )
     example = ROOT / "examples" / "heart_disease" / "fedavg.yaml"
     monkeypatch.setenv("HEART_DISEASE_DIR", str(heart_disease))
@@ -39,11 +45,14 @@ def test_the_heart_example_is_refused_when_the_budget_is_spent(
 
     first = run()
     assert first.codes == [0] * 5, first.err
-    assert "a book is kept across runs by cleveland (begins with this run)" in first.out
-    assert "no book is kept" not in first.out
+    assert "a ledger is kept across runs by cleveland (begins with this run)" in first.out
+    assert "no ledger is kept" not in first.out
     second = run()
     assert second.codes == [2] * 5
-    (fit,) = {int(n) for n in re.findall(r"(\d+) of the 15 rounds of this experiment would fit", second.err)}
+    (fit,) = {
+        int(n)
+        for n in re.findall(r"(\d+) of the 15 rounds of this experiment would fit", second.err)
+    }
     noise = re.search(r"would fit at noise multiplier ([\d.]+)", second.err)[1]
     assert second.err.count("privfl:") == 1, "once per job"
     assert not any("run folder" in line for line in second.out.splitlines())
@@ -55,7 +64,9 @@ def test_the_heart_example_is_refused_when_the_budget_is_spent(
     assert last.codes == [0] * 5, last.err
     book = read(tmp_path / "va.ledger")
     assert 1.15 < book.filters["training"].epsilon_of(book.spent("training")) <= 1.2
-    assert not any("evaluation" in row.account for row in book.charges()), "public records are not charged"
+    assert not any("evaluation" in row.account for row in book.charges()), (
+        "public records are not charged"
+    )
 
 
 @pytest.mark.usefixtures("trainers_as_threads")
@@ -63,10 +74,10 @@ def test_a_run_leaves_its_report(small: Path, tmp_path: Path, sites: Path):
     twin = run_twin(small, output=tmp_path / "runs", ranks=3, sites=sites)
     assert twin.codes == [0, 0, 0], twin.err
     found = Report.model_validate_json((twin.folder / "report.json").read_text())
-    assert [book.site for book in found.books] == ["aa", "bbb"]
-    assert all(book.kept for book in found.books)
+    assert [book.site for book in found.sites] == ["aa", "bbb"]
+    assert all(book.kept for book in found.sites)
     summary = json.loads((twin.folder / "summary.json").read_text())
-    for book in found.books:
+    for book in found.sites:
         (run,) = book.runs
         assert (run.rounds_charged, run.training.steps) == (2, 6)
         assert run.exact_metrics == ["accuracy"]
@@ -74,7 +85,7 @@ def test_a_run_leaves_its_report(small: Path, tmp_path: Path, sites: Path):
         assert read(tmp_path / f"{book.site}.ledger").head.hash == book.head
     page = (twin.folder / "report.html").read_text().lower()
     assert "aa" in page
-    assert "no book is kept" not in page
+    assert "no ledger is kept" not in page
     # The site's own page lies beside its ledger.
     assert (tmp_path / "aa.report.html").exists()
 
@@ -83,9 +94,9 @@ def test_a_run_leaves_its_report(small: Path, tmp_path: Path, sites: Path):
 def test_without_site_files_the_book_covers_the_run_alone(small: Path, tmp_path: Path):
     twin = run_twin(small, output=tmp_path / "runs", ranks=3)
     assert twin.codes == [0, 0, 0], twin.err
-    assert "no book is kept across runs" in twin.out
-    assert "no book is kept across runs" in (twin.folder / "report.html").read_text().lower()
-    for site, path in run_books(twin).items():
+    assert "no ledger is kept across runs" in twin.out
+    assert "no ledger is kept across runs" in (twin.folder / "report.html").read_text().lower()
+    for site, path in run_ledgers(twin).items():
         book = read(path)
         assert book.site == site
         assert [row.steps for row in book.charges()] == [3, 3]
@@ -98,25 +109,28 @@ def test_without_site_files_the_book_covers_the_run_alone(small: Path, tmp_path:
 @pytest.mark.usefixtures("trainers_as_threads")
 def test_a_seeded_run_is_not_private_in_the_book_either(small: Path, tmp_path: Path):
     twin = run_twin(small, "insecure_test_seed=3", output=tmp_path / "runs", ranks=3)
-    for path in run_books(twin).values():
+    for path in run_ledgers(twin).values():
         kinds = [event.kind for event in read(path).events.values()]
         assert "non_private" in kinds
     found = Report.model_validate_json((twin.folder / "report.json").read_text())
-    assert all(account.spent == "infinite" for book in found.books for account in book.accounts)
+    assert all(account.spent == "infinite" for book in found.sites for account in book.accounts)
 
 
-def test_every_round_is_charged_before_the_trainer_hears_of_it(small: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
-    from privfl.trainer.process import Trainer
+def test_every_round_is_charged_before_the_trainer_hears_of_it(
+    small: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    from privfl.trainer.process import TrainerProcess
+    from privfl.trainer.requests import Train
 
-    ask, seen = Trainer.ask, []
+    ask, seen = TrainerProcess.ask, []
 
-    def watch(self: Trainer, request: dict[str, Any]) -> None:
-        if request.get("do") == "train":
+    def watch(self: TrainerProcess, request: Any) -> None:
+        if isinstance(request, Train):
             (path,) = (tmp_path / "runs").rglob("aa/*.ledger")
             seen.append(sum(row.steps for row in read(path).charges()))
         ask(self, request)
 
-    monkeypatch.setattr(Trainer, "ask", watch)
+    monkeypatch.setattr(TrainerProcess, "ask", watch)
     twin = run_twin(small, output=tmp_path / "runs", ranks=3)
     assert twin.codes == [0, 0, 0], twin.err
     # Two sites, so each count is seen twice, perhaps before the other site has written.
@@ -126,14 +140,18 @@ def test_every_round_is_charged_before_the_trainer_hears_of_it(small: Path, tmp_
 
 @pytest.mark.usefixtures("trainers_as_threads")
 @pytest.mark.parametrize("forgotten", ["charge_round", "charge_metrics"])
-def test_a_charge_that_is_forgotten_stops_the_run(small: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, forgotten: str):
-    """The releases are checked against the ledger itself, also if the count of noise draws is fooled."""
-    from privfl.site.run_ledger import Book
+def test_a_charge_that_is_forgotten_stops_the_run(
+    small: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, forgotten: str
+):
+    """The releases are checked against the ledger itself, also if the count of noise draws is
+    fooled.
+    """
+    from privfl.site.run_ledger import RunLedger
 
-    def forget(self: Book, round_: int) -> None:
+    def forget(self: RunLedger, round_: int) -> None:
         self._steps["training" if forgotten == "charge_round" else "evaluation"] += 3
 
-    monkeypatch.setattr(Book, forgotten, forget)
+    monkeypatch.setattr(RunLedger, forgotten, forget)
     twin = run_twin(small, PRIVATE, output=tmp_path / "runs", ranks=3)
     assert twin.codes == [1, 1, 1]
     assert "was not charged to the" in twin.err
@@ -141,18 +159,28 @@ def test_a_charge_that_is_forgotten_stops_the_run(small: Path, tmp_path: Path, m
 
 
 @pytest.mark.usefixtures("trainers_as_threads")
-def test_protections_are_looked_at_before_every_release(small: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
-    from privfl.secagg.session.sums import Sums
+def test_protections_are_looked_at_before_every_release(
+    small: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    from privfl.secagg.session.sums import SumSession
 
-    monkeypatch.setattr(Sums, "masked_members", property(lambda self: 1))
+    monkeypatch.setattr(SumSession, "masked_members", property(lambda self: 1))
     twin = run_twin(small, output=tmp_path / "runs", ranks=3)
     assert twin.codes == [1, 1, 1]
     assert "masks is not active at site" in twin.err
 
 
-def test_what_never_left_is_refunded_when_another_site_fails(small: Path, tmp_path: Path, sites: Path):
-    """Site bbb fails at once in its second round while aa still trains; aa gets that round back, bbb does not."""
-    edit(small.parent / "task.py", "    return nn.functional", "    wait_or_fail(target)\n    return nn.functional")
+def test_what_never_left_is_refunded_when_another_site_fails(
+    small: Path, tmp_path: Path, sites: Path
+):
+    """Site bbb fails at once in its second round while aa still trains; aa gets that round back,
+    bbb does not.
+    """
+    edit(
+        small.parent / "task.py",
+        "    return nn.functional",
+        "    wait_or_fail(target)\n    return nn.functional",
+    )
     (small.parent / "task.py").write_text(
         (small.parent / "task.py").read_text()
         + """
@@ -170,13 +198,21 @@ def wait_or_fail(target):
 """
     )
     twin = run_twin(
-        small, "rounds=60", "sampling_rate=1", "privacy.noise_multiplier=20", output=tmp_path / "runs", ranks=3, sites=sites
+        small,
+        "rounds=60",
+        "sampling_rate=1",
+        "privacy.noise_multiplier=20",
+        output=tmp_path / "runs",
+        ranks=3,
+        sites=sites,
     )
     assert twin.codes == [2, 2, 2], twin.err
     aa, bbb = (read(tmp_path / f"{site}.ledger") for site in ("aa", "bbb"))
     assert [row.kind for row in aa.charges()].count("refund") == 1
     assert aa.rows[-1].facts()["cause"] == "peer"
-    assert "refund" not in [row.kind for row in bbb.charges()], "its own error may depend on its records"
+    assert "refund" not in [row.kind for row in bbb.charges()], (
+        "its own error may depend on its records"
+    )
     assert sum(aa.steps("training").values()) < sum(bbb.steps("training").values())
 
 
@@ -189,7 +225,7 @@ def test_a_ledger_that_changes_while_the_run_starts(
     from privfl.site import agent
 
     assert run_twin(small, output=tmp_path / "first", ranks=3, sites=sites).codes == [0, 0, 0]
-    make = agent.Book
+    make = agent.RunLedger
     ledger = tmp_path / "aa.ledger"
 
     def swapped(setup: Any, *rest: Any) -> Any:
@@ -202,7 +238,7 @@ def test_a_ledger_that_changes_while_the_run_starts(
                 ledger.touch()
         return make(setup, *rest)
 
-    monkeypatch.setattr(agent, "Book", swapped)
+    monkeypatch.setattr(agent, "RunLedger", swapped)
     twin = run_twin(small, output=tmp_path / "second", ranks=3, sites=sites)
     assert twin.codes == [2, 2, 2]
     assert "aa.ledger was changed or replaced while this run started" in twin.err
@@ -236,75 +272,76 @@ def test_what_left_is_not_refunded_whatever_ends_the_run(small: Path, tmp_path: 
 @pytest.mark.usefixtures("trainers_as_threads")
 def test_a_book_without_limits_is_no_budget(small: Path, tmp_path: Path, sites: Path):
     twin = run_twin(small, "insecure_test_seed=3", output=tmp_path / "runs", ranks=3)
-    shutil.copy(run_books(twin)["aa"], tmp_path / "aa.ledger")
+    shutil.copy(run_ledgers(twin)["aa"], tmp_path / "aa.ledger")
     refused = run_twin(small, output=tmp_path / "more", ranks=3, sites=sites)
     assert refused.codes == [2, 2, 2]
-    assert "is the book of a single run and has no limits for the budget of site aa" in refused.err
+    assert "was written for a single run and has no limits for the budget of site aa" in refused.err
 
 
-# -- metrics with noise ---------------------------------------------------------------------------------------------------
+# -- metrics with noise ----------------------------------------------------------------------------
 
 
-def _watch_metrics(monkeypatch: pytest.MonkeyPatch) -> dict[str, list[Any]]:
-    """What the trainers measured, and what their agents hand to the sum."""
-    from privfl.federation import metrics
-    from privfl.site import agent
+class _Metrics(Observer):
+    """What the trainers measured, and what their agents hand to the sum: numbers as a
+    contribution has them.
+    """
 
-    seen: dict[str, list[Any]] = {"measured": [], "packed": []}
-    lock, contribute, pack = threading.Lock(), agent._Agent._contribute_metrics, metrics.pack
+    def __init__(self) -> None:
+        self.measured_numbers: list[np.ndarray] = []
+        self.sent_numbers: list[np.ndarray] = []
 
-    def watch(self: Any, measured: Any) -> None:
-        with lock:
-            seen["measured"].append(pack(measured, self._begin().layout))
-        contribute(self, measured)
+    def measured(self, site: str, round_: int, metrics: Any) -> None:
+        self.measured_numbers.append(
+            pack(metrics, {name: len(sums) for name, (sums, _) in metrics.items()})
+        )
 
-    def packed(measured: Any, layout: Any) -> Any:
-        numbers = pack(measured, layout)
-        with lock:
-            seen["packed"].append(numbers)
-        return numbers
-
-    monkeypatch.setattr(agent._Agent, "_contribute_metrics", watch)
-    monkeypatch.setattr(agent.metrics, "pack", packed)
-    return seen
+    def contributed(self, site: str, round_: int, attempt: int, vector: np.ndarray) -> None:
+        if attempt == 2:
+            self.sent_numbers.append(vector.copy())
 
 
-def _noise(seen: dict[str, list[Any]]) -> np.ndarray:
+def _noise(seen: _Metrics) -> np.ndarray:
     """The difference in sums and counts, over all sites and rounds."""
-    sent = np.concatenate([vector[:2] for vector in seen["packed"]])
-    true = np.concatenate([vector[:2] for vector in seen["measured"]])
+    sent = np.concatenate([vector[:2] for vector in seen.sent_numbers])
+    true = np.concatenate([vector[:2] for vector in seen.measured_numbers])
     return np.sort(sent) - np.sort(true) if len(sent) == len(true) else np.zeros(0)
 
 
 @pytest.mark.usefixtures("trainers_as_threads")
-def test_metrics_of_private_records_leave_with_noise_and_are_charged(
-    small: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-):
-    seen = _watch_metrics(monkeypatch)
-    twin = run_twin(small, PRIVATE, "rounds=4", output=tmp_path / "runs", ranks=3)
+def test_metrics_of_private_records_leave_with_noise_and_are_charged(small: Path, tmp_path: Path):
+    seen = _Metrics()
+    twin = run_twin(small, PRIVATE, "rounds=4", output=tmp_path / "runs", ranks=3, observer=seen)
     assert twin.codes == [0, 0, 0], twin.err
-    assert len(seen["packed"]) == 8
+    assert len(seen.sent_numbers) == 8
     assert np.abs(_noise(seen)).min() > 1e-6, "every number has noise"
     rounds = [json.loads(line) for line in (twin.folder / "rounds.jsonl").read_text().splitlines()]
-    for site, path in run_books(twin).items():
+    for site, path in run_ledgers(twin).items():
         book = read(path)
         charged = [row for row in book.charges() if row.account == "evaluation"]
         assert [row.round for row in charged] == [1, 2, 3, 4]
         epsilon = book.filters["evaluation"].epsilon_of(book.spent("evaluation"))
         assert 19.9 < epsilon <= 20.0
-        assert rounds[-1]["sites"][site]["evaluation"]["epsilon"] == pytest.approx(epsilon, rel=1e-6)
+        assert rounds[-1]["sites"][site]["evaluation"]["epsilon"] == pytest.approx(
+            epsilon, rel=1e-6
+        )
     # What everybody sees in the end is made from the noised numbers alone.
-    total = np.sum(seen["packed"][-2:], axis=0)
+    total = np.sum(seen.sent_numbers[-2:], axis=0)
     assert rounds[-1]["metrics"]["accuracy"] == pytest.approx(total[0] / total[1], abs=1e-6)
 
 
 @pytest.mark.usefixtures("trainers_as_threads")
-def test_that_check_sees_when_the_noise_is_missing(small: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
-    from privfl.site import agent
+def test_that_check_sees_when_the_noise_is_missing(
+    small: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    from privfl.site import active_run
 
-    monkeypatch.setattr(agent, "noised", lambda measured, noise, randomness: measured)
-    seen = _watch_metrics(monkeypatch)
-    assert run_twin(small, PRIVATE, output=tmp_path / "runs", ranks=3).codes == [0, 0, 0]
+    monkeypatch.setattr(active_run, "noised", lambda measured, noise, randomness: measured)
+    seen = _Metrics()
+    assert run_twin(small, PRIVATE, output=tmp_path / "runs", ranks=3, observer=seen).codes == [
+        0,
+        0,
+        0,
+    ]
     assert np.abs(_noise(seen)).max() == 0.0
 
 
@@ -313,6 +350,8 @@ def test_the_noise_of_metrics_has_its_size():
     from privfl.noise.randomness import SystemRandomness
 
     measured = {"a": ([0.0] * 5000, [0.0] * 5000), "b": ([0.0] * 5000, [0.0] * 5000)}
-    values = np.concatenate([np.array(pair).ravel() for pair in noised(measured, 3.0, SystemRandomness()).values()])
+    values = np.concatenate(
+        [np.array(pair).ravel() for pair in noised(measured, 3.0, SystemRandomness()).values()]
+    )
     expected = 3.0 * np.sqrt(2 * 2)
     assert abs(values.var() / expected**2 - 1.0) < 5 * np.sqrt(2 / len(values)) + 2**-9

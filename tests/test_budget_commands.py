@@ -15,25 +15,31 @@ from privfl.ledger import Ledger
 from privfl.reporting.schema import Report
 from tests.conftest import run_cli, run_twin
 
-# -- commands -------------------------------------------------------------------------------------------------------------
+# -- commands --------------------------------------------------------------------------------------
 
 
 @pytest.mark.long
 def test_large_books_are_read_in_seconds(tmp_path: Path):
     """The bars of benchmarks.budget, loose by a factor of two, because the machine may be busy."""
     budget.make_books(tmp_path)
-    assert budget.process_seconds("budget", "show", tmp_path, repeats=3) < 2 * budget.BARS["show_seconds"]
+    assert (
+        budget.process_seconds("budget", "show", tmp_path, repeats=3)
+        < 2 * budget.BARS["show_seconds"]
+    )
     page = ("--output", tmp_path / "page.html")
-    assert budget.process_seconds("budget", "report", tmp_path, *page, repeats=3) < 2 * budget.BARS["report_seconds"]
+    assert (
+        budget.process_seconds("budget", "report", tmp_path, *page, repeats=3)
+        < 2 * budget.BARS["report_seconds"]
+    )
 
 
 def test_export_and_its_schema(small: Path, tmp_path: Path):
     twin = run_twin(small, output=tmp_path / "runs", ranks=3)
     schema = json.loads(run_cli("budget", "export", "--schema").out)
-    assert schema["properties"]["books"]["items"]["$ref"].endswith("/Book")
+    assert schema["properties"]["sites"]["items"]["$ref"].endswith("/SiteReport")
     exported = run_cli("budget", "export", twin.folder)
     found = Report.model_validate_json(exported.out)
-    assert [book.site for book in found.books] == ["aa", "bbb"]
+    assert [book.site for book in found.sites] == ["aa", "bbb"]
     assert found.sound
     table = run_cli("budget", "export", twin.folder, "--format", "csv").out.splitlines()
     assert len(table) == 1 + 2 * 2
@@ -44,6 +50,23 @@ def test_export_and_its_schema(small: Path, tmp_path: Path):
     assert (tmp_path / "page.html").read_text().startswith("<!DOCTYPE html>")
 
 
+def test_the_schema_describes_every_property():
+    schema = json.loads(run_cli("budget", "export", "--schema").out)
+    models = [schema, *schema["$defs"].values()]
+    properties = {
+        f"{model['title']}.{name}": fields
+        for model in models
+        for name, fields in model["properties"].items()
+    }
+    assert len(properties) > 70
+    assert [
+        name
+        for name, fields in properties.items()
+        if not fields.get("description", "").endswith(".")
+    ] == []
+    assert [model["title"] for model in models if "description" not in model] == []
+
+
 @pytest.mark.parametrize(
     ("arguments", "sentence"),
     [
@@ -51,16 +74,23 @@ def test_export_and_its_schema(small: Path, tmp_path: Path):
         (("show", "."), "there is no ledger (*.ledger) in ."),
         (("verify", "text.ledger"), "text.ledger is damaged: file is not a database"),
         (("report", "text.ledger"), "text.ledger is damaged: file is not a database"),
-        (("verify", "good.ledger", "text.ledger"), "text.ledger is no log of rounds or heads of privfl"),
+        (
+            ("verify", "good.ledger", "text.ledger"),
+            "text.ledger is no log of rounds or heads of privfl",
+        ),
         (("export",), "name the ledgers to export"),
         (("show",), "Missing argument 'LEDGERS...'"),
     ],
 )
 def test_wrong_calls(tmp_path: Path, arguments: tuple[str, ...], sentence: str):
     if arguments != ("show", "."):
-        (tmp_path / "text.ledger").write_text("not a ledger, but a text that is long enough to look like something" * 20)
+        (tmp_path / "text.ledger").write_text(
+            "not a ledger, but a text that is long enough to look like something" * 20
+        )
         event = PoissonGaussian(sampling_rate=0.1, noise_multiplier=2.0)
-        with Ledger.write(tmp_path / "good.ledger", "aa", {"training": RenyiFilter.planned(1.0, 1e-5, event)}):
+        with Ledger.write(
+            tmp_path / "good.ledger", "aa", {"training": RenyiFilter.planned(1.0, 1e-5, event)}
+        ):
             pass
     job = run_cli("budget", *arguments, cwd=tmp_path)
     assert job.code == 2
@@ -68,7 +98,7 @@ def test_wrong_calls(tmp_path: Path, arguments: tuple[str, ...], sentence: str):
     assert job.err.count("\n") == 1
 
 
-# -- plan -----------------------------------------------------------------------------------------------------------------
+# -- plan ------------------------------------------------------------------------------------------
 
 
 def test_the_plan_says_what_the_run_will_cost(small: Path, tmp_path: Path, sites: Path):
@@ -80,13 +110,13 @@ def test_the_plan_says_what_the_run_will_cost(small: Path, tmp_path: Path, sites
     assert plan["budget"]["training"]["fits"] == 3
     twin = run_twin(small, "rounds=3", output=tmp_path / "runs", ranks=3, sites=sites)
     assert twin.codes == [0, 0, 0], twin.err
-    assert json.loads((twin.folder / "summary.json").read_text())["sites"]["aa"]["epsilon"] == pytest.approx(
-        plan["epsilon"]["filter"]
-    )
+    assert json.loads((twin.folder / "summary.json").read_text())["sites"]["aa"][
+        "epsilon"
+    ] == pytest.approx(plan["epsilon"]["filter"])
     assert plan["curve"][-1] == pytest.approx(plan["epsilon"]["filter"])
-    again = json.loads(run_cli("plan", small, "--sites", sites, "--json", "--set", "rounds=3").out)["sites"]["aa"]["budget"][
-        "training"
-    ]
+    again = json.loads(run_cli("plan", small, "--sites", sites, "--json", "--set", "rounds=3").out)[
+        "sites"
+    ]["aa"]["budget"]["training"]
     assert again["spent"] == pytest.approx(plan["budget"]["training"]["after"])
     assert again["more_such_runs"] == plan["budget"]["training"]["more_such_runs"] - 1
     refused = run_cli("plan", small, "--sites", sites, "--set", "rounds=100000")

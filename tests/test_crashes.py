@@ -1,4 +1,6 @@
-"""Killed at any instant, a site's book shows at least everything that left, and the next run goes on with it."""
+"""Killed at any instant, a site's book shows at least everything that left, and the next run
+goes on with it.
+"""
 
 from __future__ import annotations
 
@@ -20,10 +22,18 @@ def job(small: Path, tmp_path: Path) -> Any:
     sites = tmp_path / "sites"
     sites.mkdir()
     for site in ("aa", "bbb"):
-        (sites / f"{site}.yaml").write_text(f"ledger: ../{site}.ledger\nbudget: {{epsilon: 400, delta: 1.0e-5}}\n")
+        (sites / f"{site}.yaml").write_text(
+            f"ledger: ../{site}.ledger\nbudget: {{epsilon: 400, delta: 1.0e-5}}\n"
+        )
 
     def run(point: int) -> tuple[int, str]:
-        arguments = [str(small), str(sites), str(tmp_path / "runs"), str(tmp_path / "left"), str(point)]
+        arguments = [
+            str(small),
+            str(sites),
+            str(tmp_path / "runs"),
+            str(tmp_path / "left"),
+            str(point),
+        ]
         command = [sys.executable, "-m", "tests.jobs.killed_run", *arguments]
         done = subprocess.run(command, capture_output=True, text=True, timeout=120, check=False)
         return done.returncode, done.stdout + done.stderr
@@ -36,8 +46,12 @@ def everything_that_left_is_in_the_book(tmp_path: Path) -> int:
         return 0
     with Ledger.read(tmp_path / "aa.ledger") as book:
         assert book.problems() == []
-        charged = {(row.run, row.round, row.account) for row in book.charges() if row.kind == "charge"}
-        refunded = {(row.run, row.round, row.account) for row in book.charges() if row.kind == "refund"}
+        charged = {
+            (row.run, row.round, row.account) for row in book.charges() if row.kind == "charge"
+        }
+        refunded = {
+            (row.run, row.round, row.account) for row in book.charges() if row.kind == "refund"
+        }
     left = [tuple(json.loads(line)) for line in (tmp_path / "left").read_text().splitlines()]
     assert set(left) <= charged - refunded
     return len(left)

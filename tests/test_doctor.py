@@ -6,7 +6,7 @@ from importlib.metadata import version
 
 import click.testing
 
-from privfl import __version__
+from privfl._version import __version__
 from tests.conftest import PRIVFL, run_cli, run_job, train
 
 

@@ -1,4 +1,6 @@
-"""`privfl.PrivacyEngine`: a user's own loop, alone with a ledger, and as secure sums over a communicator."""
+"""`privfl.PrivacyEngine`: a user's own loop, alone with a ledger, and as secure sums over a
+communicator.
+"""
 
 from __future__ import annotations
 
@@ -19,8 +21,8 @@ from torch.utils.data import DataLoader, TensorDataset
 import privfl
 from privfl.accounting import DiscreteGaussian, PoissonGaussian, epsilon_of
 from privfl.dp.optimizer import _SystemNoise
-from privfl.errors import PrivflError
-from privfl.ledger import BudgetError, Ledger
+from privfl.errors import BudgetError, PrivflError
+from privfl.ledger import Ledger
 from privfl.noise.discrete_gaussian import DiscreteGaussian as Sampler
 from privfl.secure_sum import SecureSum
 from privfl.transport import connect
@@ -39,15 +41,26 @@ def linear() -> nn.Module:
 
 
 def made(
-    engine: privfl.PrivacyEngine, data: TensorDataset, model: nn.Module | None = None, batch: int = 20, **changes: Any
+    engine: privfl.PrivacyEngine,
+    data: TensorDataset,
+    model: nn.Module | None = None,
+    batch: int = 20,
+    **changes: Any,
 ) -> Any:
     model = model or linear()
     optimizer = torch.optim.SGD(model.parameters(), lr=0.5, momentum=0.5)
     arguments: dict[str, Any] = {"noise_multiplier": 1.0, "max_grad_norm": 1.0} | changes
-    return engine.make_private(module=model, optimizer=optimizer, data_loader=DataLoader(data, batch_size=batch), **arguments)
+    return engine.make_private(
+        module=model,
+        optimizer=optimizer,
+        data_loader=DataLoader(data, batch_size=batch),
+        **arguments,
+    )
 
 
-def train(engine: privfl.PrivacyEngine, data: TensorDataset, passes: int = 2, **changes: Any) -> Any:
+def train(
+    engine: privfl.PrivacyEngine, data: TensorDataset, passes: int = 2, **changes: Any
+) -> Any:
     parts = made(engine, data, **changes)
     model, optimizer, loader = parts[0], parts[1], parts[-1]
     criterion = parts[2] if len(parts) == 4 else nn.functional.cross_entropy
@@ -77,10 +90,12 @@ def flat(model: nn.Module) -> torch.Tensor:
     return torch.cat([p.detach().reshape(-1) for p in model.parameters()])
 
 
-# -- alone --------------------------------------------------------------------------------------------------------
+# -- alone -----------------------------------------------------------------------------------------
 
 
-def test_every_step_is_in_the_ledger_before_it_is_made(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+def test_every_step_is_in_the_ledger_before_it_is_made(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
     path, seen = tmp_path / "zurich.ledger", []
     engine = privfl.PrivacyEngine(site="zurich", ledger=path)
     gaussian = _SystemNoise.add_noise.__globals__["gaussian"]
@@ -146,7 +161,9 @@ def test_the_rate_is_batch_over_records_and_batches_are_poisson():
 def test_a_loop_that_was_left_early_leaves_nothing_to_the_next_step():
     engine = privfl.PrivacyEngine(site="a")
     model, optimizer, loader = made(engine, records(), batch=60)
-    with BatchMemoryManager(data_loader=loader, max_physical_batch_size=20, optimizer=optimizer) as pieces:
+    with BatchMemoryManager(
+        data_loader=loader, max_physical_batch_size=20, optimizer=optimizer
+    ) as pieces:
         for x, y in pieces:
             optimizer.zero_grad()
             nn.functional.cross_entropy(model(x), y).backward()
@@ -162,7 +179,9 @@ def test_a_loop_that_was_left_early_leaves_nothing_to_the_next_step():
 def test_a_batch_in_pieces_is_one_step():
     engine = privfl.PrivacyEngine(site="a")
     model, optimizer, loader = made(engine, records(), batch=60)
-    with BatchMemoryManager(data_loader=loader, max_physical_batch_size=20, optimizer=optimizer) as pieces:
+    with BatchMemoryManager(
+        data_loader=loader, max_physical_batch_size=20, optimizer=optimizer
+    ) as pieces:
         for x, y in pieces:
             optimizer.zero_grad()
             nn.functional.cross_entropy(model(x), y).backward()
@@ -232,7 +251,11 @@ def test_what_was_saved_is_counted_on_top(tmp_path: Path):
         ({"noise_multiplier": 1e-160}, "noise_multiplier must be between 0.01 and 16384"),
         ({"noise_multiplier": float("nan")}, "noise_multiplier must be between 0.01 and 16384"),
         (
-            {"model": nn.Sequential(nn.Linear(5, 4), nn.BatchNorm1d(4, affine=False), nn.Linear(4, 2))},
+            {
+                "model": nn.Sequential(
+                    nn.Linear(5, 4), nn.BatchNorm1d(4, affine=False), nn.Linear(4, 2)
+                )
+            },
             "use GroupNorm or LayerNorm",
         ),
     ],
@@ -271,20 +294,30 @@ def test_models_train(name: str):
     model = MODELS[name]()
     before = {key: value.clone() for key, value in model.state_dict().items()}
     train(privfl.PrivacyEngine(site="a"), records(), model=model)
-    changed = {key for key, value in model.state_dict().items() if not torch.equal(value, before[key])}
-    trainable = {key for key, p in model.named_parameters(remove_duplicate=False) if p.requires_grad}
+    changed = {
+        key for key, value in model.state_dict().items() if not torch.equal(value, before[key])
+    }
+    trainable = {
+        key for key, p in model.named_parameters(remove_duplicate=False) if p.requires_grad
+    }
     assert changed == trainable
 
 
-# -- together -----------------------------------------------------------------------------------------------------
+# -- together --------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("mode", ["hooks", "ghost"])
-def test_without_noise_it_is_one_process_with_all_records(monkeypatch: pytest.MonkeyPatch, mode: str):
+def test_without_noise_it_is_one_process_with_all_records(
+    monkeypatch: pytest.MonkeyPatch, mode: str
+):
     monkeypatch.setattr(Sampler, "draw", lambda self, count: np.zeros(count, dtype=np.int64))
     models = together(
         lambda t: train(
-            privfl.PrivacyEngine(site=f"s{t.rank}", comm=t), records(t.rank), batch=60, grad_sample_mode=mode, passes=20
+            privfl.PrivacyEngine(site=f"s{t.rank}", comm=t),
+            records(t.rank),
+            batch=60,
+            grad_sample_mode=mode,
+            passes=20,
         )
     )
     assert all(torch.equal(flat(models[0]), flat(other)) for other in models[1:])
@@ -309,7 +342,9 @@ def test_without_noise_it_is_one_process_with_all_records(monkeypatch: pytest.Mo
 
 def test_every_rank_charges_every_step_and_all_have_one_model(tmp_path: Path):
     def part(transport: Any) -> Any:
-        engine = privfl.PrivacyEngine(site=f"s{transport.rank}", comm=transport, ledger=tmp_path / f"{transport.rank}.ledger")
+        engine = privfl.PrivacyEngine(
+            site=f"s{transport.rank}", comm=transport, ledger=tmp_path / f"{transport.rank}.ledger"
+        )
         # Of sites with unlike numbers of records the one with most steps in a pass decides for all.
         model = train(engine, records(transport.rank, 40 + 20 * transport.rank))
         engine.close()
@@ -331,7 +366,9 @@ def test_a_step_whose_sum_fails_stays_charged(tmp_path: Path, monkeypatch: pytes
         raise PrivflError("no contribution arrived")
 
     def part(transport: Any) -> Any:
-        engine = privfl.PrivacyEngine(site=f"s{transport.rank}", comm=transport, ledger=tmp_path / f"{transport.rank}.ledger")
+        engine = privfl.PrivacyEngine(
+            site=f"s{transport.rank}", comm=transport, ledger=tmp_path / f"{transport.rank}.ledger"
+        )
         model, optimizer, loader = made(engine, records(transport.rank))
         before = flat(model)
         for attempt, (x, y) in enumerate(loader):
@@ -355,10 +392,15 @@ def test_ranks_with_other_models_do_not_sum():
         model = linear()
         if transport.rank == 2:
             nn.init.ones_(model.bias)
-        return train(privfl.PrivacyEngine(site=f"s{transport.rank}", comm=transport), records(), model=model)
+        return train(
+            privfl.PrivacyEngine(site=f"s{transport.rank}", comm=transport), records(), model=model
+        )
 
     results = in_threads(connect(3), part)
-    assert all(isinstance(r, PrivflError) and "the model of rank 2 is not that of rank 0" in str(r) for r in results), results
+    assert all(
+        isinstance(r, PrivflError) and "the model of rank 2 is not that of rank 0" in str(r)
+        for r in results
+    ), results
 
 
 @pytest.mark.parametrize(
@@ -372,15 +414,22 @@ def test_ranks_with_other_models_do_not_sum():
 def test_ranks_that_do_not_fit_are_told(changes: Callable[[int], dict[str, Any]], sentence: str):
     def part(transport: Any) -> Any:
         return made(
-            privfl.PrivacyEngine(**({"site": f"s{transport.rank}", "comm": transport} | changes(transport.rank))), records()
+            privfl.PrivacyEngine(
+                **({"site": f"s{transport.rank}", "comm": transport} | changes(transport.rank))
+            ),
+            records(),
         )
 
-    assert all(isinstance(r, PrivflError) and sentence in str(r) for r in in_threads(connect(3), part))
+    assert all(
+        isinstance(r, PrivflError) and sentence in str(r) for r in in_threads(connect(3), part)
+    )
 
 
 def test_a_clipping_norm_that_changes_stops_the_step():
     def part(transport: Any) -> Any:
-        model, optimizer, loader = made(privfl.PrivacyEngine(site=f"s{transport.rank}", comm=transport), records())
+        model, optimizer, loader = made(
+            privfl.PrivacyEngine(site=f"s{transport.rank}", comm=transport), records()
+        )
         optimizer.max_grad_norm = 2.0
         x, y = next(iter(loader))
         nn.functional.cross_entropy(model(x), y).backward()
@@ -391,7 +440,9 @@ def test_a_clipping_norm_that_changes_stops_the_step():
 
 
 def test_opacus_names_are_kept():
-    """Whoever knows Opacus' engine finds every public method, and the arguments of the two that make things private."""
+    """Whoever knows Opacus' engine finds every public method, and the arguments of the two that
+    make things private.
+    """
     for name in vars(opacus.PrivacyEngine):
         assert name.startswith("_") or hasattr(privfl.PrivacyEngine, name), name
     assert issubclass(privfl.PrivacyEngine, opacus.PrivacyEngine)
@@ -412,4 +463,6 @@ def test_the_example_runs_under_mpiexec(tmp_path: Path):
     accuracy, epsilon = (float(number) for number in said[0][1:])
     assert accuracy > 0.8
     assert epsilon <= 2.0
-    assert {p.name for p in tmp_path.glob("*.ledger")} == {f"site{rank}.ledger" for rank in range(4)}
+    assert {p.name for p in tmp_path.glob("*.ledger")} == {
+        f"site{rank}.ledger" for rank in range(4)
+    }

@@ -1,4 +1,6 @@
-"""What a loop of a user's own may do wrong: it is stopped, with one sentence, before more than what is charged could leave."""
+"""What a loop of a user's own may do wrong: it is stopped, with one sentence, before more than
+what is charged could leave.
+"""
 
 from __future__ import annotations
 
@@ -34,7 +36,7 @@ def refused(sentence: str) -> Any:
     return pytest.raises(PrivflError, match=sentence)
 
 
-# -- steps and batches ----------------------------------------------------------------------------------------------------
+# -- steps and batches -----------------------------------------------------------------------------
 
 
 @MODES
@@ -83,7 +85,9 @@ def test_a_record_with_several_rows(mode: str):
         def forward(self, x: torch.Tensor) -> torch.Tensor:
             return self.layer(x.reshape(-1, 1)).reshape(len(x), 5, 2).mean(dim=1)
 
-    model, optimizer, *_, loader = made(engine(), records(), model=Folded(), batch=60, grad_sample_mode=mode)
+    model, optimizer, *_, loader = made(
+        engine(), records(), model=Folded(), batch=60, grad_sample_mode=mode
+    )
     with refused(NO_BATCH):
         step(model, optimizer, *next(iter(loader)))
 
@@ -103,13 +107,23 @@ def test_gradients_of_several_batches_do_not_become_one_step():
 
 
 @pytest.mark.parametrize("mode", ["hooks", "ghost"])
-def test_a_piece_that_is_left_out_takes_its_batch_with_it(monkeypatch: pytest.MonkeyPatch, mode: str):
+def test_a_piece_that_is_left_out_takes_its_batch_with_it(
+    monkeypatch: pytest.MonkeyPatch, mode: str
+):
     """As after a failure of one piece: the pieces of two batches must not become one step."""
-    monkeypatch.setitem(_SystemNoise.add_noise.__globals__, "gaussian", lambda count, *_: np.zeros(count))
-    model, optimizer, *_, loader = made(engine(), records(), batch=60, max_grad_norm=1e-3, grad_sample_mode=mode)
+    monkeypatch.setitem(
+        _SystemNoise.add_noise.__globals__, "gaussian", lambda count, *_: np.zeros(count)
+    )
+    model, optimizer, *_, loader = made(
+        engine(), records(), batch=60, max_grad_norm=1e-3, grad_sample_mode=mode
+    )
     sums = []
-    monkeypatch.setattr(type(optimizer), "scale_grad", lambda self: sums.append(self.params[0].grad.clone()))
-    with BatchMemoryManager(data_loader=loader, max_physical_batch_size=25, optimizer=optimizer) as pieces:
+    monkeypatch.setattr(
+        type(optimizer), "scale_grad", lambda self: sums.append(self.params[0].grad.clone())
+    )
+    with BatchMemoryManager(
+        data_loader=loader, max_physical_batch_size=25, optimizer=optimizer
+    ) as pieces:
         for passes in range(2):
             for number, (x, y) in enumerate(pieces):
                 if (passes, number) == (0, 2):
@@ -125,7 +139,9 @@ def test_a_clipping_norm_that_changes_in_the_middle_of_a_batch(mode: str):
     model, optimizer, *_, loader = made(engine(), records(), batch=60, grad_sample_mode=mode)
 
     def loop() -> None:
-        with BatchMemoryManager(data_loader=loader, max_physical_batch_size=25, optimizer=optimizer) as pieces:
+        with BatchMemoryManager(
+            data_loader=loader, max_physical_batch_size=25, optimizer=optimizer
+        ) as pieces:
             for x, y in pieces:
                 step(model, optimizer, x, y)
                 optimizer.max_grad_norm = 1e-2
@@ -147,9 +163,13 @@ def test_noise_that_is_taken_away_during_the_loop_ends_it(tmp_path: Path):
 
 def test_numbers_of_numpy_are_numbers(tmp_path: Path):
     def part(transport: Any) -> int:
-        own = privfl.PrivacyEngine(site=f"s{transport.rank}", comm=transport, ledger=tmp_path / f"{transport.rank}.l")
+        own = privfl.PrivacyEngine(
+            site=f"s{transport.rank}", comm=transport, ledger=tmp_path / f"{transport.rank}.l"
+        )
         noise = np.float32(1.5) if transport.rank == 1 else 1.5
-        model, optimizer, loader = made(own, records(transport.rank), noise_multiplier=noise, max_grad_norm=np.float64(1.0))
+        model, optimizer, loader = made(
+            own, records(transport.rank), noise_multiplier=noise, max_grad_norm=np.float64(1.0)
+        )
         step(model, optimizer, *next(iter(loader)))
         return len(own.accountant)
 
@@ -157,18 +177,26 @@ def test_numbers_of_numpy_are_numbers(tmp_path: Path):
 
 
 @pytest.mark.parametrize("mode", ["hooks", "ghost"])
-def test_a_charge_that_is_refused_leaves_nothing_to_the_next_step(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, mode: str):
-    monkeypatch.setitem(_SystemNoise.add_noise.__globals__, "gaussian", lambda count, *_: np.zeros(count))
+def test_a_charge_that_is_refused_leaves_nothing_to_the_next_step(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, mode: str
+):
+    monkeypatch.setitem(
+        _SystemNoise.add_noise.__globals__, "gaussian", lambda count, *_: np.zeros(count)
+    )
     book = privfl.PrivacyEngine(site="a", ledger=tmp_path / "l", budget=(2.0, 1e-5))
     model, optimizer, *_, loader = made(
         book, records(), batch=60, max_grad_norm=1e-3, grad_sample_mode=mode, noise_multiplier=10.0
     )
     optimizer.noise_multiplier = 0.3
     sums = []
-    monkeypatch.setattr(type(optimizer), "scale_grad", lambda self: sums.append(self.params[0].grad.clone()))
+    monkeypatch.setattr(
+        type(optimizer), "scale_grad", lambda self: sums.append(self.params[0].grad.clone())
+    )
 
     def one_pass() -> None:
-        with BatchMemoryManager(data_loader=loader, max_physical_batch_size=25, optimizer=optimizer) as pieces:
+        with BatchMemoryManager(
+            data_loader=loader, max_physical_batch_size=25, optimizer=optimizer
+        ) as pieces:
             for x, y in pieces:
                 step(model, optimizer, x, y)
 
@@ -199,13 +227,18 @@ def test_an_optimizer_is_not_copied():
         step(model, optimizer, x, y)
 
 
-# -- models and loaders ---------------------------------------------------------------------------------------------------
+# -- models and loaders ----------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("sampler", [SubsetRandomSampler(range(10)), WeightedRandomSampler([1.0] * 60, 60)])
+@pytest.mark.parametrize(
+    "sampler", [SubsetRandomSampler(range(10)), WeightedRandomSampler([1.0] * 60, 60)]
+)
 def test_a_sampler_that_chooses_records(sampler: Any):
     model = linear()
-    with refused(f"data_loader has a {type(sampler).__name__}, whose choice of records Poisson sampling would replace"):
+    with refused(
+        f"data_loader has a {type(sampler).__name__}, whose choice of records Poisson sampling "
+        f"would replace"
+    ):
         engine().make_private(
             module=model,
             optimizer=torch.optim.SGD(model.parameters(), lr=0.1),
@@ -250,13 +283,21 @@ def test_a_buffer_that_keeps_statistics():
 def test_weights_that_a_forward_pass_changes():
     words = TensorDataset(torch.randint(0, 6, (60, 3)), torch.zeros(60, dtype=torch.long))
     with refused("leave max_norm out"):
-        made(engine(), words, model=nn.Sequential(nn.Embedding(6, 4, max_norm=0.1), nn.Flatten(), nn.Linear(12, 2)))
+        made(
+            engine(),
+            words,
+            model=nn.Sequential(nn.Embedding(6, 4, max_norm=0.1), nn.Flatten(), nn.Linear(12, 2)),
+        )
 
 
 def test_compatible_is_what_make_private_takes():
     def parts(module: nn.Module) -> dict[str, Any]:
         optimizer = torch.optim.SGD(module.parameters(), lr=0.1)
-        return {"module": module, "optimizer": optimizer, "data_loader": DataLoader(records(), batch_size=20)}
+        return {
+            "module": module,
+            "optimizer": optimizer,
+            "data_loader": DataLoader(records(), batch_size=20),
+        }
 
     assert engine().is_compatible(**parts(linear()))
     mixed = nn.Sequential(nn.Linear(5, 4), nn.BatchNorm1d(4, affine=False), nn.Linear(4, 2))
@@ -265,7 +306,7 @@ def test_compatible_is_what_make_private_takes():
         engine().validate(**parts(mixed))
 
 
-# -- books ----------------------------------------------------------------------------------------------------------------
+# -- books -----------------------------------------------------------------------------------------
 
 
 def test_an_engine_serves_one_run():
@@ -276,7 +317,9 @@ def test_an_engine_serves_one_run():
 
 
 @pytest.mark.parametrize("begun", [None, (3.0, 1e-5)])
-def test_a_book_keeps_the_budget_it_was_begun_with(tmp_path: Path, begun: tuple[float, float] | None):
+def test_a_book_keeps_the_budget_it_was_begun_with(
+    tmp_path: Path, begun: tuple[float, float] | None
+):
     first = privfl.PrivacyEngine(site="a", ledger=tmp_path / "l", budget=begun)
     made(first, records())
     first.close()
@@ -287,10 +330,12 @@ def test_a_book_keeps_the_budget_it_was_begun_with(tmp_path: Path, begun: tuple[
     made(again, records())
 
 
-# -- budgets of a book that exists ----------------------------------------------------------------------------------------
+# -- budgets of a book that exists -----------------------------------------------------------------
 
 
-def planned(own: privfl.PrivacyEngine, epsilon: float = 2.0, delta: float = 1e-5, epochs: int = 3) -> Any:
+def planned(
+    own: privfl.PrivacyEngine, epsilon: float = 2.0, delta: float = 1e-5, epochs: int = 3
+) -> Any:
     model = linear()
     return own.make_private_with_epsilon(
         module=model,
@@ -348,5 +393,7 @@ def test_gradients_that_no_step_used_are_dropped_with_a_warning(mode: str):
                 optimizer.step()
                 optimizer.zero_grad()
 
-    with pytest.warns(UserWarning, match="gradients of a batch that no optimizer.step\\(\\) used were dropped"):
+    with pytest.warns(
+        UserWarning, match="gradients of a batch that no optimizer.step\\(\\) used were dropped"
+    ):
         loop()

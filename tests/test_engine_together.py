@@ -1,4 +1,6 @@
-"""What goes wrong at one rank of a loop with other sites: it ends at all of them, at once and with the same sentence."""
+"""What goes wrong at one rank of a loop with other sites: it ends at all of them, at once and
+with the same sentence.
+"""
 
 from __future__ import annotations
 
@@ -29,7 +31,10 @@ def test_a_budget_that_ends_at_one_site_ends_the_step_at_all(tmp_path: Path):
     def part(transport: Any) -> None:
         budget = (8.0 if transport.rank == 1 else 100.0, 1e-5)
         own = privfl.PrivacyEngine(
-            site=f"s{transport.rank}", comm=transport, ledger=tmp_path / f"{transport.rank}.l", budget=budget
+            site=f"s{transport.rank}",
+            comm=transport,
+            ledger=tmp_path / f"{transport.rank}.l",
+            budget=budget,
         )
         model, optimizer, loader = made(own, records(transport.rank))
         for x, y in itertools.chain.from_iterable(itertools.repeat(loader, 100)):
@@ -37,8 +42,12 @@ def test_a_budget_that_ends_at_one_site_ends_the_step_at_all(tmp_path: Path):
 
     said = _outcomes(part)
     assert all("does not admit 1 more step;" in text for text in said), said
-    charged = [sum(Ledger.read(tmp_path / f"{rank}.l").steps("training").values()) for rank in range(3)]
-    assert charged[0] == charged[2] == charged[1] + 1, "a refused step is not charged where it was refused"
+    charged = [
+        sum(Ledger.read(tmp_path / f"{rank}.l").steps("training").values()) for rank in range(3)
+    ]
+    assert charged[0] == charged[2] == charged[1] + 1, (
+        "a refused step is not charged where it was refused"
+    )
 
 
 @pytest.mark.parametrize(
@@ -51,7 +60,11 @@ def test_a_budget_that_ends_at_one_site_ends_the_step_at_all(tmp_path: Path):
 )
 def test_what_is_wrong_at_one_rank_is_told_to_all(one: dict[str, Any], sentence: str):
     said = _outcomes(
-        lambda t: made(privfl.PrivacyEngine(site=f"s{t.rank}", comm=t), records(t.rank), **(one if t.rank == 1 else {}))
+        lambda t: made(
+            privfl.PrivacyEngine(site=f"s{t.rank}", comm=t),
+            records(t.rank),
+            **(one if t.rank == 1 else {}),
+        )
     )
     assert all(sentence in text for text in (said[0], said[2])), said
 
@@ -64,7 +77,9 @@ def test_more_steps_than_a_target_allows_at_other_ranks_are_told_to_all():
         privfl.PrivacyEngine(site=f"s{transport.rank}", comm=transport).make_private_with_epsilon(
             module=model,
             optimizer=torch.optim.SGD(model.parameters(), lr=0.1),
-            data_loader=DataLoader(records(transport.rank), batch_size=1 if transport.rank == 1 else 20),
+            data_loader=DataLoader(
+                records(transport.rank), batch_size=1 if transport.rank == 1 else 20
+            ),
             target_epsilon=0.00351,
             target_delta=1e-5,
             epochs=1,
@@ -72,13 +87,17 @@ def test_more_steps_than_a_target_allows_at_other_ranks_are_told_to_all():
         )
 
     said = _outcomes(part)
-    assert all("target_epsilon 0.00351 cannot be reached with 1 epoch," in text for text in said), said
+    assert all("target_epsilon 0.00351 cannot be reached with 1 epoch," in text for text in said), (
+        said
+    )
 
 
 def test_a_book_that_cannot_be_written_at_one_rank_is_told_to_all(tmp_path: Path):
     def part(transport: Any) -> None:
         folder = tmp_path / "missing" if transport.rank == 1 else tmp_path
-        own = privfl.PrivacyEngine(site=f"s{transport.rank}", comm=transport, ledger=folder / f"{transport.rank}.l")
+        own = privfl.PrivacyEngine(
+            site=f"s{transport.rank}", comm=transport, ledger=folder / f"{transport.rank}.l"
+        )
         made(own, records(transport.rank))
 
     said = _outcomes(part)
@@ -87,7 +106,9 @@ def test_a_book_that_cannot_be_written_at_one_rank_is_told_to_all(tmp_path: Path
 
 def test_a_step_that_fails_at_one_rank_ends_at_all():
     def part(transport: Any) -> None:
-        model, optimizer, loader = made(privfl.PrivacyEngine(site=f"s{transport.rank}", comm=transport), records(transport.rank))
+        model, optimizer, loader = made(
+            privfl.PrivacyEngine(site=f"s{transport.rank}", comm=transport), records(transport.rank)
+        )
         for x, y in loader:
             optimizer.zero_grad()
             if transport.rank != 2:
@@ -105,18 +126,25 @@ def test_frozen_parameters_must_be_the_same_everywhere():
         layers[0].requires_grad_(False)
         return layers
 
-    said = _outcomes(lambda t: made(privfl.PrivacyEngine(site=f"s{t.rank}", comm=t), records(t.rank), model=model(t.rank)))
+    said = _outcomes(
+        lambda t: made(
+            privfl.PrivacyEngine(site=f"s{t.rank}", comm=t), records(t.rank), model=model(t.rank)
+        )
+    )
     assert all("what is not trained in the model" in text for text in said), said
 
 
 def test_a_summed_loss_is_not_divided(monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setattr(
-        "privfl.noise.discrete_gaussian.DiscreteGaussian.draw", lambda self, count: np.zeros(count, dtype=np.int64)
+        "privfl.noise.discrete_gaussian.DiscreteGaussian.draw",
+        lambda self, count: np.zeros(count, dtype=np.int64),
     )
 
     def part(transport: Any, reduction: str) -> torch.Tensor:
         own = privfl.PrivacyEngine(site=f"s{transport.rank}", comm=transport)
-        model, optimizer, loader = made(own, records(transport.rank), batch=60, loss_reduction=reduction)
+        model, optimizer, loader = made(
+            own, records(transport.rank), batch=60, loss_reduction=reduction
+        )
         x, y = next(iter(loader))
         nn.functional.cross_entropy(model(x), y, reduction=reduction).backward()
         optimizer.step()

@@ -1,4 +1,6 @@
-"""What a newcomer gets wrong: one sentence, once per job, exit code 2 at every rank, and nothing half done."""
+"""What a newcomer gets wrong: one sentence, once per job, exit code 2 at every rank, and nothing
+half done.
+"""
 
 from __future__ import annotations
 
@@ -10,7 +12,17 @@ from pathlib import Path
 
 import pytest
 
-from tests.conftest import PRIVFL, Job, edit, processes, run_cli, run_job, run_twin, start_job, train
+from tests.conftest import (
+    PRIVFL,
+    Job,
+    edit,
+    processes,
+    run_cli,
+    run_job,
+    run_twin,
+    start_job,
+    train,
+)
 
 
 def one_sentence(job: Job, *parts: str, code: int = 2) -> None:
@@ -34,9 +46,10 @@ def timed(limit: float, *arguments: object, ranks: int = 3, **options: object) -
     return job
 
 
-# -- before any trainer starts --------------------------------------------------------------------------------------------
+# -- before any trainer starts ---------------------------------------------------------------------
 
-# The issue's bar for these is 5 s on an idle machine; the limit in the test leaves room for a busy one.
+# The issue's bar for these is 5 s on an idle machine; the limit in the test leaves room for a busy
+# one.
 EARLY = 15
 
 
@@ -62,15 +75,22 @@ def test_the_demo_not_under_mpiexec():
 
 
 def test_a_launcher_whose_ranks_do_not_find_each_other(small: Path):
-    """Real processes of a real launcher, each alone in its MPI world, as with a wrong `srun --mpi`."""
+    """Real processes of a real launcher, each alone in its MPI world, as with a wrong `srun
+    --mpi`.
+    """
     job = run_job(3, ["env", "-u", "PMI_FD", "-u", "PMI_PORT", PRIVFL, "train", str(small)])
-    one_sentence(job, "the launcher started 3 processes, but MPI sees each of them alone", "srun --mpi=pmi2")
+    one_sentence(
+        job, "the launcher started 3 processes, but MPI sees each of them alone", "srun --mpi=pmi2"
+    )
 
 
 @pytest.mark.parametrize(
     ("setting", "part"),
     [
-        ("privacy.target_epsilom=1", "unknown key 'privacy.target_epsilom'; did you mean 'target_epsilon'?"),
+        (
+            "privacy.target_epsilom=1",
+            "unknown key 'privacy.target_epsilom'; did you mean 'target_epsilon'?",
+        ),
         ("sampling_rate=2", "sampling_rate must be less than or equal to 1, got 2"),
         ("model=task.py:modle", "did you mean 'model'?"),
     ],
@@ -86,7 +106,10 @@ def test_an_unknown_option():
 
 def test_an_unreachable_target(small: Path, tmp_path: Path):
     edit(small, "noise_multiplier: 1.5", "target_epsilon: 1e-9")
-    one_sentence(timed(EARLY, small, "--output", tmp_path / "o"), "privacy.target_epsilon 1e-09 cannot be reached")
+    one_sentence(
+        timed(EARLY, small, "--output", tmp_path / "o"),
+        "privacy.target_epsilon 1e-09 cannot be reached",
+    )
     no_trainer_ran(tmp_path)
 
 
@@ -98,24 +121,44 @@ def test_a_missing_site_file(small: Path, tmp_path: Path):
 
 
 def test_one_name_for_two_ranks(small: Path, tmp_path: Path):
-    one_sentence(train(3, small, "--output", tmp_path / "o", env={"PRIVFL_SITE": "aa"}), "both are site 'aa'", "PRIVFL_SITE")
-    one_sentence(train(3, small, "--output", tmp_path / "o", env={"PRIVFL_SITE": "cc"}), "PRIVFL_SITE is 'cc'")
+    one_sentence(
+        train(3, small, "--output", tmp_path / "o", env={"PRIVFL_SITE": "aa"}),
+        "both are site 'aa'",
+        "PRIVFL_SITE",
+    )
+    one_sentence(
+        train(3, small, "--output", tmp_path / "o", env={"PRIVFL_SITE": "cc"}),
+        "PRIVFL_SITE is 'cc'",
+    )
 
 
 def test_a_run_folder_that_cannot_be_made(small: Path, tmp_path: Path):
     (tmp_path / "file").write_text("")
-    one_sentence(train(3, small, "--output", tmp_path / "file" / "o"), "cannot create the run folder", "--output")
+    one_sentence(
+        train(3, small, "--output", tmp_path / "file" / "o"),
+        "cannot create the run folder",
+        "--output",
+    )
 
 
 @pytest.mark.parametrize("path", ["star", "reduce"])
 def test_a_site_that_cannot_contribute_hangs_no_sum(small: Path, tmp_path: Path, path: str):
     """Where MPI adds, the others are in the middle of a collective by then."""
-    job = timed(45, small, "--output", tmp_path / "o", "--set", f"secure_aggregation={{path: {path}, range: 1.0e-6}}")
+    job = timed(
+        45,
+        small,
+        "--output",
+        tmp_path / "o",
+        "--set",
+        f"secure_aggregation={{path: {path}, range: 1.0e-6}}",
+    )
     one_sentence(job, "values beyond the public range 1e-06")
 
 
 @pytest.mark.parametrize("path", ["star", "reduce"])
-def test_a_metric_that_raises_in_the_middle_of_a_sum_hangs_nobody(small: Path, tmp_path: Path, path: str):
+def test_a_metric_that_raises_in_the_middle_of_a_sum_hangs_nobody(
+    small: Path, tmp_path: Path, path: str
+):
     edit(
         small.parent / "task.py",
         "    return (output.argmax(dim=1) == target).sum(), len(target)",
@@ -124,10 +167,12 @@ def test_a_metric_that_raises_in_the_middle_of_a_sum_hangs_nobody(small: Path, t
     )
     edit(small.parent / "task.py", "def model():", "calls = []\n\n\ndef model():")
     job = timed(45, small, "--output", tmp_path / "o", "--set", f"secure_aggregation.path={path}")
-    one_sentence(job, "site bbb: evaluating model and metrics on the held-out records raised AssertionError")
+    one_sentence(
+        job, "site bbb: evaluating model and metrics on the held-out records raised AssertionError"
+    )
 
 
-# -- in the trainer -------------------------------------------------------------------------------------------------------
+# -- in the trainer --------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
@@ -143,15 +188,30 @@ def test_a_metric_that_raises_in_the_middle_of_a_sum_hangs_nobody(small: Path, t
             "def data(site, folder, shift=0.0):",
             ("missing a required argument: 'folder'", "--sites"),
         ),
-        ("x[:100], y[:100]", "x[:100].double(), y[:100]", ("inputs of data() are torch.float64", "x.float()")),
+        (
+            "x[:100], y[:100]",
+            "x[:100].double(), y[:100]",
+            ("inputs of data() are torch.float64", "x.float()"),
+        ),
         ("x[:100], y[:100]", "x[:0], y[:0]", ("no training records",)),
-        ("x[:100], y[:100]", "x[:7], y[:7]", ("7 training records at sampling_rate 0.1", "at least 0.14")),
+        (
+            "x[:100], y[:100]",
+            "x[:7], y[:7]",
+            ("7 training records at sampling_rate 0.1", "at least 0.14"),
+        ),
         (
             "generator = ",
             "raise FileNotFoundError('no records on this disk'); generator = ",
-            ("data (task.py:data) raised FileNotFoundError in line 12 of task.py; read what it said in /",),
+            (
+                "data (task.py:data) raised FileNotFoundError in line 12 of task.py; read what it "
+                "said in /",
+            ),
         ),
-        ("generator = ", "import sys; sys.exit(0); generator = ", ("data (task.py:data) raised SystemExit",)),
+        (
+            "generator = ",
+            "import sys; sys.exit(0); generator = ",
+            ("data (task.py:data) raised SystemExit",),
+        ),
         (
             "return nn.functional.cross_entropy(output, target)",
             "return output.sum() * float('nan')",
@@ -160,7 +220,11 @@ def test_a_metric_that_raises_in_the_middle_of_a_sum_hangs_nobody(small: Path, t
         (
             "return nn.Linear(5, 2)",
             "return nn.Linear(4, 2)",
-            ("model() does not take inputs of shape (5,), torch.float32", "shapes cannot be multiplied", "site.log"),
+            (
+                "model() does not take inputs of shape (5,), torch.float32",
+                "shapes cannot be multiplied",
+                "site.log",
+            ),
         ),
         (
             "return nn.Linear(5, 2)",
@@ -172,7 +236,11 @@ def test_a_metric_that_raises_in_the_middle_of_a_sum_hangs_nobody(small: Path, t
             "import sys; torch.manual_seed(len(sys.argv[1])); return nn.Linear(5, 2)",
             ("different initial parameters",),
         ),
-        ("import torch\n", "import torch\nimport mpi4py.MPI\n", ("importing task.py raised ModuleNotFoundError",)),
+        (
+            "import torch\n",
+            "import torch\nimport mpi4py.MPI\n",
+            ("importing task.py raised ModuleNotFoundError",),
+        ),
     ],
     ids=[
         "BatchNorm",
@@ -189,7 +257,9 @@ def test_a_metric_that_raises_in_the_middle_of_a_sum_hangs_nobody(small: Path, t
         "mpi4py",
     ],
 )
-def test_user_code_that_does_not_work(small: Path, tmp_path: Path, old: str, new: str, parts: tuple[str, ...]):
+def test_user_code_that_does_not_work(
+    small: Path, tmp_path: Path, old: str, new: str, parts: tuple[str, ...]
+):
     edit(small.parent / "task.py", old, new)
     twin = run_twin(small, output=tmp_path / "o", ranks=3)
     assert twin.codes == [2, 2, 2]
@@ -199,10 +269,18 @@ def test_user_code_that_does_not_work(small: Path, tmp_path: Path, old: str, new
 
 def test_what_user_code_says_stays_at_its_site(small: Path, tmp_path: Path):
     """Messages of exceptions quote records; the sentence that crosses the wire must not."""
-    edit(small.parent / "task.py", "generator = ", "assert site != 'bbb' or float('MUELLER,Hans,HIV+'); generator = ")
+    edit(
+        small.parent / "task.py",
+        "generator = ",
+        "assert site != 'bbb' or float('MUELLER,Hans,HIV+'); generator = ",
+    )
     job = train(3, small, "--output", tmp_path / "o")
     (log,) = tmp_path.rglob("sites/bbb/site.log")
-    one_sentence(job, f"site bbb: data (task.py:data) raised ValueError in line 12 of task.py; read what it said in {log}")
+    one_sentence(
+        job,
+        f"site bbb: data (task.py:data) raised ValueError in line 12 of task.py; read what it said "
+        f"in {log}",
+    )
     assert "MUELLER" not in job.err + job.out
     assert "MUELLER" in log.read_text()
     assert "MUELLER" not in "".join(p.read_text() for p in tmp_path.rglob("sites/aa/*.log"))
@@ -223,15 +301,22 @@ def test_odd_bytes_in_an_error_hang_nobody(small: Path, tmp_path: Path):
     edit(
         small.parent / "task.py",
         "return nn.Linear(5, 2)",
-        "from privfl.errors import PrivflError; import os; raise PrivflError('no ' + os.fsdecode(b'/M\\xfcller'))",
+        "from privfl.errors import PrivflError; import os; raise PrivflError('no ' + "
+        "os.fsdecode(b'/M\\xfcller'))",
     )
     one_sentence(timed(60, small, "--output", tmp_path / "o"), "no /M")
 
 
 def test_dates_and_odd_keys_in_options_are_refused(small: Path, tmp_path: Path):
     for value in ("{day: 2020-02-03}", "{labels: {0: absent}}"):
-        one_sentence(train(3, small, "--output", tmp_path / "o", "--set", f"data_options={value}"), "data_options")
-    one_sentence(train(3, small, "--output", tmp_path / "o", "--set", "data_options={day: 2020-02-30}"), "not valid YAML")
+        one_sentence(
+            train(3, small, "--output", tmp_path / "o", "--set", f"data_options={value}"),
+            "data_options",
+        )
+    one_sentence(
+        train(3, small, "--output", tmp_path / "o", "--set", "data_options={day: 2020-02-30}"),
+        "not valid YAML",
+    )
 
 
 def test_a_device_that_is_not_there(small: Path, tmp_path: Path):
@@ -242,10 +327,12 @@ def test_a_device_that_is_not_there(small: Path, tmp_path: Path):
     (tmp_path / "sites").mkdir()
     for site in ("aa", "bbb"):
         (tmp_path / "sites" / f"{site}.yaml").write_text("device: cuda\n")
-    one_sentence(train(3, small, "--sites", tmp_path / "sites", "--output", tmp_path / "o"), "device cuda")
+    one_sentence(
+        train(3, small, "--sites", tmp_path / "sites", "--output", tmp_path / "o"), "device cuda"
+    )
 
 
-# -- death ----------------------------------------------------------------------------------------------------------------
+# -- death -----------------------------------------------------------------------------------------
 
 
 def _trainer_of(site: str, limit: float = 60) -> int:
@@ -261,8 +348,14 @@ def _trainer_of(site: str, limit: float = 60) -> int:
 
 @pytest.mark.skipif(sys.platform != "linux", reason="looks for the trainer in /proc")
 def test_a_killed_trainer_is_reported_in_one_sentence(small: Path, tmp_path: Path):
-    edit(small.parent / "task.py", "def loss(output, target):", "def loss(output, target):\n    import time; time.sleep(0.5)")
-    process = start_job(3, [PRIVFL, "train", str(small), "--output", str(tmp_path / "o"), "--set", "rounds=200"])
+    edit(
+        small.parent / "task.py",
+        "def loss(output, target):",
+        "def loss(output, target):\n    import time; time.sleep(0.5)",
+    )
+    process = start_job(
+        3, [PRIVFL, "train", str(small), "--output", str(tmp_path / "o"), "--set", "rounds=200"]
+    )
     pid = _trainer_of("bbb")
     deadline = time.monotonic() + 60
     while not list(tmp_path.rglob("experiment.yaml")) and time.monotonic() < deadline:
@@ -284,20 +377,32 @@ def test_a_killed_trainer_is_noticed_although_its_children_live(small: Path, tmp
         "generator = ",
         "import os, time; (site == 'bbb' and os.fork() == 0) and time.sleep(300); generator = ",
     )
-    edit(small.parent / "task.py", "def loss(output, target):", "def loss(output, target):\n    import time; time.sleep(0.5)")
-    process = start_job(3, [PRIVFL, "train", str(small), "--output", str(tmp_path / "o"), "--set", "rounds=200"])
+    edit(
+        small.parent / "task.py",
+        "def loss(output, target):",
+        "def loss(output, target):\n    import time; time.sleep(0.5)",
+    )
+    process = start_job(
+        3, [PRIVFL, "train", str(small), "--output", str(tmp_path / "o"), "--set", "rounds=200"]
+    )
     pid = _trainer_of("bbb")
     time.sleep(8)
     os.kill(pid, signal.SIGKILL)
     started = time.monotonic()
     out, err = process.communicate(timeout=60)
     assert time.monotonic() - started < 15
-    one_sentence(Job(process.returncode, out, err), "site bbb: the trainer was killed by signal SIGKILL")
+    one_sentence(
+        Job(process.returncode, out, err), "site bbb: the trainer was killed by signal SIGKILL"
+    )
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="looks for the trainer in /proc")
 def test_trainers_do_not_outlive_their_job(small: Path, tmp_path: Path):
-    edit(small.parent / "task.py", "def loss(output, target):", "def loss(output, target):\n    import time; time.sleep(600)")
+    edit(
+        small.parent / "task.py",
+        "def loss(output, target):",
+        "def loss(output, target):\n    import time; time.sleep(600)",
+    )
     process = start_job(3, [PRIVFL, "train", str(small), "--output", str(tmp_path / "o")])
     pids = [_trainer_of("aa"), _trainer_of("bbb")]
     time.sleep(8)

@@ -11,33 +11,49 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from tests.books import read, run_books
 from tests.conftest import TASK, edit, run_twin
-from tests.inside import watch
+from tests.inside import Seen
+from tests.ledgers import read, run_ledgers
 from tests.test_fedsgd import RANKS, SITES
 from tests.test_run import user_module
 
-# -- what is refused ------------------------------------------------------------------------------------------------------
+# -- what is refused -------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
     ("settings", "sentence"),
     [
-        (["local_steps=2"], "local_steps is 2, but in fedsgd every step is a sum over all sites; set local_steps: 1"),
-        (["privacy.collusion=0"], "privacy.collusion is 0, but each site could subtract its own share"),
+        (
+            ["local_steps=2"],
+            "local_steps is 2, but in fedsgd every step is a sum over all sites; set local_steps: "
+            "1",
+        ),
+        (
+            ["privacy.collusion=0"],
+            "privacy.collusion is 0, but each site could subtract its own share",
+        ),
         (
             ["privacy.collusion=2"],
-            "privacy.collusion is 2 of 3 sites: so many could see another site's gradients alone; at most 1",
+            "privacy.collusion is 2 of 3 sites: so many could see another site's gradients alone; "
+            "at most 1",
         ),
-        (["sites=[aa, bbb]"], "sites are 2, but fedsgd needs 3: of two, each would see the other's gradients"),
+        (
+            ["sites=[aa, bbb]"],
+            "sites are 2, but fedsgd needs 3: of two, each would see the other's gradients",
+        ),
         (["privacy.noise=site"], "privacy.noise is site, but algorithm fedsgd needs distributed"),
         (["algorithm=fedavg"], "privacy.noise is distributed, but algorithm fedavg needs site"),
         (["weights=records"], "weights: records is for fedavg"),
-        (["secure_aggregation.range=agreed"], "secure_aggregation.range agreed does not fit algorithm fedsgd"),
+        (
+            ["secure_aggregation.range=agreed"],
+            "secure_aggregation.range agreed does not fit algorithm fedsgd",
+        ),
         (["secure_aggregation.rounding=stochastic"], "secure_aggregation.rounding is for fedavg"),
     ],
 )
-def test_experiments_that_do_not_fit(steps: Path, tmp_path: Path, settings: list[str], sentence: str):
+def test_experiments_that_do_not_fit(
+    steps: Path, tmp_path: Path, settings: list[str], sentence: str
+):
     twin = run_twin(steps, *settings, output=tmp_path / "runs", ranks=RANKS)
     assert twin.codes == [2] * RANKS
     assert sentence in twin.err
@@ -47,7 +63,11 @@ def test_experiments_that_do_not_fit(steps: Path, tmp_path: Path, settings: list
 
 @pytest.mark.usefixtures("trainers_as_threads")
 def test_batch_norm_is_refused(steps: Path, tmp_path: Path):
-    edit(tmp_path / "task.py", "return nn.Linear(5, 2)", "return nn.Sequential(nn.BatchNorm1d(5), nn.Linear(5, 2))")
+    edit(
+        tmp_path / "task.py",
+        "return nn.Linear(5, 2)",
+        "return nn.Sequential(nn.BatchNorm1d(5), nn.Linear(5, 2))",
+    )
     twin = run_twin(steps, output=tmp_path / "runs", ranks=RANKS)
     assert twin.codes == [2] * RANKS
     assert "is a BatchNorm1d" in twin.err
@@ -55,9 +75,17 @@ def test_batch_norm_is_refused(steps: Path, tmp_path: Path):
 
 
 @pytest.mark.usefixtures("trainers_as_threads")
-def test_values_of_few_bits_are_refused_for_their_grid(steps: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
-    seen = watch(monkeypatch)
-    twin = run_twin(steps, "secure_aggregation.value_bits=12", output=tmp_path / "runs", ranks=RANKS)
+def test_values_of_few_bits_are_refused_for_their_grid(
+    steps: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    seen = Seen()
+    twin = run_twin(
+        steps,
+        "secure_aggregation.value_bits=12",
+        output=tmp_path / "runs",
+        ranks=RANKS,
+        observer=seen,
+    )
     assert twin.codes == [2] * RANKS
     assert "12 parameters need a finer grid than the bits of a value allow" in twin.err
     assert "raise secure_aggregation.value_bits (28 at most" in twin.err
@@ -74,14 +102,19 @@ def test_a_policy_about_colluders_and_what_would_pass(steps: Path, tmp_path: Pat
     four = ("sites=[aa, bbb, cccc, d]", "rounds=1")
     twin = run_twin(steps, *four, output=tmp_path / "runs", ranks=5, sites=folder)
     assert twin.codes == [2] * 5
-    assert "the policy of site bbb refuses this experiment (least_collusion in its site file): privacy.collusion is 1" in twin.err
+    assert (
+        "the policy of site bbb refuses this experiment (least_collusion in its site file): "
+        "privacy.collusion is 1" in twin.err
+    )
     assert "privacy.collusion 2 would pass" in twin.err
     assert len(twin.err.splitlines()) == 1
-    twin = run_twin(steps, *four, "privacy.collusion=2", output=tmp_path / "runs", ranks=5, sites=folder)
+    twin = run_twin(
+        steps, *four, "privacy.collusion=2", output=tmp_path / "runs", ranks=5, sites=folder
+    )
     assert twin.codes == [0] * 5, twin.err
 
 
-# -- what trains ----------------------------------------------------------------------------------------------------------
+# -- what trains -----------------------------------------------------------------------------------
 
 TIED = """
 class Tied(nn.Module):
@@ -100,7 +133,9 @@ def model():
 """
 GROUPS = """
 def model():
-    return nn.Sequential(nn.Linear(5, 8), nn.GroupNorm(2, 8), nn.ReLU(), nn.Dropout(0.2), nn.Linear(8, 2))
+    return nn.Sequential(
+        nn.Linear(5, 8), nn.GroupNorm(2, 8), nn.ReLU(), nn.Dropout(0.2), nn.Linear(8, 2)
+    )
 """
 FROZEN = """
 def model():
@@ -113,11 +148,24 @@ def model():
 
 
 @pytest.mark.usefixtures("trainers_as_threads")
-@pytest.mark.parametrize(("model", "parameters"), [(TIED, 24), (GROUPS, 82), (FROZEN, 14)], ids=["tied", "GroupNorm", "frozen"])
-def test_models_that_train(steps: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, model: str, parameters: int):
+@pytest.mark.parametrize(
+    ("model", "parameters"),
+    [(TIED, 24), (GROUPS, 82), (FROZEN, 14)],
+    ids=["tied", "GroupNorm", "frozen"],
+)
+def test_models_that_train(
+    steps: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, model: str, parameters: int
+):
     (tmp_path / "task.py").write_text(TASK + model)
-    seen = watch(monkeypatch)
-    twin = run_twin(steps, "rounds=5", "optimizer={name: adam, lr: 0.05}", output=tmp_path / "runs", ranks=RANKS)
+    seen = Seen()
+    twin = run_twin(
+        steps,
+        "rounds=5",
+        "optimizer={name: adam, lr: 0.05}",
+        output=tmp_path / "runs",
+        ranks=RANKS,
+        observer=seen,
+    )
     assert twin.codes == [0] * RANKS, twin.err
     for site in SITES:
         assert np.array_equal(np.array(seen.replicas[site]), np.array(seen.replicas["aa"]))
@@ -126,7 +174,9 @@ def test_models_that_train(steps: Path, tmp_path: Path, monkeypatch: pytest.Monk
     tensors = load_file(twin.folder / "model.safetensors")
     again = user_module(tmp_path / "task.py").model()
     again.load_state_dict(tensors, strict=True)
-    trained = torch.cat([p.detach().reshape(-1) for p in again.parameters() if p.requires_grad]).numpy()
+    trained = torch.cat(
+        [p.detach().reshape(-1) for p in again.parameters() if p.requires_grad]
+    ).numpy()
     assert np.array_equal(trained, seen.replicas["aa"][-1])
     assert (seen.replicas["aa"][0] != trained).mean() > 0.9
     if "fill_" in model:
@@ -134,26 +184,39 @@ def test_models_that_train(steps: Path, tmp_path: Path, monkeypatch: pytest.Monk
 
 
 @pytest.mark.usefixtures("trainers_as_threads")
-def test_a_batch_without_records_is_a_step_like_any_other(steps: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
-    seen = watch(monkeypatch)
-    twin = run_twin(steps, "rounds=30", "sampling_rate=0.01", output=tmp_path / "runs", ranks=RANKS)
+def test_a_batch_without_records_is_a_step_like_any_other(
+    steps: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    seen = Seen()
+    twin = run_twin(
+        steps,
+        "rounds=30",
+        "sampling_rate=0.01",
+        output=tmp_path / "runs",
+        ranks=RANKS,
+        observer=seen,
+    )
     assert twin.codes == [0] * RANKS, twin.err
     empty = {site: np.array([not total.any() for total in seen.sums[site]]) for site in SITES}
     # 0.99^100 = 0.37 of all: none in 90 would come once in 10^18 runs.
     assert 0 < sum(int(found.sum()) for found in empty.values()) < 90
     for site in SITES:
-        assert all(np.abs(integers).max() > 0 for integers in seen.integers[site]), "an empty batch cannot be told by its noise"
-        assert sum(read(run_books(twin)[site]).steps("training").values()) == 30
+        assert all(np.abs(integers).max() > 0 for integers in seen.integers[site]), (
+            "an empty batch cannot be told by its noise"
+        )
+        assert sum(read(run_ledgers(twin)[site]).steps("training").values()) == 30
         assert json.loads((twin.folder / "summary.json").read_text())["sites"][site]["steps"] == 30
 
 
 @pytest.mark.usefixtures("trainers_as_threads")
-def test_a_target_epsilon_gives_noise_that_keeps_to_it(steps: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
-    seen = watch(monkeypatch)
+def test_a_target_epsilon_gives_noise_that_keeps_to_it(
+    steps: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    seen = Seen()
     target = "privacy={noise: distributed, target_epsilon: 2.0, delta: 1.0e-5, max_grad_norm: 1.0}"
-    twin = run_twin(steps, "rounds=5", target, output=tmp_path / "runs", ranks=RANKS)
+    twin = run_twin(steps, "rounds=5", target, output=tmp_path / "runs", ranks=RANKS, observer=seen)
     assert twin.codes == [0] * RANKS, twin.err
     for site, facts in json.loads((twin.folder / "summary.json").read_text())["sites"].items():
         assert 1.9 < facts["epsilon"] <= 2.0
-        grid = seen.updates[site]._grid
+        grid = seen.algorithms[site].grid
         assert grid.deviation * grid.step == pytest.approx(facts["noise_multiplier"] / math.sqrt(2))

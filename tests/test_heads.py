@@ -1,4 +1,6 @@
-"""Heads of ledgers: what a site shows to the others, and what a relay, a cut or an old copy can do to it."""
+"""Heads of ledgers: what a site shows to the others, and what a relay, a cut or an old copy can
+do to it.
+"""
 
 from __future__ import annotations
 
@@ -11,8 +13,8 @@ from typing import Any
 import pytest
 
 from privfl.federation.messages import Kind, decode
-from tests.books import PRIVATE
 from tests.conftest import run_cli, run_twin
+from tests.ledgers import PRIVATE
 
 
 def test_heads_are_shown_and_found_again(small: Path, tmp_path: Path, sites: Path):
@@ -30,8 +32,14 @@ def test_heads_are_shown_and_found_again(small: Path, tmp_path: Path, sites: Pat
     with sqlite3.connect(ledger) as file:
         file.execute("DELETE FROM rows WHERE number = (SELECT max(number) FROM rows)")
     file.close()
-    assert run_cli("budget", "verify", ledger).code == 0, "a chain alone does not show a tail that was cut"
-    for witness in (twin.folder, twin.folder / "rounds.jsonl", twin.folder / "sites" / "bbb" / "heads.jsonl"):
+    assert run_cli("budget", "verify", ledger).code == 0, (
+        "a chain alone does not show a tail that was cut"
+    )
+    for witness in (
+        twin.folder,
+        twin.folder / "rounds.jsonl",
+        twin.folder / "sites" / "bbb" / "heads.jsonl",
+    ):
         cut = run_cli("budget", "verify", ledger, witness)
         assert cut.code == 2
         assert "NOT VERIFIED" in cut.err
@@ -58,7 +66,9 @@ def test_a_relay_cannot_invent_heads(small: Path, tmp_path: Path, trick: str):
     from privfl.transport import Transport
 
     class Relay:
-        """Rank 0's transport with one lie in the first message that relays heads, or the first round's heads again in the second."""
+        """Rank 0's transport with one lie in the first message that relays heads, or the first
+        round's heads again in the second.
+        """
 
         def __init__(self, inner: Transport) -> None:
             self._inner, self._first = inner, None
@@ -68,7 +78,11 @@ def test_a_relay_cannot_invent_heads(small: Path, tmp_path: Path, trick: str):
 
         def send(self, rank: int, head: bytes, bulk: Any) -> None:
             message = decode(head, bulk)
-            if self._inner.rank == 0 and message.kind in (Kind.SUM, Kind.FINISH) and message.body.heads:
+            if (
+                self._inner.rank == 0
+                and message.kind in (Kind.SUM, Kind.FINISH)
+                and message.body.heads
+            ):
                 body = json.loads(bytes(bulk))
                 if trick == "forged":
                     body["heads"]["bbb"]["rows"] += 1
@@ -86,8 +100,12 @@ def test_a_relay_cannot_invent_heads(small: Path, tmp_path: Path, trick: str):
     assert "is not signed by it" in twin.err
 
 
-def test_a_ledger_that_went_back_is_noticed_by_the_other_sites(small: Path, tmp_path: Path, sites: Path):
-    """A site that put back an old copy between two runs: the others remember what it showed them."""
+def test_a_ledger_that_went_back_is_noticed_by_the_other_sites(
+    small: Path, tmp_path: Path, sites: Path
+):
+    """A site that put back an old copy between two runs: the others remember what it showed
+    them.
+    """
     for site in ("aa", "bbb"):
         with open(sites / f"{site}.yaml", "a") as file:
             file.write(f"output: ../of_{site}\n")

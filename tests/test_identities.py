@@ -1,4 +1,6 @@
-"""Pinned identities: who the other sites are is known beforehand, or the run says that it is not."""
+"""Pinned identities: who the other sites are is known beforehand, or the run says that it is
+not.
+"""
 
 from __future__ import annotations
 
@@ -10,9 +12,9 @@ from pathlib import Path
 import pytest
 
 from privfl.errors import PrivflError, ProtocolError
-from privfl.identity import public_bytes, verify
-from privfl.secagg import ExchangeKey, Identity, derive
-from privfl.secagg.session.roster import Agreement, Party, load_identity
+from privfl.identity import Identity, load_identity, public_bytes, verify
+from privfl.secagg import ExchangeKey, derive
+from privfl.secagg.session.roster import Member, Roster
 from privfl.site.artifacts import share_model
 from tests.conftest import Job, run_cli, run_job, train
 
@@ -24,10 +26,13 @@ def sites(tmp_path: Path) -> Path:
     """Site files in which each site has pinned the key of the other, made as a user would."""
     folder = tmp_path / "sites"
     folder.mkdir()
-    public = {site: run_cli("keys", "generate", folder / f"{site}.key").out.strip() for site in SITES}
+    public = {
+        site: run_cli("keys", "generate", folder / f"{site}.key").out.strip() for site in SITES
+    }
     for site, other in (SITES, SITES[::-1]):
         (folder / f"{site}.yaml").write_text(
-            f"identity: {site}.key\npeers: {{{other}: '{public[other]}'}}\nrequire: [pinned_keys]\noutput: ../of_{site}\n"
+            f"identity: {site}.key\npeers: {{{other}: '{public[other]}'}}\nrequire: "
+            f"[pinned_keys]\noutput: ../of_{site}\n"
         )
     return folder
 
@@ -47,7 +52,11 @@ def test_keys_are_made_once_readable_for_their_owner_and_shown(tmp_path: Path):
     assert len(public_bytes(made.out.strip())) == 32
     one_sentence(run_cli("keys", "generate", file), "exists already; nothing was written")
     one_sentence(run_cli("keys", "generate", tmp_path / "no" / "x"), "cannot write")
-    one_sentence(run_cli("keys", "show", tmp_path / "none"), "cannot read the identity", "privfl keys generate")
+    one_sentence(
+        run_cli("keys", "show", tmp_path / "none"),
+        "cannot read the identity",
+        "privfl keys generate",
+    )
     file.chmod(0o640)
     one_sentence(run_cli("keys", "show", file), "chmod 600")
     file.chmod(0o600)
@@ -63,30 +72,44 @@ def accounts_of_their_own(small: Path, sites: Path, tmp_path: Path) -> Job:
 def test_a_run_with_pinned_keys_says_so(small: Path, sites: Path, tmp_path: Path):
     job = accounts_of_their_own(small, sites, tmp_path)
     assert job.code == 0, job.err
-    assert "trust: pinned keys: every site knows the keys of all others, and each runs under an account of its own" in job.out
+    assert (
+        "trust: pinned keys: every site knows the keys of all others, and each runs under an "
+        "account of its own" in job.out
+    )
     assert json.loads((job.folder / "summary.json").read_text())["trust"] == "pinned keys"
 
 
-def test_one_account_is_a_single_trust_domain_whatever_is_pinned(small: Path, sites: Path, tmp_path: Path):
+def test_one_account_is_a_single_trust_domain_whatever_is_pinned(
+    small: Path, sites: Path, tmp_path: Path
+):
     job = train(3, small, "--sites", sites, "--output", tmp_path / "o")
     assert job.code == 0, job.err
     assert (
-        "trust: single trust domain: every site has pinned the keys of the others, but several parties run under one account"
-        in job.out
+        "trust: single trust domain: every site has pinned the keys of the others, but several "
+        "parties run under one account" in job.out
     )
     assert json.loads((job.folder / "summary.json").read_text())["trust"] == "single trust domain"
 
 
-def test_a_site_that_pins_keeps_model_and_log_out_of_the_coordinators_folder(small: Path, sites: Path, tmp_path: Path):
+def test_a_site_that_pins_keeps_model_and_log_out_of_the_coordinators_folder(
+    small: Path, sites: Path, tmp_path: Path
+):
     job = train(3, small, "--sites", sites, "--output", tmp_path / "o")
     assert job.code == 0, job.err
     reports = {"report.html", "report.json"}
-    assert {path.name for path in job.folder.iterdir()} == {"experiment.yaml", "rounds.jsonl", "summary.json", *reports}
+    assert {path.name for path in job.folder.iterdir()} == {
+        "experiment.yaml",
+        "rounds.jsonl",
+        "summary.json",
+        *reports,
+    }
     names = {path.name for path in (tmp_path / "of_aa").iterdir()}
     (book,) = {name for name in names if name.endswith(".ledger")}
     assert names == {"model.safetensors", "site.log", "heads.jsonl", book, f"{book}.lock"}
     for file in (tmp_path / "of_aa").iterdir():
-        assert stat.S_IMODE(file.stat().st_mode) == 0o600, "logs quote what user code says of records"
+        assert stat.S_IMODE(file.stat().st_mode) == 0o600, (
+            "logs quote what user code says of records"
+        )
 
 
 def test_a_model_is_shared_in_a_new_file_of_its_owner_only(tmp_path: Path):
@@ -108,20 +131,33 @@ def test_a_model_is_shared_in_a_new_file_of_its_owner_only(tmp_path: Path):
         trap.unlink()
 
 
-def test_one_site_that_pins_nothing_makes_it_a_single_trust_domain(small: Path, sites: Path, tmp_path: Path):
+def test_one_site_that_pins_nothing_makes_it_a_single_trust_domain(
+    small: Path, sites: Path, tmp_path: Path
+):
     (sites / "bbb.yaml").write_text("identity: bbb.key\n")
     job = accounts_of_their_own(small, sites, tmp_path)
     assert job.code == 0, job.err
-    assert "trust: single trust domain: only aa has pinned the keys of the others; all must" in job.out
-    assert json.loads((job.folder / "summary.json").read_text())["secure_aggregation"]["keys_pinned_by"] == ["aa"]
+    assert (
+        "trust: single trust domain: only aa has pinned the keys of the others; all must" in job.out
+    )
+    assert json.loads((job.folder / "summary.json").read_text())["secure_aggregation"][
+        "keys_pinned_by"
+    ] == ["aa"]
     assert json.loads((job.folder / "summary.json").read_text())["trust"] == "single trust domain"
 
 
-def test_another_key_than_the_pinned_one_is_refused_before_a_record_is_read(small: Path, sites: Path, tmp_path: Path):
+def test_another_key_than_the_pinned_one_is_refused_before_a_record_is_read(
+    small: Path, sites: Path, tmp_path: Path
+):
     (sites / "bbb.key").unlink()
     other = run_cli("keys", "generate", sites / "bbb.key").out.strip()
     job = train(3, small, "--sites", sites, "--output", tmp_path / "o")
-    one_sentence(job, "site aa: site bbb shows the key " + other, "is pinned for it", "peers in the file of site aa")
+    one_sentence(
+        job,
+        "site aa: site bbb shows the key " + other,
+        "is pinned for it",
+        "peers in the file of site aa",
+    )
 
 
 @pytest.mark.parametrize(
@@ -129,21 +165,32 @@ def test_another_key_than_the_pinned_one_is_refused_before_a_record_is_read(smal
     [
         ("require: [pinned_keys]\n", ("pins no key for bbb", "privfl keys show")),
         ("identity: aa.key\nrequire: [pinned_keys]\n", ("pins no key for bbb",)),
-        ("output: x\nidentity: aa.key\npeers: {ccc: 'ed25519:" + 43 * "A" + "'}\n", ("pins no key for bbb",)),
-        ("identity: aa.key\npeers: {bbb: 'ed25519:" + 43 * "A" + "'}\n", ("has peers but no output", "aa.yaml")),
+        (
+            "output: x\nidentity: aa.key\npeers: {ccc: 'ed25519:" + 43 * "A" + "'}\n",
+            ("pins no key for bbb",),
+        ),
+        (
+            "identity: aa.key\npeers: {bbb: 'ed25519:" + 43 * "A" + "'}\n",
+            ("has peers but no output", "aa.yaml"),
+        ),
         ("peers: {bbb: 'ed25519:" + 43 * "A" + "'}\n", ("has peers but no identity", "aa.yaml")),
-        ("identity: aa.key\npeers: {bbb: ssh-ed25519 AAAA}\n", ("peers.bbb", "must be 'ed25519:' and 43 characters", "aa.yaml")),
+        (
+            "identity: aa.key\npeers: {bbb: ssh-ed25519 AAAA}\n",
+            ("peers.bbb", "must be 'ed25519:' and 43 characters", "aa.yaml"),
+        ),
         ("identity: nowhere.key\n", ("cannot read the identity", "sites/nowhere.key")),
         ("require: [everything]\n", ("require", "pinned_keys", "aa.yaml")),
     ],
 )
-def test_site_files_that_do_not_fit(small: Path, sites: Path, tmp_path: Path, text: str, parts: tuple[str, ...]):
+def test_site_files_that_do_not_fit(
+    small: Path, sites: Path, tmp_path: Path, text: str, parts: tuple[str, ...]
+):
     (sites / "aa.yaml").write_text(text)
     one_sentence(train(3, small, "--sites", sites, "--output", tmp_path / "o"), *parts)
     assert not list(tmp_path.rglob("site.log")), "before a record is read"
 
 
-# -- signatures -----------------------------------------------------------------------------------------------------------
+# -- signatures ------------------------------------------------------------------------------------
 
 
 def test_a_signature_fits_one_message_of_one_key():
@@ -163,7 +210,15 @@ def test_a_signature_fits_one_message_of_one_key():
 
 @pytest.mark.parametrize(
     "text",
-    ["", "ed25519:", "A" * 43, "ed25519:" + "A" * 42, "ed25519:" + "A" * 42 + "B", "ed25519:" + "*" * 43, "rsa:" + "A" * 43],
+    [
+        "",
+        "ed25519:",
+        "A" * 43,
+        "ed25519:" + "A" * 42,
+        "ed25519:" + "A" * 42 + "B",
+        "ed25519:" + "*" * 43,
+        "rsa:" + "A" * 43,
+    ],
 )
 def test_what_is_no_public_key(text: str):
     with pytest.raises(ValueError, match=r"must be|is no public key"):
@@ -171,19 +226,24 @@ def test_what_is_no_public_key(text: str):
 
 
 def test_everything_that_is_agreed_on_is_in_the_digest():
-    def party(site: str) -> Party:
-        return Party(site, ExchangeKey().public, Identity().public)
+    def party(site: str) -> Member:
+        return Member(site, ExchangeKey().public, Identity().public)
 
     members = (party("a"), party("b"))
-    base = Agreement.of("run", "digest", derive(2, 20), members)
-    assert base.digest == Agreement.of("run", "digest", derive(2, 20), members).digest
+    base = Roster.of("run", "digest", derive(2, 20), members)
+    assert base.digest == Roster.of("run", "digest", derive(2, 20), members).digest
     others = [
-        Agreement.of("other", "digest", derive(2, 20), members),
-        Agreement.of("run", "other", derive(2, 20), members),
-        Agreement.of("run", "digest", derive(2, 21), members),
-        Agreement.of("run", "digest", derive(2, 20), members[::-1]),
-        Agreement.of("run", "digest", derive(2, 20), (members[0], party("b"))),
-        Agreement.of("run", "digest", derive(2, 20), (members[0], Party("b", members[1].exchange_key, Identity().public))),
+        Roster.of("other", "digest", derive(2, 20), members),
+        Roster.of("run", "other", derive(2, 20), members),
+        Roster.of("run", "digest", derive(2, 21), members),
+        Roster.of("run", "digest", derive(2, 20), members[::-1]),
+        Roster.of("run", "digest", derive(2, 20), (members[0], party("b"))),
+        Roster.of(
+            "run",
+            "digest",
+            derive(2, 20),
+            (members[0], Member("b", members[1].exchange_key, Identity().public)),
+        ),
     ]
     assert len({base.digest, *(other.digest for other in others)}) == 7
 
@@ -196,7 +256,11 @@ def test_an_identity_of_another_kind_is_refused(tmp_path: Path):
     file = tmp_path / "ec.key"
     file.touch(0o600)
     file.write_bytes(
-        key.private_bytes(serialization.Encoding.PEM, serialization.PrivateFormat.PKCS8, serialization.NoEncryption())
+        key.private_bytes(
+            serialization.Encoding.PEM,
+            serialization.PrivateFormat.PKCS8,
+            serialization.NoEncryption(),
+        )
     )
     with pytest.raises(PrivflError, match="another kind than Ed25519"):
         load_identity(str(file))

@@ -1,4 +1,6 @@
-"""Rank 0 never holds the secret key: its whole memory is searched for each word of it after everything it does."""
+"""Rank 0 never holds the secret key: its whole memory is searched for each word of it after
+everything it does.
+"""
 
 from __future__ import annotations
 
@@ -39,7 +41,8 @@ def regions(pid: int) -> Iterator[bytes]:
 
 
 def search(pid: int, words: np.ndarray, pieces: list[bytes]) -> tuple[int, int]:
-    """(distinct ``words`` that occur as aligned 64-bit numbers, ``pieces`` that occur anywhere) in the memory of a process.
+    """(distinct ``words`` that occur as aligned 64-bit numbers, ``pieces`` that occur anywhere)
+    in the memory of a process.
 
     Sites are not dumpable, so that only root finds something there.
     """
@@ -63,7 +66,9 @@ def ranks(word: str) -> dict[int, int]:
     for pid, words in sorted(processes().items()):
         if word in words and not words[0].endswith("mpiexec"):
             with contextlib.suppress(OSError):
-                rank = re.search(rb"(?:^|\0)PMI_RANK=(\d+)", Path(f"/proc/{pid}/environ").read_bytes())
+                rank = re.search(
+                    rb"(?:^|\0)PMI_RANK=(\d+)", Path(f"/proc/{pid}/environ").read_bytes()
+                )
                 if rank:
                     by_rank.setdefault(int(rank[1]), pid)
     return by_rank
@@ -76,7 +81,9 @@ def stopped(pid: int) -> bool:
         return False
 
 
-def wait_for(condition: Callable[[], bool], process: subprocess.Popen[str], seconds: float = 60) -> bool:
+def wait_for(
+    condition: Callable[[], bool], process: subprocess.Popen[str], seconds: float = 60
+) -> bool:
     """Whether the condition came true before the job ended."""
     deadline = time.monotonic() + seconds
     while not condition():
@@ -114,14 +121,19 @@ def test_rank_0_holds_no_word_of_the_secret_key(small: Path, tmp_path: Path):
         raw = np.frombuffer(secrets[-8 * 4096 :], dtype=np.uint64)
         words = np.unique(raw[raw > 1 << 40])
         assert len(words) > 4000
-        pieces = [secrets[:32], *(secrets[i : i + 24] for i in range(5000, len(secrets) - 24, len(secrets) // 4))]
+        pieces = [
+            secrets[:32],
+            *(secrets[i : i + 24] for i in range(5000, len(secrets) - 24, len(secrets) // 4)),
+        ]
         pids = ranks(str(small))
         assert set(pids) == {0, 1, 2}
         looks = 0
         at_sites: list[int] = []
         while wait_for(lambda: stopped(pids[0]), process):
             at_coordinator = search(pids[0], words, pieces)
-            assert at_coordinator == (0, 0), f"look {looks}: rank 0 holds (words, pieces) of the keys: {at_coordinator}"
+            assert at_coordinator == (0, 0), (
+                f"look {looks}: rank 0 holds (words, pieces) of the keys: {at_coordinator}"
+            )
             looks += 1
             if looks % 12 == 0 and os.geteuid() == 0:
                 at_sites.append(min(search(pids[rank], words, pieces)[0] for rank in (1, 2)))
@@ -138,16 +150,42 @@ def test_rank_0_holds_no_word_of_the_secret_key(small: Path, tmp_path: Path):
 
 
 def test_a_site_cannot_be_read_by_others_and_leaves_no_core(small: Path, tmp_path: Path):
-    """By processes of the same user; root always can. The coordinator, which holds no key, can be read: the test can tell the difference."""
-    edit(small.parent / "task.py", "def loss(output, target):", "def loss(output, target):\n    import time; time.sleep(0.2)")
-    process = start_job(
-        3, [*without_ptrace(), PRIVFL, "train", str(small), "--output", str(tmp_path / "o"), "--set", "rounds=200"]
+    """By processes of the same user; root always can.
+
+    The coordinator, which holds no key, can be read: the test can tell the difference.
+    """
+    edit(
+        small.parent / "task.py",
+        "def loss(output, target):",
+        "def loss(output, target):\n    import time; time.sleep(0.2)",
     )
-    look = "import sys\nfor pid in sys.argv[1:]:\n try: open(f'/proc/{pid}/mem', 'rb'); print('readable')\n except PermissionError: print('closed')"
+    process = start_job(
+        3,
+        [
+            *without_ptrace(),
+            PRIVFL,
+            "train",
+            str(small),
+            "--output",
+            str(tmp_path / "o"),
+            "--set",
+            "rounds=200",
+        ],
+    )
+    look = (
+        "import sys\nfor pid in sys.argv[1:]:\n try: open(f'/proc/{pid}/mem', 'rb'); "
+        "print('readable')\n except PermissionError: print('closed')"
+    )
     try:
         assert wait_for(lambda: bool(list(tmp_path.rglob("site.log"))), process)
         pids = ranks(str(small))
-        asked = [*without_ptrace(), sys.executable, "-c", look, *(str(pids[rank]) for rank in (0, 1, 2))]
+        asked = [
+            *without_ptrace(),
+            sys.executable,
+            "-c",
+            look,
+            *(str(pids[rank]) for rank in (0, 1, 2)),
+        ]
         seen = subprocess.run(asked, capture_output=True, text=True, check=True)
         assert seen.stdout.split() == ["readable", "closed", "closed"]
         for rank in (1, 2):

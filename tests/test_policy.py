@@ -1,4 +1,6 @@
-"""The site's law: what a policy refuses before a record is read, and the sentence that says what would pass."""
+"""The site's law: what a policy refuses before a record is read, and the sentence that says what
+would pass.
+"""
 
 from __future__ import annotations
 
@@ -9,7 +11,8 @@ import pytest
 import yaml
 
 from privfl.accounting import PoissonGaussian, RenyiFilter
-from privfl.admission.plan import Allowance, allow
+from privfl.admission.admit import admit
+from privfl.admission.plan import RunPlan
 from privfl.config import Experiment, load_experiment, load_site
 from privfl.errors import PrivflError
 from privfl.ledger import Ledger
@@ -21,9 +24,9 @@ RUN = "ab" * 16
 def policy(small: Path, tmp_path: Path) -> Any:
     """From the keys of a site file and settings of the experiment to what site aa would spend."""
 
-    def found(keys: dict[str, Any], *settings: str) -> Allowance:
+    def found(keys: dict[str, Any], *settings: str) -> RunPlan:
         (tmp_path / "aa.yaml").write_text(yaml.safe_dump(keys))
-        return allow("aa", load_experiment(small, settings), load_site(tmp_path, "aa"))
+        return admit("aa", load_experiment(small, settings), load_site(tmp_path, "aa"))
 
     return found
 
@@ -35,16 +38,22 @@ TARGET = ("privacy={target_epsilon: 1.0, delta: 1.0e-5, max_grad_norm: 1.0}",)
 @pytest.mark.parametrize(
     ("keys", "settings", "sentence"),
     [
-        ({"least_sites": 3}, (), r"least_sites in its site file\): it has 2 sites, at least 3 would pass"),
+        (
+            {"least_sites": 3},
+            (),
+            r"least_sites in its site file\): it has 2 sites, at least 3 would pass",
+        ),
         (
             {"least_collusion": 1},
             (),
-            r"least_collusion in its site file\): with 2 sites, 1 that pool .* at least 3 sites would pass",
+            r"least_collusion in its site file\): with 2 sites, 1 that pool .* at least 3 sites "
+            r"would pass",
         ),
         (
             {"least_noise_multiplier": 2.0, "exact_metrics": ["accuracy"]},
             (),
-            r"its noise multiplier is 1\.5; at least 2 would pass, as with a target_epsilon of at most 0\.\d+",
+            r"its noise multiplier is 1\.5; at least 2 would pass, as with a target_epsilon of at "
+            r"most 0\.\d+",
         ),
         (
             {"metrics": []},
@@ -56,7 +65,12 @@ TARGET = ("privacy={target_epsilon: 1.0, delta: 1.0e-5, max_grad_norm: 1.0}",)
             ("evaluation={metrics: {accuracy: 'task.py:accuracy'}, target_epsilon: 1}",),
             r"\(metrics in its site file\): accuracy would leave",
         ),
-        (BOOK, (), r"accuracy would leave without noise .*; allow it there, or say evaluation.records: private"),
+        (
+            BOOK,
+            (),
+            r"accuracy would leave without noise .*; allow it there, or say evaluation.records: "
+            r"private",
+        ),
         (
             BOOK | {"exact_metrics": ["accuracy"]},
             ("insecure_test_seed=1",),
@@ -70,7 +84,9 @@ TARGET = ("privacy={target_epsilon: 1.0, delta: 1.0e-5, max_grad_norm: 1.0}",)
         ),
     ],
 )
-def test_refusals_say_what_would_pass(policy: Any, keys: dict[str, Any], settings: tuple[str, ...], sentence: str):
+def test_refusals_say_what_would_pass(
+    policy: Any, keys: dict[str, Any], settings: tuple[str, ...], sentence: str
+):
     if not sentence:
         policy(keys)  # of keys, prepare_site speaks
         return
@@ -84,7 +100,8 @@ def test_what_the_refusals_name_passes(policy: Any):
         policy({"least_noise_multiplier": 2.0, "exact_metrics": ["accuracy"]})
     assert (
         policy(
-            {"least_noise_multiplier": 2.0, "exact_metrics": ["accuracy"]}, "privacy.noise_multiplier=2"
+            {"least_noise_multiplier": 2.0, "exact_metrics": ["accuracy"]},
+            "privacy.noise_multiplier=2",
         ).training.noise_multiplier
         == 2.0
     )
@@ -103,10 +120,16 @@ def test_what_the_refusals_name_passes(policy: Any):
     [
         ({"ledger": "x"}, "has ledger but no budget"),
         ({"budget": {"epsilon": 1, "delta": 1e-5}}, "has budget but no ledger"),
-        ({"ledger": "x", "budget": {"epsilon": 0, "delta": 1e-5}}, "budget.epsilon must be greater than 0"),
+        (
+            {"ledger": "x", "budget": {"epsilon": 0, "delta": 1e-5}},
+            "budget.epsilon must be greater than 0",
+        ),
         ({"ledger": "x", "budget": {"epsilon": 1}}, "key 'budget.delta' is missing"),
         ({"ledger": {"fil": "x"}}, "unknown key 'ledger.fil'; did you mean 'file'"),
-        ({"least_noise_multi": 1}, "unknown key 'least_noise_multi'; did you mean 'least_noise_multiplier'"),
+        (
+            {"least_noise_multi": 1},
+            "unknown key 'least_noise_multi'; did you mean 'least_noise_multiplier'",
+        ),
         ({"require": ["noise"]}, "require.0 must be 'encryption', 'masks' or 'pinned_keys'"),
         ({"attempts": 0}, "attempts must be greater than or equal to 1"),
         ({"least_collusion": -1}, "least_collusion must be greater than or equal to 0"),
@@ -120,18 +143,21 @@ def test_broken_policies(tmp_path: Path, keys: dict[str, Any], sentence: str):
 
 
 def test_a_ledger_lies_beside_the_site_file(tmp_path: Path):
-    (tmp_path / "aa.yaml").write_text("ledger: books/aa.ledger\nbudget: {epsilon: 1, delta: 1.0e-5}\n")
+    (tmp_path / "aa.yaml").write_text(
+        "ledger: books/aa.ledger\nbudget: {epsilon: 1, delta: 1.0e-5}\n"
+    )
     assert load_site(tmp_path, "aa").ledger.file == str(tmp_path / "books" / "aa.ledger")
     (tmp_path / "aa.yaml").write_text(
-        "ledger: {file: aa.ledger, network_file_system: true}\nbudget: {epsilon: 1, delta: 1.0e-5}\n"
+        "ledger: {file: aa.ledger, network_file_system: true}\nbudget: {epsilon: 1, delta: "
+        "1.0e-5}\n"
     )
     assert load_site(tmp_path, "aa").ledger.network_file_system
 
 
-# -- budgets --------------------------------------------------------------------------------------------------------------
+# -- budgets ---------------------------------------------------------------------------------------
 
 
-def spend(path: Path, found: Allowance, steps: int) -> None:
+def spend(path: Path, found: RunPlan, steps: int) -> None:
     """What a run of so many steps writes."""
     with Ledger.write(path, "aa", found.filters) as book:
         book.charge("training", found.training.times(steps), RUN, 1)
@@ -145,8 +171,11 @@ def test_the_target_is_met_in_the_filter_where_a_book_is_kept(policy: Any):
     assert (alone.accountant, kept.accountant) == ("rdp", "filter")
     assert 0.99 < alone.planned_epsilon <= 1.0
     assert 0.99 < kept.planned_epsilon <= 1.0
-    assert kept.training.noise_multiplier > alone.training.noise_multiplier, "adaptivity has a price"
-    # A run without a book is charged against its own plan, and that is enough for exactly all of its steps.
+    assert kept.training.noise_multiplier > alone.training.noise_multiplier, (
+        "adaptivity has a price"
+    )
+    # A run without a book is charged against its own plan, and that is enough for exactly all of
+    # its steps.
     limit = alone.filters["training"]
     assert limit.admits_plan(limit.cost(alone.training))
     assert not limit.admits_plan(limit.cost(alone.training.times(alone.training.steps + 1)))
@@ -170,17 +199,30 @@ def test_exactly_as_many_rounds_fit_as_the_refusal_says(policy: Any, tmp_path: P
     with pytest.raises(PrivflError, match="would fit"):
         policy(keys, "rounds=2000", f"privacy.noise_multiplier={float(noise) - 2e-4}")
     target = words[words.index("privacy.target_epsilon") + 1]
-    assert policy(keys, "rounds=2000", f"privacy={{target_epsilon: {target}, delta: 1.0e-5, max_grad_norm: 1.0}}").kept
+    assert policy(
+        keys,
+        "rounds=2000",
+        f"privacy={{target_epsilon: {target}, delta: 1.0e-5, max_grad_norm: 1.0}}",
+    ).kept
 
 
 def test_a_budget_cannot_be_changed(policy: Any, tmp_path: Path):
     spend(tmp_path / "aa.ledger", policy(KEPT, *TARGET), 3)
-    with pytest.raises(PrivflError, match=r"begun with the budget epsilon 2 at delta 1e-05, the file of site aa says epsilon 20"):
+    with pytest.raises(
+        PrivflError,
+        match=(
+            r"begun with the budget epsilon 2 at delta 1e-05, the file of site aa says epsilon "
+            r"20"
+        ),
+    ):
         policy(KEPT | {"budget": {"epsilon": 20.0, "delta": 1e-5}}, *TARGET)
 
 
 def test_the_folder_of_a_ledger_must_be_there(policy: Any, tmp_path: Path):
-    with pytest.raises(PrivflError, match=rf"the folder {tmp_path}/away for the ledger of site aa does not exist; make it"):
+    with pytest.raises(
+        PrivflError,
+        match=rf"the folder {tmp_path}/away for the ledger of site aa does not exist; make it",
+    ):
         policy(KEPT | {"ledger": "away/aa.ledger"}, *TARGET)
 
 
@@ -188,7 +230,7 @@ def test_another_sites_book_is_refused(policy: Any, tmp_path: Path):
     found = policy(KEPT, *TARGET)
     with Ledger.write(tmp_path / "aa.ledger", "bbb", found.filters):
         pass
-    with pytest.raises(PrivflError, match=r"is the book of site bbb, not of aa"):
+    with pytest.raises(PrivflError, match=r"belongs to site bbb, not to aa"):
         policy(KEPT, *TARGET)
 
 
@@ -198,14 +240,22 @@ def test_metrics_have_a_budget_of_their_own(policy: Any, tmp_path: Path):
     assert found.metrics.steps == 2
     assert 0.99 < found.epsilon("evaluation", [found.metrics]) <= 1.0
     with Ledger.write(tmp_path / "aa.ledger", "aa", found.filters) as book:
-        most = found.filters["evaluation"].times(book.spent("evaluation"), found.filters["evaluation"].cost(found.metrics.once()))
+        most = found.filters["evaluation"].times(
+            book.spent("evaluation"), found.filters["evaluation"].cost(found.metrics.once())
+        )
         book.charge("evaluation", found.metrics.times(most - 1), RUN, 1)
-    with pytest.raises(PrivflError, match=r"for its evaluation records, .* 1 of the 2 releases of metrics .* would fit"):
+    with pytest.raises(
+        PrivflError,
+        match=r"for its evaluation records, .* 1 of the 2 releases of metrics .* would fit",
+    ):
         policy(BOOK, *settings)
 
 
 def test_by_default_private_metrics_leave_once(small: Path):
-    private = ("evaluation={metrics: {accuracy: 'task.py:accuracy'}, target_epsilon: 1}", "rounds=7")
+    private = (
+        "evaluation={metrics: {accuracy: 'task.py:accuracy'}, target_epsilon: 1}",
+        "rounds=7",
+    )
     assert load_experiment(small, private).metric_releases == 1
     assert load_experiment(small, ("rounds=7",)).metric_releases == 7
     assert load_experiment(small, (*private, "evaluation.every=3")).metric_releases == 3
@@ -221,8 +271,15 @@ def test_private_metrics_need_an_epsilon(small: Path):
 
 
 def test_unreachable_targets(policy: Any):
-    with pytest.raises(PrivflError, match=r"evaluation.target_epsilon 1e-07 cannot be reached at delta 1e-05 with 1 steps"):
-        policy({}, *TARGET, "evaluation={metrics: {accuracy: 'task.py:accuracy'}, target_epsilon: 1.0e-7}")
+    with pytest.raises(
+        PrivflError,
+        match=r"evaluation.target_epsilon 1e-07 cannot be reached at delta 1e-05 with 1 steps",
+    ):
+        policy(
+            {},
+            *TARGET,
+            "evaluation={metrics: {accuracy: 'task.py:accuracy'}, target_epsilon: 1.0e-7}",
+        )
 
 
 def test_the_filter_of_a_new_book_is_planned_for_the_budget(policy: Any):
@@ -230,4 +287,7 @@ def test_the_filter_of_a_new_book_is_planned_for_the_budget(policy: Any):
     expected = RenyiFilter.planned(2.0, 1e-5, found.training.once())
     steps = PoissonGaussian(sampling_rate=0.1, noise_multiplier=found.training.noise_multiplier)
     assert found.filters["training"].planned_order == expected.planned_order
-    assert found.filters["training"].times(expected.nothing(), expected.cost(steps)) > found.training.steps
+    assert (
+        found.filters["training"].times(expected.nothing(), expected.cost(steps))
+        > found.training.steps
+    )

@@ -14,7 +14,10 @@ from privfl.cli import _COMMANDS
 from privfl.config import SiteFile, load_experiment, load_site
 from tests.conftest import MPIEXEC, PRIVFL, ROOT, Job, run_job
 
-PAGES = {path.relative_to(ROOT).as_posix(): path.read_text() for path in [ROOT / "README.md", *ROOT.glob("docs/**/*.md")]}
+PAGES = {
+    path.relative_to(ROOT).as_posix(): path.read_text()
+    for path in [ROOT / "README.md", *ROOT.glob("docs/**/*.md")]
+}
 README = PAGES["README.md"]
 
 
@@ -56,7 +59,9 @@ def test_every_privfl_command_of_the_documents_runs(tmp_path: Path):
     for text in [c for page in order for c in commands(page) if "privfl" in c.split()]:
         words = [{"mpiexec": MPIEXEC, "privfl": PRIVFL}.get(word, word) for word in text.split()]
         words += ["--set", "rounds=1"] if "train" in words else []
-        done = subprocess.run(words, capture_output=True, text=True, cwd=tmp_path, timeout=150, check=False)
+        done = subprocess.run(
+            words, capture_output=True, text=True, cwd=tmp_path, timeout=150, check=False
+        )
         assert done.returncode == 0, f"{text}\n{done.stderr}"
         job = Job(0, done.stdout, "") if "train" in words else job
     assert job is not None
@@ -75,13 +80,17 @@ def test_every_privfl_command_of_the_documents_runs(tmp_path: Path):
         exec(snippet, {})
     finally:
         sys.path.pop(0)
-    named = set(re.findall(r"`([\w.]+\.(?:html|json|jsonl|yaml|safetensors))`", PAGES["docs/run-folder.md"]))
+    named = set(
+        re.findall(r"`([\w.]+\.(?:html|json|jsonl|yaml|safetensors))`", PAGES["docs/run-folder.md"])
+    )
     assert named == {path.name for path in job.folder.iterdir() if path.is_file()}
 
 
 def test_the_sum_alone_runs_as_shown(tmp_path: Path):
     (snippet,) = [b for b in blocks("python", "docs/secure-sum.md") if "SecureSum" in b]
-    (tmp_path / "program.py").write_text(snippet + "assert total.tolist() == [3 * n for n in range(10)]\n")
+    (tmp_path / "program.py").write_text(
+        snippet + "assert total.tolist() == [3 * n for n in range(10)]\n"
+    )
     job = run_job(3, [sys.executable, str(tmp_path / "program.py")])
     assert job.code == 0, job.err
 
@@ -125,10 +134,27 @@ for x, y in loader:
 def test_a_loop_of_ones_own_saves_and_loads_as_shown(tmp_path: Path):
     page = blocks("python", "docs/own-loop.md")
     # Every rank is a site with files of its own.
-    make, checkpoint = (re.sub(r'"(zurich|epoch3)', r'f"{MPI.COMM_WORLD.rank}\1', block) for block in page)
+    make, checkpoint = (
+        re.sub(r'"(zurich|epoch3)', r'f"{MPI.COMM_WORLD.rank}\1', block) for block in page
+    )
     save, load = checkpoint.split("# In the next program, after make_private:\n")
-    first = [BEFORE, "import privfl", make, LOOP, save, "spent = engine.get_epsilon(1e-5)", "engine.close()"]
-    second = [BEFORE, make, load, "assert engine.get_epsilon(1e-5) == spent > 0", LOOP, "assert engine.get_epsilon(1e-5) > spent"]
+    first = [
+        BEFORE,
+        "import privfl",
+        make,
+        LOOP,
+        save,
+        "spent = engine.get_epsilon(1e-5)",
+        "engine.close()",
+    ]
+    second = [
+        BEFORE,
+        make,
+        load,
+        "assert engine.get_epsilon(1e-5) == spent > 0",
+        LOOP,
+        "assert engine.get_epsilon(1e-5) > spent",
+    ]
     (tmp_path / "program.py").write_text("\n".join([*first, *second, AFTER]))
     job = run_job(3, [sys.executable, str(tmp_path / "program.py")], cwd=tmp_path)
     assert job.code == 0, job.err
@@ -143,7 +169,11 @@ def test_the_keys_shown_make_an_experiment(tmp_path: Path, page: str):
     (tmp_path / "experiment.yaml").write_text(yaml.safe_dump(values))
     experiment = load_experiment(tmp_path / "experiment.yaml")
     if page == "docs/choosing-a-mode.md":
-        assert (experiment.algorithm, experiment.privacy.noise, experiment.collusion) == ("fedsgd", "distributed", 1)
+        assert (experiment.algorithm, experiment.privacy.noise, experiment.collusion) == (
+            "fedsgd",
+            "distributed",
+            1,
+        )
     else:
         assert experiment.sites == ("aa", "bbb", "ccc", "dddd")
 
@@ -151,7 +181,9 @@ def test_the_keys_shown_make_an_experiment(tmp_path: Path, page: str):
 def test_the_site_files_shown_are_read(tmp_path: Path):
     (whole,) = blocks("yaml", "docs/budget.md")
     assert set(yaml.safe_load(whole)) | {"device", "log"} == set(SiteFile.model_fields)
-    identity = blocks("yaml", "docs/first-experiment.md")[1].replace("ed25519:...", "ed25519:" + "A" * 43)
+    identity = blocks("yaml", "docs/first-experiment.md")[1].replace(
+        "ed25519:...", "ed25519:" + "A" * 43
+    )
     for text in (whole, identity):
         (tmp_path / "aa.yaml").write_text(text)
         assert load_site(tmp_path, "aa").require == ("pinned_keys",)
@@ -175,7 +207,10 @@ def test_sharp_edges_are_all_in_their_index():
 def anchors(text: str) -> set[str]:
     """The anchors of a page's headings, as GitHub makes them."""
     text = re.sub(r"^```.*?^```$", "", text, flags=re.M | re.S)
-    return {re.sub(r"[^\w\- ]", "", h.lower()).replace(" ", "-") for h in re.findall(r"^#+ (.*)$", text, re.M)}
+    return {
+        re.sub(r"[^\w\- ]", "", h.lower()).replace(" ", "-")
+        for h in re.findall(r"^#+ (.*)$", text, re.M)
+    }
 
 
 def test_make_targets_exist():

@@ -1,4 +1,6 @@
-"""A coordinator that cheats as a relay: everything it changes on the way is named before anything of it is used."""
+"""A coordinator that cheats as a relay: everything it changes on the way is named before
+anything of it is used.
+"""
 
 from __future__ import annotations
 
@@ -13,8 +15,9 @@ import pytest
 
 from privfl.federation import messages
 from privfl.federation.messages import Kind, Message, decode
-from privfl.secagg import ExchangeKey, Identity, derive, usual_value_bits
-from privfl.secagg.session.handshake import Joining
+from privfl.identity import Identity
+from privfl.secagg import ExchangeKey, derive, usual_value_bits
+from privfl.secagg.session.handshake import Handshake
 from privfl.site import agent, algorithms
 from tests.conftest import Twin, edit, run_twin
 
@@ -25,7 +28,9 @@ pytestmark = pytest.mark.usefixtures("trainers_as_threads")
 
 
 class Relay:
-    """Rank 0's transport: each message to a site goes through ``tamper(rank, message, earlier messages to that rank)``."""
+    """Rank 0's transport: each message to a site goes through ``tamper(rank, message, earlier
+    messages to that rank)``.
+    """
 
     def __init__(self, inner: Any, tamper: Tamper) -> None:
         self._inner, self._tamper = inner, tamper
@@ -43,7 +48,13 @@ class Relay:
 
 
 def run_with(small: Path, tmp_path: Path, tamper: Tamper, *settings: str) -> Twin:
-    return run_twin(small, *settings, output=tmp_path / "o", ranks=3, wrap=lambda t: Relay(t, tamper) if t.rank == 0 else t)
+    return run_twin(
+        small,
+        *settings,
+        output=tmp_path / "o",
+        ranks=3,
+        wrap=lambda t: Relay(t, tamper) if t.rank == 0 else t,
+    )
 
 
 @pytest.fixture
@@ -51,14 +62,16 @@ def used(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     """What the sites used: 'keys' where one took the run's keys, 'mean' where one applied a sum."""
     things: list[str] = []
     lock = threading.Lock()
-    take, average = Joining._take, algorithms.fedavg
+    take, average = Handshake._take, algorithms.fedavg
 
     def note(what: str) -> None:
         with lock:
             things.append(what)
 
-    monkeypatch.setattr(Joining, "_take", lambda self, keys: (note("keys"), take(self, keys))[1])
-    monkeypatch.setattr(algorithms, "fedavg", lambda replica, mean: (note("mean"), average(replica, mean))[1])
+    monkeypatch.setattr(Handshake, "_take", lambda self, keys: (note("keys"), take(self, keys))[1])
+    monkeypatch.setattr(
+        algorithms, "fedavg", lambda replica, mean: (note("mean"), average(replica, mean))[1]
+    )
     return things
 
 
@@ -70,9 +83,12 @@ def member(message: Message, index: int, **changes: Any) -> Message:
 
 
 def swapped_exchange_key(to: int, message: Message, earlier: list[Message]) -> list[Message]:
-    # Site 1 is told a key of the relay's in the place of site 2's: without signatures it would seal the run's keys to the relay.
+    # Site 1 is told a key of the relay's in the place of site 2's: without signatures it would seal
+    # the run's keys to the relay.
     return (
-        [member(message, 1, exchange_key=ExchangeKey().public.hex())] if message.kind is Kind.WELCOME and to == 1 else [message]
+        [member(message, 1, exchange_key=ExchangeKey().public.hex())]
+        if message.kind is Kind.WELCOME and to == 1
+        else [message]
     )
 
 
@@ -81,13 +97,17 @@ MALLORY = Identity()
 
 def swapped_key_and_identity(to: int, message: Message, earlier: list[Message]) -> list[Message]:
     if message.kind is Kind.WELCOME and to == 1:
-        return [member(message, 1, exchange_key=ExchangeKey().public.hex(), identity=MALLORY.public)]
+        return [
+            member(message, 1, exchange_key=ExchangeKey().public.hex(), identity=MALLORY.public)
+        ]
     return [message]
 
 
 def own_key_swapped(to: int, message: Message, earlier: list[Message]) -> list[Message]:
     return (
-        [member(message, 1, exchange_key=ExchangeKey().public.hex())] if message.kind is Kind.WELCOME and to == 2 else [message]
+        [member(message, 1, exchange_key=ExchangeKey().public.hex())]
+        if message.kind is Kind.WELCOME and to == 2
+        else [message]
     )
 
 
@@ -100,8 +120,15 @@ def one_key_for_two(to: int, message: Message, earlier: list[Message]) -> list[M
 def invented_member(to: int, message: Message, earlier: list[Message]) -> list[Message]:
     if message.kind is not Kind.WELCOME:
         return [message]
-    third = messages.Member(site="ghost", rank=2, exchange_key=ExchangeKey().public.hex(), identity=MALLORY.public)
-    return [replace(message, body=message.body.model_copy(update={"members": (*message.body.members, third)}))]
+    third = messages.Member(
+        site="ghost", rank=2, exchange_key=ExchangeKey().public.hex(), identity=MALLORY.public
+    )
+    return [
+        replace(
+            message,
+            body=message.body.model_copy(update={"members": (*message.body.members, third)}),
+        )
+    ]
 
 
 def other_signature(to: int, message: Message, earlier: list[Message]) -> list[Message]:
@@ -114,11 +141,17 @@ def other_signature(to: int, message: Message, earlier: list[Message]) -> list[M
 def missing_signature(to: int, message: Message, earlier: list[Message]) -> list[Message]:
     if message.kind is not Kind.AGREED:
         return [message]
-    return [replace(message, body=messages.Agreed(signatures={"aa": message.body.signatures["aa"]}))]
+    return [
+        replace(message, body=messages.Agreed(signatures={"aa": message.body.signatures["aa"]}))
+    ]
 
 
 def keys_before_signatures(to: int, message: Message, earlier: list[Message]) -> list[Message]:
-    return [Message(Kind.SEALED_KEY, message.run, part=1, parts=2, bulk=b"x")] if message.kind is Kind.AGREED else [message]
+    return (
+        [Message(Kind.SEALED_KEY, message.run, part=1, parts=2, bulk=b"x")]
+        if message.kind is Kind.AGREED
+        else [message]
+    )
 
 
 def altered_sealed_key(to: int, message: Message, earlier: list[Message]) -> list[Message]:
@@ -130,8 +163,14 @@ def altered_sealed_key(to: int, message: Message, earlier: list[Message]) -> lis
 @pytest.mark.parametrize(
     ("tamper", "sentence"),
     [
-        (swapped_exchange_key, "under this run's keys does not fit: a key was swapped or a member invented"),
-        (swapped_key_and_identity, "under this run's keys does not fit: a key was swapped or a member invented"),
+        (
+            swapped_exchange_key,
+            "under this run's keys does not fit: a key was swapped or a member invented",
+        ),
+        (
+            swapped_key_and_identity,
+            "under this run's keys does not fit: a key was swapped or a member invented",
+        ),
         (own_key_swapped, "the coordinator relays other keys for site bbb than those it sent"),
         (one_key_for_two, "two members with one name or one key"),
         (invented_member, "welcome is for other sites"),
@@ -142,7 +181,9 @@ def altered_sealed_key(to: int, message: Message, earlier: list[Message]) -> lis
     ],
     ids=lambda value: value.__name__ if callable(value) else "",
 )
-def test_no_key_is_used_after_a_trick_with_keys(small: Path, tmp_path: Path, used: list[str], tamper: Tamper, sentence: str):
+def test_no_key_is_used_after_a_trick_with_keys(
+    small: Path, tmp_path: Path, used: list[str], tamper: Tamper, sentence: str
+):
     twin = run_with(small, tmp_path, tamper)
     assert twin.codes == [1, 1, 1], twin.err
     assert sentence in twin.err
@@ -155,7 +196,9 @@ def words(message: Message) -> np.ndarray:
 
 
 def altered_total(to: int, message: Message, earlier: list[Message]) -> list[Message]:
-    """A small number added to the first coefficient, at all sites alike: some units in the first value of the sum."""
+    """A small number added to the first coefficient, at all sites alike: some units in the first
+    value of the sum.
+    """
     if message.kind is not Kind.TOTAL or message.round != 1:
         return [message]
     changed = words(message)
@@ -191,14 +234,23 @@ def times(factor: int) -> Tamper:
         if message.kind is not Kind.TOTAL or message.round != 1:
             return [message]
         prime = derive(2, usual_value_bits(2)).prime
-        return [replace(message, bulk=np.array([int(w) * factor % prime for w in words(message)], dtype="<u8").tobytes())]
+        return [
+            replace(
+                message,
+                bulk=np.array(
+                    [int(w) * factor % prime for w in words(message)], dtype="<u8"
+                ).tobytes(),
+            )
+        ]
 
     scaled.__name__ = f"times {factor}"
     return scaled
 
 
 def encryption_of_nothing(to: int, message: Message, earlier: list[Message]) -> list[Message]:
-    """c0 = 0 and c1 = 1 decrypts to the key, whose coefficients round to zero: a sum of zeros that needs no key."""
+    """c0 = 0 and c1 = 1 decrypts to the key, whose coefficients round to zero: a sum of zeros
+    that needs no key.
+    """
     if message.kind is not Kind.TOTAL:
         return [message]
     rows = np.zeros((len(message.bulk) // 65536, 8192), dtype="<u8")
@@ -207,19 +259,36 @@ def encryption_of_nothing(to: int, message: Message, earlier: list[Message]) -> 
 
 
 def other_numbers_of_records(to: int, message: Message, earlier: list[Message]) -> list[Message]:
-    """Each site alone may check its own number: with other weights for others the sum could become one site's update."""
+    """Each site alone may check its own number: with other weights for others the sum could
+    become one site's update.
+    """
     if message.kind is not Kind.BEGIN:
         return [message]
     other = "bbb" if to == 1 else "aa"
-    return [replace(message, body=message.body.model_copy(update={"records": message.body.records | {other: 10**15}}))]
+    return [
+        replace(
+            message,
+            body=message.body.model_copy(
+                update={"records": message.body.records | {other: 10**15}}
+            ),
+        )
+    ]
 
 
 def empty_total(to: int, message: Message, earlier: list[Message]) -> list[Message]:
-    return [replace(message, bulk=bytes(len(message.bulk)))] if message.kind is Kind.TOTAL else [message]
+    return (
+        [replace(message, bulk=bytes(len(message.bulk)))]
+        if message.kind is Kind.TOTAL
+        else [message]
+    )
 
 
 def words_beyond_the_modulus(to: int, message: Message, earlier: list[Message]) -> list[Message]:
-    return [replace(message, bulk=b"\xff" * len(message.bulk))] if message.kind is Kind.TOTAL else [message]
+    return (
+        [replace(message, bulk=b"\xff" * len(message.bulk))]
+        if message.kind is Kind.TOTAL
+        else [message]
+    )
 
 
 def update_as_metrics(to: int, message: Message, earlier: list[Message]) -> list[Message]:
@@ -265,11 +334,17 @@ def test_replicas_that_differ_do_not_decode_even_if_the_coordinator_does_not_com
     from privfl.federation import coordinator
 
     average, turn = algorithms.fedavg, iter(range(1000))
-    monkeypatch.setattr(algorithms, "fedavg", lambda replica, mean: average(replica, mean + 1e-3 * next(turn)))
+    monkeypatch.setattr(
+        algorithms, "fedavg", lambda replica, mean: average(replica, mean + 1e-3 * next(turn))
+    )
     applied = coordinator._applied
     blind = messages.Applied(tag="alike")
     monkeypatch.setattr(
-        coordinator, "_applied", lambda plan, state: applied(plan, replace(state, answers=dict.fromkeys(state.answers, blind)))
+        coordinator,
+        "_applied",
+        lambda plan, state: applied(
+            plan, replace(state, answers=dict.fromkeys(state.answers, blind))
+        ),
     )
     twin = run_twin(small, output=tmp_path / "o", ranks=3)
     assert twin.codes == [1, 1, 1], twin.err
@@ -279,10 +354,10 @@ def test_replicas_that_differ_do_not_decode_even_if_the_coordinator_does_not_com
 def test_a_coordinator_cannot_run_more_rounds_than_the_sites_planned(
     small: Path, tmp_path: Path, used: list[str], monkeypatch: pytest.MonkeyPatch
 ):
-    from privfl.federation import coordinator
+    from privfl.coordinator import run
 
-    longer = coordinator.Plan
-    monkeypatch.setattr(coordinator, "Plan", lambda **facts: longer(**facts | {"rounds": 4}))
+    longer = run.Plan
+    monkeypatch.setattr(run, "Plan", lambda **facts: longer(**facts | {"rounds": 4}))
     twin = run_twin(small, output=tmp_path / "o", ranks=3)
     assert twin.codes == [1, 1, 1], twin.err
     assert "the coordinator opened round 3 of an experiment of 2 rounds" in twin.err
@@ -296,13 +371,19 @@ def test_the_altered_sum_passes_without_the_checksum(
 
     monkeypatch.setattr(checksum.Checksum, "fits", lambda self, sums: True)
     monkeypatch.setattr(agent, "prove", lambda: True)
-    assert run_with(small, tmp_path, altered_total).codes == [0, 0, 0], "alike at all sites: nothing else notices it"
+    assert run_with(small, tmp_path, altered_total).codes == [0, 0, 0], (
+        "alike at all sites: nothing else notices it"
+    )
     assert used.count("mean") == 4
 
 
 def test_totals_in_another_order_are_refused(small: Path, tmp_path: Path, used: list[str]):
     """A vector of two blocks, the second one first."""
-    edit(small.parent / "task.py", "return nn.Linear(5, 2)", "return nn.Sequential(nn.Linear(5, 20000), nn.Linear(20000, 2))")
+    edit(
+        small.parent / "task.py",
+        "return nn.Linear(5, 2)",
+        "return nn.Sequential(nn.Linear(5, 20000), nn.Linear(20000, 2))",
+    )
 
     def reorder(to: int, message: Message, earlier: list[Message]) -> list[Message]:
         if message.kind is Kind.TOTAL and message.part == 0 and message.parts == 2:
@@ -321,7 +402,12 @@ def test_ranges_of_another_round_are_refused(small: Path, tmp_path: Path, used: 
     def old_ranges(to: int, message: Message, earlier: list[Message]) -> list[Message]:
         if message.kind is Kind.SUM and message.body.vector == "update" and message.round == 2:
             old = next(m for m in earlier if m.kind is Kind.SUM)
-            return [replace(message, body=message.body.model_copy(update={"spans": old.body.spans}))]
+            return [
+                replace(
+                    message,
+                    body=message.body.model_copy(update={"sealed_ranges": old.body.sealed_ranges}),
+                )
+            ]
         return [message]
 
     twin = run_with(small, tmp_path, old_ranges)
@@ -330,7 +416,9 @@ def test_ranges_of_another_round_are_refused(small: Path, tmp_path: Path, used: 
     assert used.count("mean") == 2, "those of round 1"
 
 
-def test_sites_that_are_told_different_things_do_not_decode(small: Path, tmp_path: Path, used: list[str]):
+def test_sites_that_are_told_different_things_do_not_decode(
+    small: Path, tmp_path: Path, used: list[str]
+):
     """Another attempt number for one site: its masks do not cancel, and nobody learns a sum."""
 
     def split(to: int, message: Message, earlier: list[Message]) -> list[Message]:
@@ -347,7 +435,9 @@ def test_sites_that_are_told_different_things_do_not_decode(small: Path, tmp_pat
                 return type(frame)(frame.peer, *replace(message, attempt=1).encode())
             return frame
 
-    twin = run_twin(small, output=tmp_path / "o", ranks=3, wrap=lambda t: Honest(t, split) if t.rank == 0 else t)
+    twin = run_twin(
+        small, output=tmp_path / "o", ranks=3, wrap=lambda t: Honest(t, split) if t.rank == 0 else t
+    )
     assert twin.codes == [1, 1, 1], twin.err
     assert SUM in twin.err
     assert used.count("mean") == 0

@@ -1,4 +1,6 @@
-"""Replicas of fedsgd on processors that compute a little differently: one is adopted if it is near, and the run stops if it is not."""
+"""Replicas of fedsgd on processors that compute a little differently: one is adopted if it is
+near, and the run stops if it is not.
+"""
 
 from __future__ import annotations
 
@@ -36,7 +38,11 @@ def data(site, by=0.0):
 @pytest.fixture
 def steps(small: Path) -> Path:
     """The small experiment as secure DP-SGD at three sites."""
-    edit(small, "sites: [aa, bbb]\nrounds: 2\nlocal_steps: 3\n", "sites: [aa, bbb, cccc]\nrounds: 4\nalgorithm: fedsgd\n")
+    edit(
+        small,
+        "sites: [aa, bbb]\nrounds: 2\nlocal_steps: 3\n",
+        "sites: [aa, bbb, cccc]\nrounds: 4\nalgorithm: fedsgd\n",
+    )
     edit(small, "privacy: {", "privacy: {noise: distributed, ")
     (small.parent / "task.py").write_text((small.parent / "task.py").read_text() + OFF)
     return small
@@ -47,7 +53,10 @@ def test_a_replica_that_is_near_is_adopted_and_noted(steps: Path, tmp_path: Path
     assert twin.codes == [0] * 4, twin.err
     rounds = [json.loads(line) for line in (twin.folder / "rounds.jsonl").read_text().splitlines()]
     assert all(record["adopted"] == ["bbb"] for record in rounds)
-    files = [load_file(twin.folder / "sites" / site / "model.safetensors") for site in ("aa", "bbb", "cccc")]
+    files = [
+        load_file(twin.folder / "sites" / site / "model.safetensors")
+        for site in ("aa", "bbb", "cccc")
+    ]
     assert all((files[0][name] == other[name]).all() for other in files[1:] for name in files[0])
     assert "took the replica of site aa" in (twin.folder / "sites" / "bbb" / "site.log").read_text()
 

@@ -29,13 +29,19 @@ def test_in_process(size: int, bits: int):
 
     def part(transport: Any) -> list[np.ndarray]:
         secure = privfl.SecureSum(transport, value_bits=bits)
-        vectors = [np.full(1000, largest), np.full(1000, -largest), np.arange(1000) * (transport.rank + 1) % largest]
+        vectors = [
+            np.full(1000, largest),
+            np.full(1000, -largest),
+            np.arange(1000) * (transport.rank + 1) % largest,
+        ]
         return [secure.sum(v) for v in vectors]
 
     for totals in in_threads(connect(size), part):
         assert (totals[0] == size * largest).all()
         assert (totals[1] == -size * largest).all()
-        assert np.array_equal(totals[2], sum(np.arange(1000) * (r + 1) % largest for r in range(size)))
+        assert np.array_equal(
+            totals[2], sum(np.arange(1000) * (r + 1) % largest for r in range(size))
+        )
 
 
 def test_no_vector_crosses_in_the_clear_and_no_two_sums_look_alike():
@@ -63,8 +69,10 @@ def test_no_vector_crosses_in_the_clear_and_no_two_sums_look_alike():
 
 @pytest.mark.parametrize("wrong", [0, 1, 2])
 def test_an_altered_sum_is_refused_and_ends_the_keys(wrong: int):
-    """Rank ``wrong`` is told something else than the others; rank 0 cannot alter what it decrypts itself but by adding wrongly."""
-    from privfl.secagg import MismatchError
+    """Rank ``wrong`` is told something else than the others; rank 0 cannot alter what it
+    decrypts itself but by adding wrongly.
+    """
+    from privfl.errors import MismatchError
 
     class Altering:
         def __init__(self, inner: Any) -> None:
@@ -75,7 +83,10 @@ def test_an_altered_sum_is_refused_and_ends_the_keys(wrong: int):
 
         def receive(self, *arguments: Any) -> Any:
             frame = self._inner.receive(*arguments)
-            if frame is not None and decode(frame.head, frame.bulk).kind in (Kind.TOTAL, Kind.CONTRIBUTION):
+            if frame is not None and decode(frame.head, frame.bulk).kind in (
+                Kind.TOTAL,
+                Kind.CONTRIBUTION,
+            ):
                 changed = np.frombuffer(frame.bulk, dtype="<u8").copy()
                 changed[:50] = (changed[:50] + np.uint64(1 << 20)) % np.uint64(2**53)
                 return type(frame)(frame.peer, frame.head, changed.tobytes())
@@ -127,7 +138,9 @@ def test_a_rank_that_does_not_come_is_an_error():
         return secure.sum([1, 2]) if transport.rank != 1 else None
 
     results = in_threads(connect(3), part)
-    assert all(isinstance(results[r], PrivflError) and "within 0" in str(results[r]) for r in (0, 2)), results
+    assert all(
+        isinstance(results[r], PrivflError) and "within 0" in str(results[r]) for r in (0, 2)
+    ), results
 
 
 @pytest.mark.parametrize(
@@ -152,10 +165,15 @@ def test_what_one_rank_cannot_give_is_told_to_all_and_the_next_sum_works(odd: An
 
 def test_arguments_that_only_one_rank_gives_wrongly_are_told_to_all():
     def part(transport: Any) -> Any:
-        return privfl.SecureSum(transport, value_bits=30 if transport.rank == 2 else None, timeout=10)
+        return privfl.SecureSum(
+            transport, value_bits=30 if transport.rank == 2 else None, timeout=10
+        )
 
     results = in_threads(connect(3), part)
-    assert all(isinstance(r, PrivflError) and "rank 2: value_bits must be between" in str(r) for r in results), results
+    assert all(
+        isinstance(r, PrivflError) and "rank 2: value_bits must be between" in str(r)
+        for r in results
+    ), results
 
 
 def test_after_a_mismatch_at_one_rank_no_rank_waits_for_the_next_sum():
@@ -167,7 +185,10 @@ def test_after_a_mismatch_at_one_rank_no_rank_waits_for_the_next_sum():
         return secure.sum([1])
 
     results = in_threads(connect(3), part)
-    assert all(isinstance(r, PrivflError) and "not the sum of what the sites sent" in str(r) for r in results), results
+    assert all(
+        isinstance(r, PrivflError) and "not the sum of what the sites sent" in str(r)
+        for r in results
+    ), results
 
 
 def test_a_second_contribution_to_one_attempt_is_refused():

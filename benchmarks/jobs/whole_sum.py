@@ -1,4 +1,6 @@
-"""One rank of a whole sum, as `benchmarks.secure_aggregation` starts it under mpiexec. Arguments: way, parameters, repeats.
+"""One rank of a whole sum, as `benchmarks.secure_aggregation` starts it under mpiexec.
+
+Arguments: way, parameters, repeats.
 
 Rank 0 prints the median seconds of a sum and its own peak memory. All ways use the same transport.
 """
@@ -15,7 +17,14 @@ from typing import Any
 
 import numpy as np
 
-from benchmarks.secure_aggregation import NVFLARE, SLOTS, SPAN, nvflare_context, nvflare_encrypt, vector_of
+from benchmarks.secure_aggregation import (
+    NVFLARE,
+    SLOTS,
+    SPAN,
+    nvflare_context,
+    nvflare_encrypt,
+    vector_of,
+)
 
 
 def job(way: str, parameters: int, repeats: int) -> None:
@@ -59,7 +68,10 @@ def _share(transport: Any, mine: bytes) -> list[bytes]:
     if transport.rank:
         transport.send(0, b"mine", mine)
         return [bytes(transport.receive(600).bulk) for _ in range(transport.size)]
-    got = {0: mine} | {frame.peer: bytes(frame.bulk) for frame in (transport.receive(600) for _ in range(1, transport.size))}
+    got = {0: mine} | {
+        frame.peer: bytes(frame.bulk)
+        for frame in (transport.receive(600) for _ in range(1, transport.size))
+    }
     for rank in range(1, transport.size):
         for other in sorted(got):
             transport.send(rank, b"all", got[other])
@@ -69,10 +81,11 @@ def _share(transport: Any, mine: bytes) -> list[bytes]:
 def _privfl(transport: Any, sites: int, parameters: int, way: str) -> Callable[[int], None]:
     from privfl.coordinator.driver import ReducingAdder
     from privfl.federation.messages import Kind, Message
-    from privfl.secagg import ExchangeKey, Grid, Identity, Layout, WordAdder, derive, usual_value_bits
+    from privfl.identity import Identity
+    from privfl.secagg import ExchangeKey, FixedPoint, Layout, WordAdder, derive, usual_value_bits
     from privfl.secagg.session.keys import RunKeys
-    from privfl.secagg.session.roster import Agreement, Party
-    from privfl.secagg.session.sums import Sums
+    from privfl.secagg.session.roster import Member, Roster
+    from privfl.secagg.session.sums import SumSession
     from privfl.site.upload import Outbox
 
     p = derive(sites, usual_value_bits(sites))
@@ -100,15 +113,21 @@ def _privfl(transport: Any, sites: int, parameters: int, way: str) -> Callable[[
         return add
 
     exchange = ExchangeKey()
-    members = [Party(f"s{r}", public, Identity().public) for r, public in enumerate(_share(transport, exchange.public)) if r]
+    members = [
+        Member(f"s{r}", public, Identity().public)
+        for r, public in enumerate(_share(transport, exchange.public))
+        if r
+    ]
     own = RunKeys.make(p).secret_bytes() if transport.rank == 1 else b""
     keys = RunKeys.from_secret_bytes(_share(transport, own)[1], p)
-    sums = Sums(Agreement(tuple(members), bytes(32)), exchange, keys)
-    vector, grid = vector_of(transport.rank, parameters), Grid(p, SPAN)
+    sums = SumSession(Roster(tuple(members), bytes(32)), exchange, keys)
+    vector, grid = vector_of(transport.rank, parameters), FixedPoint(p, SPAN)
 
     def contribute(number: int) -> None:
         one = sums.open(number, 1, parameters, grid, [])
-        Outbox(transport, ranks, path, Message(Kind.CONTRIBUTION, parts=layout.blocks)).send(one.contribution(vector))
+        Outbox(transport, ranks, path, Message(Kind.CONTRIBUTION, parts=layout.blocks)).send(
+            one.contribution(vector)
+        )
         for _ in range(layout.blocks):
             one.collect(transport.receive(600).bulk)
         total = one.total()
@@ -145,7 +164,12 @@ def _nvflare(transport: Any, sites: int, parameters: int, way: str) -> Callable[
 
     context = nvflare_context()[0] if transport.rank == 1 else None
     own = (
-        context.serialize(save_public_key=False, save_secret_key=True, save_galois_keys=False, save_relin_keys=True)
+        context.serialize(
+            save_public_key=False,
+            save_secret_key=True,
+            save_galois_keys=False,
+            save_relin_keys=True,
+        )
         if context
         else b""
     )
@@ -155,7 +179,12 @@ def _nvflare(transport: Any, sites: int, parameters: int, way: str) -> Callable[
     def contribute(number: int) -> None:
         for ciphertext in nvflare_encrypt(context, vector):
             transport.send(0, b"c", ciphertext)
-        np.concatenate([tenseal.ckks_vector_from(context, bytes(transport.receive(600).bulk)).decrypt() for _ in range(count)])
+        np.concatenate(
+            [
+                tenseal.ckks_vector_from(context, bytes(transport.receive(600).bulk)).decrypt()
+                for _ in range(count)
+            ]
+        )
 
     return contribute
 
@@ -183,7 +212,9 @@ def _plain(transport: Any, sites: int, parameters: int, way: str) -> Callable[[i
     def contribute(number: int) -> None:
         for where in blocks:
             transport.send(0, b"c", vector[where].astype(np.float32).data.cast("B"))
-        np.concatenate([np.frombuffer(transport.receive(600).bulk, dtype=np.float32) for _ in blocks])
+        np.concatenate(
+            [np.frombuffer(transport.receive(600).bulk, dtype=np.float32) for _ in blocks]
+        )
 
     return contribute
 

@@ -1,4 +1,7 @@
-"""A plain PyTorch loop at several sites: `mpiexec -n 4 python train.py`. What privfl needs is marked; without it this trains on one's own digits."""
+"""A plain PyTorch loop at several sites: `mpiexec -n 4 python train.py`.
+
+What privfl needs is marked; without it this trains on one's own digits.
+"""
 import torch
 from mpi4py import MPI
 from sklearn.datasets import load_digits
@@ -19,9 +22,11 @@ model = torch.nn.Sequential(torch.nn.Linear(64, 32), torch.nn.ReLU(), torch.nn.L
 optimizer = torch.optim.SGD(model.parameters(), lr=2.0, momentum=0.5)
 criterion = torch.nn.CrossEntropyLoss()
 
-engine = privfl.PrivacyEngine(site=f"site{comm.rank}", comm=comm, ledger=f"site{comm.rank}.ledger", collusion=1)  # <- 2
+site = f"site{comm.rank}"
+engine = privfl.PrivacyEngine(site=site, comm=comm, ledger=f"{site}.ledger")  # <- 2
 model, optimizer, loader = engine.make_private_with_epsilon(
-    module=model, optimizer=optimizer, data_loader=loader, target_epsilon=2.0, target_delta=1e-4, epochs=EPOCHS, max_grad_norm=0.5)
+    module=model, optimizer=optimizer, data_loader=loader,
+    target_epsilon=2.0, target_delta=1e-4, epochs=EPOCHS, max_grad_norm=0.5)
 
 for _ in range(EPOCHS):
     for inputs, targets in loader:
@@ -31,4 +36,5 @@ for _ in range(EPOCHS):
 
 with torch.no_grad():
     accuracy = (model(x[1500:]).argmax(dim=1) == y[1500:]).float().mean().item()
-print(f"site {comm.rank}: accuracy {accuracy:.4f}, epsilon {engine.get_epsilon(1e-4):.4f}", flush=True)
+epsilon = engine.get_epsilon(1e-4)
+print(f"site {comm.rank}: accuracy {accuracy:.4f}, epsilon {epsilon:.4f}", flush=True)

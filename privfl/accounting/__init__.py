@@ -1,9 +1,20 @@
 """What a mechanism costs: pure mathematics, no I/O, no torch."""
 
-from privfl.accounting.accountants import ADJACENCY, Accountant, Bounds, RdpAccountant, epsilon_of, person_epsilon
+from privfl.accounting.accountants import (
+    ADJACENCY,
+    Accountant,
+    Bounds,
+    RdpAccountant,
+    epsilon_of,
+    person_epsilon,
+)
 from privfl.accounting.accounts import ACCOUNTS, Account, account_of
 from privfl.accounting.adversaries import Adversary, adversaries
-from privfl.accounting.calibration import LARGEST_NOISE_MULTIPLIER, LEAST_NOISE_MULTIPLIER, least_noise_multiplier
+from privfl.accounting.calibration import (
+    LARGEST_NOISE_MULTIPLIER,
+    LEAST_NOISE_MULTIPLIER,
+    least_noise_multiplier,
+)
 from privfl.accounting.events import (
     DiscreteGaussian,
     Event,

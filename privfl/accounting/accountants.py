@@ -1,7 +1,9 @@
-"""Accountants over a list of events: Renyi (RDP) and privacy loss distributions (PLD), both by dp-accounting.
+"""Accountants over a list of events: Renyi (RDP) and privacy loss distributions (PLD), both by
+dp-accounting.
 
-Each gives (lower, estimate, upper) and promises only the upper bound, as prv_accountant does. Gaussian DP by the central limit theorem is
-not here on purpose: it lies below the true epsilon in ordinary cases.
+Each gives (lower, estimate, upper) and promises only the upper bound, as prv_accountant does.
+Gaussian DP by the central limit theorem is not here on purpose: it lies below the true epsilon in
+ordinary cases.
 """
 
 from __future__ import annotations
@@ -18,12 +20,14 @@ from privfl.accounting.renyi import ORDERS, divergences, epsilons
 
 Accountant = Literal["rdp", "pld"]
 
-# The unit is one record; zero-out adjacency equals add/remove numerically and lets the number of records be public.
+# The unit is one record; zero-out adjacency equals add/remove numerically and lets the number of
+# records be public.
 ADJACENCY = "zero-out of one record (numerically add/remove)"
 
 # Fine enough for reports: 0.02 above 1e-4 in the worst of usual cases, and eight times as fast.
 _INTERVAL = 1e-3
-# Beyond this a privacy loss distribution is large and slow, and its epsilon says as little as the Renyi bound.
+# Beyond this a privacy loss distribution is large and slow, and its epsilon says as little as the
+# Renyi bound.
 _LARGEST_FOR_PLD = 100.0
 # And with more steps than this it takes minutes.
 _MOST_STEPS_FOR_PLD = 10_000_000
@@ -32,7 +36,10 @@ _MOST_RECORDS = 1000
 
 
 class Bounds(NamedTuple):
-    """An epsilon, from below and above. Only ``upper`` is a promise; ``lower`` is 0 where an accountant has no lower bound."""
+    """An epsilon, from below and above.
+
+    Only ``upper`` is a promise; ``lower`` is 0 where an accountant has no lower bound.
+    """
 
     lower: float
     estimate: float
@@ -49,7 +56,10 @@ def _added(events: Iterable[Event]) -> dict[Event, int]:
 
 
 class RdpAccountant:
-    """Adds up the Renyi divergences of events; cheap to ask after every round. Valid for parameters fixed in advance."""
+    """Adds up the Renyi divergences of events; cheap to ask after every round.
+
+    Valid for parameters fixed in advance.
+    """
 
     def __init__(self) -> None:
         self._divergence = np.zeros(len(ORDERS))
@@ -61,7 +71,8 @@ class RdpAccountant:
         return self
 
     def epsilon(self, delta: float) -> Bounds:
-        """The least epsilon over all orders at ``delta``: 0 for an empty history, infinite without noise.
+        """The least epsilon over all orders at ``delta``: 0 for an empty history, infinite
+        without noise.
 
         Raises:
             ValueError: ``delta`` outside (0, 1).
@@ -70,7 +81,12 @@ class RdpAccountant:
         return Bounds(0.0, upper, upper)
 
 
-def epsilon_of(events: Iterable[Event], delta: float, accountant: Accountant = "rdp", interval: float = _INTERVAL) -> Bounds:
+def epsilon_of(
+    events: Iterable[Event],
+    delta: float,
+    accountant: Accountant = "rdp",
+    interval: float = _INTERVAL,
+) -> Bounds:
     """Epsilon of a whole history, whose parameters were fixed in advance, at ``delta``.
 
     Args:
@@ -87,11 +103,15 @@ def epsilon_of(events: Iterable[Event], delta: float, accountant: Accountant = "
     small = 0.0 < bound.upper <= _LARGEST_FOR_PLD and sum(steps.values()) <= _MOST_STEPS_FOR_PLD
     if accountant == "rdp" or not small:
         return bound
-    lower, upper = (max(0.0, _by_pld(steps, delta, interval, pessimistic)) for pessimistic in (False, True))
+    lower, upper = (
+        max(0.0, _by_pld(steps, delta, interval, pessimistic)) for pessimistic in (False, True)
+    )
     if any(event.whole_orders for event in steps):
-        # The losses of discrete noise are not those of continuous noise: what this gives is near, and no bound.
+        # The losses of discrete noise are not those of continuous noise: what this gives is near,
+        # and no bound.
         return Bounds(0.0, upper, bound.upper)
-    # Rounding losses down is much coarser here than rounding them up, so the better estimate is the upper bound.
+    # Rounding losses down is much coarser here than rounding them up, so the better estimate is the
+    # upper bound.
     return Bounds(lower, upper, min(upper, bound.upper))
 
 
@@ -118,15 +138,22 @@ def _by_pld(steps: dict[Event, int], delta: float, interval: float, pessimistic:
 
 def _composed(distributions: Iterable[Any], delta: float) -> float:
     """Epsilon of all these loss distributions together."""
-    return float(functools.reduce(lambda one, other: one.compose(other), distributions).get_epsilon_for_delta(delta))
+    return float(
+        functools.reduce(
+            lambda one, other: one.compose(other), distributions
+        ).get_epsilon_for_delta(delta)
+    )
 
 
 def person_epsilon(events: Sequence[Event], delta: float, records: int) -> float:
-    """Epsilon at ``delta`` of a person with ``records`` records at one site, of a history fixed in advance (upper bound).
+    """Epsilon at ``delta`` of a person with ``records`` records at one site, of a history fixed
+    in advance (upper bound).
 
-    The person's records enter a step independently; with j of them in, the sum moves by at most j clipping norms. So one step is a mixture of
-    Gaussians with binomial weights, whose loss distribution dp-accounting composes. A person whose records lie at several sites is bounded
-    by the case that all lie at the one with the largest rate and the least noise. Infinite for discrete noise, of which no such bound is known.
+    The person's records enter a step independently; with j of them in, the sum moves by at most j
+    clipping norms. So one step is a mixture of Gaussians with binomial weights, whose loss
+    distribution dp-accounting composes. A person whose records lie at several sites is bounded by
+    the case that all lie at the one with the largest rate and the least noise. Infinite for
+    discrete noise, of which no such bound is known.
 
     Raises:
         ValueError: ``delta`` outside (0, 1), or less than one record.
@@ -137,15 +164,23 @@ def person_epsilon(events: Sequence[Event], delta: float, records: int) -> float
     steps = _added(events)
     if records == 1 or not steps:
         return bound
-    # More records never cost less; so beyond the reach of loss distributions the answer is not known, or not of interest.
-    large = records > _MOST_RECORDS or bound > _LARGEST_FOR_PLD / records or sum(steps.values()) > _MOST_STEPS_FOR_PLD
+    # More records never cost less; so beyond the reach of loss distributions the answer is not
+    # known, or not of interest.
+    large = (
+        records > _MOST_RECORDS
+        or bound > _LARGEST_FOR_PLD / records
+        or sum(steps.values()) > _MOST_STEPS_FOR_PLD
+    )
     if large or any(event.whole_orders for event in steps):
         return math.inf
     from dp_accounting.pld import privacy_loss_distribution as pld
 
     parts = []
     for event, count in steps.items():
-        odds = [math.comb(records, j) * event.rate**j * (1.0 - event.rate) ** (records - j) for j in range(records + 1)]
+        odds = [
+            math.comb(records, j) * event.rate**j * (1.0 - event.rate) ** (records - j)
+            for j in range(records + 1)
+        ]
         moves = [float(j) for j in range(records + 1) if odds[j] > 0.0]
         one = pld.from_mixture_gaussian_mechanism(
             standard_deviation=event.sigma,

@@ -1,4 +1,7 @@
-"""Whose records a cost concerns. Training and evaluation records are different ones, so each kind has an account of its own."""
+"""Whose records a cost concerns.
+
+Training and evaluation records are different ones, so each kind has an account of its own.
+"""
 
 from __future__ import annotations
 

@@ -1,4 +1,6 @@
-"""Who could learn what: each possible adversary of a run, as data, with the epsilon about one record that holds against it."""
+"""Who could learn what: each possible adversary of a run, as data, with the epsilon about one
+record that holds against it.
+"""
 
 from __future__ import annotations
 
@@ -19,9 +21,11 @@ class Adversary:
     """An adversary who wants to learn about a record of one site.
 
     Attributes:
-        colluders: how many of the other sites pool what they see; 0 for whoever sees only what is published.
+        colluders: how many of the other sites pool what they see; 0 for whoever sees only what is
+            published.
         honest_shares: how many sites' shares of the noise it cannot subtract.
-        noise_factor: the noise this adversary cannot subtract, as a multiple of sigma, the noise multiplier that stands against ``collusion`` sites.
+        noise_factor: the noise this adversary cannot subtract, as a multiple of sigma, the noise
+            multiplier that stands against ``collusion`` sites.
         sees: in plain words.
     """
 
@@ -32,8 +36,8 @@ class Adversary:
     sees: str
 
     def epsilon(self, events: Iterable[Event], delta: float) -> float:
-        """Upper bound at ``delta`` on what this adversary learns of a record from ``events``, which are charged for the adversary whose
-        ``noise_factor`` is 1.
+        """Upper bound at ``delta`` on what this adversary learns of a record from ``events``,
+        which are charged for the adversary whose ``noise_factor`` is 1.
 
         Of a history whose parameters were fixed in advance.
         """
@@ -55,15 +59,18 @@ def _with(event: Event, factor: float) -> Event:
 def adversaries(noise: Noise, members: int, collusion: int = 0) -> tuple[Adversary, ...]:
     """The adversaries of a run with so many sites, weakest first.
 
-    With ``site`` noise every site adds all of its noise itself, so that all adversaries face the same. With ``distributed`` noise each of n
-    sites adds a share of variance sigma^2 C^2 / (n - t), with t the ``collusion``; k sites subtract theirs and face sigma sqrt((n - k) / (n - t))
+    With ``site`` noise every site adds all of its noise itself, so that all adversaries face the
+    same. With ``distributed`` noise each of n sites adds a share of variance sigma^2 C^2 / (n - t),
+    with t the ``collusion``; k sites subtract theirs and face sigma sqrt((n - k) / (n - t))
     (docs/accounting.md). The charged adversary is the one with k = t, which is at least 1.
 
     Raises:
         ValueError: fewer than two sites, or as many colluders as sites.
     """
     if members < 2 or not 0 <= collusion < members:
-        raise ValueError(f"no adversaries can be listed for {members} sites of which {collusion} collude")
+        raise ValueError(
+            f"no adversaries can be listed for {members} sites of which {collusion} collude"
+        )
 
     def factor(k: int) -> float:
         return 1.0 if noise == "site" else math.sqrt((members - k) / (members - collusion))
@@ -73,8 +80,18 @@ def adversaries(noise: Noise, members: int, collusion: int = 0) -> tuple[Adversa
     for k in range(1, members):
         who = "one other site" if k == 1 else f"{k} other sites together"
         rest = members - k
-        sums = "this site's own updates" if rest == 1 else f"sums over {rest} sites, this one among them"
+        sums = (
+            "this site's own updates"
+            if rest == 1
+            else f"sums over {rest} sites, this one among them"
+        )
         found.append(
-            Adversary(f"{who}, also with the coordinator", k, members - k, factor(k), f"the model after every round, and {sums}")
+            Adversary(
+                f"{who}, also with the coordinator",
+                k,
+                members - k,
+                factor(k),
+                f"the model after every round, and {sums}",
+            )
         )
     return tuple(found)

@@ -6,14 +6,16 @@ import functools
 import math
 from collections.abc import Callable
 
-# Less noise bounds nothing. Noise of sixteen thousand times the clipping norm drowns even a million records a step.
+# Less noise bounds nothing. Noise of sixteen thousand times the clipping norm drowns even a million
+# records a step.
 LEAST_NOISE_MULTIPLIER, LARGEST_NOISE_MULTIPLIER = 0.01, 2.0**14
 # Noise multipliers are whole numbers of these, so that the value on screen is the value used.
 _GRID = 1e4
 
 
 def least_noise_multiplier(epsilon: Callable[[float], float], target: float) -> float | None:
-    """The smallest noise multiplier, rounded up to four decimals, of which ``epsilon`` is at most ``target``.
+    """The smallest noise multiplier, rounded up to four decimals, of which ``epsilon`` is at
+    most ``target``.
 
     Args:
         epsilon: from a noise multiplier to an epsilon that falls with it.
@@ -40,8 +42,11 @@ def least_noise_multiplier(epsilon: Callable[[float], float], target: float) -> 
     while low and at(low) <= target:
         high, low = low, low // 2
     if low and math.isfinite(at(low)):
-        # The curve is smooth, nearly a line in logarithms: a third of the looks that halving would take.
-        high = round(math.exp(brentq(excess, math.log(low), math.log(high), xtol=0.2 / high, rtol=1e-15)))
+        # The curve is smooth, nearly a line in logarithms: a third of the looks that halving would
+        # take.
+        high = round(
+            math.exp(brentq(excess, math.log(low), math.log(high), xtol=0.2 / high, rtol=1e-15))
+        )
         low = high
         step = 1
         while at(high) > target:

@@ -1,7 +1,7 @@
 """Mechanism events: what was done to the records, from which any accountant can tell what it cost.
 
-Events are stored, never epsilons (the habit of dp-accounting): a better accountant may be applied to them later. So the meaning of a
-kind never changes; what must change gets a new version.
+Events are stored, never epsilons (the habit of dp-accounting): a better accountant may be applied
+to them later. So the meaning of a kind never changes; what must change gets a new version.
 """
 
 from __future__ import annotations
@@ -16,7 +16,8 @@ from typing import Any, ClassVar, Self
 
 @dataclass(frozen=True, kw_only=True)
 class Event(ABC):
-    """A mechanism that ran ``steps`` times, each time with fresh noise and, if it samples, a fresh sample.
+    """A mechanism that ran ``steps`` times, each time with fresh noise and, if it samples, a
+    fresh sample.
 
     To an accountant every kind is a Gaussian mechanism on a Poisson sample, or protects nothing.
 
@@ -39,11 +40,15 @@ class Event(ABC):
     @property
     @abstractmethod
     def sigma(self) -> float:
-        """Standard deviation of the noise in units of what one record can change; 0 protects nothing."""
+        """Standard deviation of the noise in units of what one record can change; 0 protects
+        nothing.
+        """
 
     @property
     def noise(self) -> float:
-        """The noise multiplier that was asked for: :attr:`sigma`, but where a record can change more than the unit of the noise."""
+        """The noise multiplier that was asked for: :attr:`sigma`, but where a record can change
+        more than the unit of the noise.
+        """
         return self.sigma
 
     def once(self) -> Self:
@@ -79,12 +84,16 @@ class _Noised(Event):
     def _check(self) -> None:
         super()._check()
         if not (math.isfinite(self.noise_multiplier) and self.noise_multiplier >= 0.0):
-            raise ValueError(f"noise_multiplier must be finite and not negative, got {self.noise_multiplier}")
+            raise ValueError(
+                f"noise_multiplier must be finite and not negative, got {self.noise_multiplier}"
+            )
 
 
 @dataclass(frozen=True, kw_only=True)
 class _Sampled(_Noised):
-    """The same on a Poisson sample: each record enters a step with probability ``sampling_rate``, independently of all others."""
+    """The same on a Poisson sample: each record enters a step with probability
+    ``sampling_rate``, independently of all others.
+    """
 
     sampling_rate: float
 
@@ -103,7 +112,8 @@ class PoissonGaussian(_Sampled):
     """The Gaussian mechanism on a Poisson sample: steps of DP-SGD (Abadi et al. 2016).
 
     Attributes:
-        sampling_rate: probability q in (0, 1] with which each record enters a step, independently of all others.
+        sampling_rate: probability q in (0, 1] with which each record enters a step, independently
+            of all others.
         noise_multiplier: standard deviation of the noise in units of the clipping norm.
     """
 
@@ -112,22 +122,28 @@ class PoissonGaussian(_Sampled):
 
 @dataclass(frozen=True, kw_only=True)
 class Gaussian(_Noised):
-    """The Gaussian mechanism on all records; ``noise_multiplier`` is in units of what one record can change."""
+    """The Gaussian mechanism on all records; ``noise_multiplier`` is in units of what one record
+    can change.
+    """
 
     kind: ClassVar[str] = "gaussian"
 
 
 @dataclass(frozen=True, kw_only=True)
 class DiscreteGaussian(_Sampled):
-    """Discrete Gaussian noise on a Poisson sample of vectors rounded to a grid (Canonne, Kamath, Steinke 2020).
+    """Discrete Gaussian noise on a Poisson sample of vectors rounded to a grid (Canonne, Kamath,
+    Steinke 2020).
 
-    The Renyi divergences of whole order of the discrete Gaussian are at most those of the continuous one (their Proposition 5), and only those of
-    whole order follow from them under sampling.
+    The Renyi divergences of whole order of the discrete Gaussian are at most those of the
+    continuous one (their Proposition 5), and only those of whole order follow from them under
+    sampling.
 
     Attributes:
         sampling_rate: as in :class:`PoissonGaussian`.
-        noise_multiplier: standard deviation of the noise that the charged adversary cannot subtract, in units of the clipping norm.
-        sensitivity: what one record can change, in the same unit; above 1 because clipping and the grid round.
+        noise_multiplier: standard deviation of the noise that the charged adversary cannot
+            subtract, in units of the clipping norm.
+        sensitivity: what one record can change, in the same unit; above 1 because clipping and the
+            grid round.
     """
 
     kind: ClassVar[str] = "discrete_gaussian"
@@ -155,7 +171,8 @@ class MetricRelease(_Noised):
 
     Attributes:
         metrics: the names of all metrics released together.
-        noise_multiplier: standard deviation of the noise in units of what one record can change of all of them together.
+        noise_multiplier: standard deviation of the noise in units of what one record can change of
+            all of them together.
     """
 
     kind: ClassVar[str] = "metric_release"
@@ -170,7 +187,10 @@ class MetricRelease(_Noised):
 
 @dataclass(frozen=True, kw_only=True)
 class NonPrivate(Event):
-    """Something that protects nothing; every epsilon that counts it is infinite. ``what`` says what it was."""
+    """Something that protects nothing; every epsilon that counts it is infinite.
+
+    ``what`` says what it was.
+    """
 
     kind: ClassVar[str] = "non_private"
 
@@ -182,7 +202,8 @@ class NonPrivate(Event):
 
 
 KINDS: dict[str, type[Event]] = {
-    cls.kind: cls for cls in (PoissonGaussian, Gaussian, DiscreteGaussian, MetricRelease, NonPrivate)
+    cls.kind: cls
+    for cls in (PoissonGaussian, Gaussian, DiscreteGaussian, MetricRelease, NonPrivate)
 }
 
 
@@ -199,7 +220,9 @@ def event_from_dict(fields: Mapping[str, Any]) -> Event:
     expected = {field.name for field in dataclasses.fields(cls)}
     given = {name: value for name, value in fields.items() if name not in ("kind", "version")}
     if set(given) != expected:
-        raise ValueError(f"an event of kind {kind} has the fields {sorted(expected)}, got {sorted(given)}")
+        raise ValueError(
+            f"an event of kind {kind} has the fields {sorted(expected)}, got {sorted(given)}"
+        )
     for name, value in given.items():
         if name in ("sampling_rate", "noise_multiplier", "sensitivity") and (
             isinstance(value, bool) or not isinstance(value, int | float)

@@ -1,8 +1,11 @@
-"""The weighted Renyi filter: what may still be spent when every charge may be chosen after a look at all results so far.
+"""The weighted Renyi filter: what may still be spent when every charge may be chosen after a
+look at all results so far.
 
-A stopping rule of the kind "compose with the best accountant and stop at the target" is not valid in general once later parameters depend on
-earlier results ("f-DP Filters", Honkela et al. 2026). Renyi divergences of one *fixed* order may be added up and stopped at a bound (Feldman and
-Zrnic 2021). This filter keeps several orders alive, each with its share of delta; docs/accounting.md has the proof.
+A stopping rule of the kind "compose with the best accountant and stop at the target" is not valid
+in general once later parameters depend on earlier results ("f-DP Filters", Honkela et al. 2026).
+Renyi divergences of one *fixed* order may be added up and stopped at a bound (Feldman and Zrnic
+2021). This filter keeps several orders alive, each with its share of delta; docs/accounting.md has
+the proof.
 """
 
 from __future__ import annotations
@@ -18,13 +21,16 @@ from numpy.typing import NDArray
 from privfl.accounting.events import Event
 from privfl.accounting.renyi import ORDERS, divergence_bounds, divergences, epsilons
 
-# Delta's shares: most for the order that the whole budget is planned with; some for its multiples, because a run that spends a part of the budget is
-# accounted for best at a higher order, and other mechanisms at other orders. Steps lost against the planned order alone: 3 to 4 %. They
-# add up to a little less than 1, so that rounding never makes them more.
+# Delta's shares: most for the order that the whole budget is planned with; some for its multiples,
+# because a run that spends a part of the budget is accounted for best at a higher order, and other
+# mechanisms at other orders. Steps lost against the planned order alone: 3 to 4 %. They add up to a
+# little less than 1, so that rounding never makes them more.
 _SHARES = {0.25: 0.01, 0.5: 0.03, 1.0: 0.72, 2.0: 0.12, 4.0: 0.06, 8.0: 0.02}
-# Without these a run that spends a hundredth of the budget could not be told from one that spends a tenth.
+# Without these a run that spends a hundredth of the budget could not be told from one that spends a
+# tenth.
 _FIXED_SHARES = {64.0: 0.01, 256.0: 0.01, 1024.0: 0.01}
-# A plan is admitted if it fits with this to spare, so that adding it up in another order cannot make its last step fail.
+# A plan is admitted if it fits with this to spare, so that adding it up in another order cannot
+# make its last step fail.
 _ROUNDING = 1e-9
 
 
@@ -34,7 +40,8 @@ class RenyiFilter:
 
     Attributes:
         orders: Renyi orders, rising.
-        weights: each order's share of delta, adding up to at most 1; orders without one take no part.
+        weights: each order's share of delta, adding up to at most 1; orders without one take no
+            part.
     """
 
     epsilon: float
@@ -44,25 +51,40 @@ class RenyiFilter:
 
     def __post_init__(self) -> None:
         if not (0.0 < self.epsilon < math.inf and 0.0 < self.delta < 1.0):
-            raise ValueError(f"a budget needs a positive epsilon and a delta in (0, 1), got ({self.epsilon}, {self.delta})")
-        if len(self.orders) != len(self.weights) or min(self.orders, default=0.0) <= 1.0 or min(self.weights) < 0.0:
+            raise ValueError(
+                f"a budget needs a positive epsilon and a delta in (0, 1), got ({self.epsilon}, "
+                f"{self.delta})"
+            )
+        if (
+            len(self.orders) != len(self.weights)
+            or min(self.orders, default=0.0) <= 1.0
+            or min(self.weights) < 0.0
+        ):
             raise ValueError("a filter needs orders above 1 and a weight, not negative, for each")
         if not 0.0 < math.fsum(self.weights) <= 1.0:
-            raise ValueError(f"the weights of a filter must add up to at most 1, they add up to {math.fsum(self.weights)}")
+            raise ValueError(
+                f"the weights of a filter must add up to at most 1, they add up to "
+                f"{math.fsum(self.weights)}"
+            )
 
     @classmethod
     def planned(cls, epsilon: float, delta: float, plan: Event) -> RenyiFilter:
-        """A filter that gives most of delta to the order at which steps like those of ``plan`` go furthest."""
+        """A filter that gives most of delta to the order at which steps like those of ``plan``
+        go furthest.
+        """
         step = divergences(plan)
         whole = np.array([order == int(order) for order in ORDERS])
         with np.errstate(divide="ignore", invalid="ignore"):
             reach = divergence_bounds(ORDERS, epsilon, delta, [_SHARES[1.0]] * len(ORDERS)) / step
         best = int(np.nanargmax(reach))
-        # Whole orders serve discrete noise as well, and always converge: worth a percent of the steps.
+        # Whole orders serve discrete noise as well, and always converge: worth a percent of the
+        # steps.
         best_whole = int(np.nanargmax(np.where(whole, reach, -math.inf)))
         chosen = best_whole if reach[best_whole] >= 0.99 * reach[best] else best
         weights = [0.0] * len(ORDERS)
-        shares = [(ORDERS[chosen] * multiple, share) for multiple, share in _SHARES.items()] + [*_FIXED_SHARES.items()]
+        shares = [(ORDERS[chosen] * multiple, share) for multiple, share in _SHARES.items()] + [
+            *_FIXED_SHARES.items()
+        ]
         for order, share in shares:
             distance = np.abs(np.log(np.array(ORDERS) / order))
             weights[int(distance.argmin())] += share
@@ -70,7 +92,9 @@ class RenyiFilter:
 
     @classmethod
     def single(cls, epsilon: float, delta: float, plan: Event) -> RenyiFilter:
-        """A filter for exactly ``plan``, fixed in advance: all of delta at its best order, where it costs what the Renyi accountant says."""
+        """A filter for exactly ``plan``, fixed in advance: all of delta at its best order, where
+        it costs what the Renyi accountant says.
+        """
         best = int(epsilons(ORDERS, plan.steps * divergences(plan), delta).argmin())
         return cls(epsilon, delta, ORDERS, tuple(float(i == best) for i in range(len(ORDERS))))
 
@@ -81,7 +105,9 @@ class RenyiFilter:
 
     @property
     def bounds(self) -> NDArray[np.float64]:
-        """How much divergence each order may see; shape (orders,), -inf for those that take no part."""
+        """How much divergence each order may see; shape (orders,), -inf for those that take no
+        part.
+        """
         return divergence_bounds(self.orders, self.epsilon, self.delta, self.weights)
 
     def nothing(self) -> NDArray[np.float64]:
@@ -97,21 +123,29 @@ class RenyiFilter:
         return bool((spent <= self.bounds).any())
 
     def admits_plan(self, spent: NDArray[np.float64]) -> bool:
-        """The same for a total that is to be reached in many charges, whose sum may be rounded differently."""
+        """The same for a total that is to be reached in many charges, whose sum may be rounded
+        differently.
+        """
         return bool((spent * (1.0 + _ROUNDING) <= self.bounds).any())
 
     def epsilon_of(self, spent: NDArray[np.float64], delta: float | None = None) -> float:
-        """Epsilon of a total of ``spent`` at ``delta`` (else that of the budget): the smallest budget, divided as this one, that lets it pass."""
+        """Epsilon of a total of ``spent`` at ``delta`` (else that of the budget): the smallest
+        budget, divided as this one, that lets it pass.
+        """
         return float(self.epsilons_of(spent, delta))
 
-    def epsilons_of(self, spent: NDArray[np.float64], delta: float | None = None) -> NDArray[np.float64]:
+    def epsilons_of(
+        self, spent: NDArray[np.float64], delta: float | None = None
+    ) -> NDArray[np.float64]:
         """The same for many totals, shape (..., orders), at once; shape (...)."""
-        found: NDArray[np.float64] = epsilons(self.orders, spent, self.delta if delta is None else delta, self.weights).min(
-            axis=-1
-        )
+        found: NDArray[np.float64] = epsilons(
+            self.orders, spent, self.delta if delta is None else delta, self.weights
+        ).min(axis=-1)
         return found
 
-    def times(self, spent: NDArray[np.float64], step: NDArray[np.float64], most: int = 1 << 40) -> int:
+    def times(
+        self, spent: NDArray[np.float64], step: NDArray[np.float64], most: int = 1 << 40
+    ) -> int:
         """How often ``step`` still fits on top of ``spent``, at most ``most``."""
         room = self.bounds / (1.0 + _ROUNDING) - spent
         with np.errstate(divide="ignore", invalid="ignore"):
@@ -137,7 +171,9 @@ class RenyiFilter:
         """
         try:
             numbers = (float(fields["epsilon"]), float(fields["delta"]))
-            found = cls(*numbers, tuple(map(float, fields["orders"])), tuple(map(float, fields["weights"])))
+            found = cls(
+                *numbers, tuple(map(float, fields["orders"])), tuple(map(float, fields["weights"]))
+            )
         except (KeyError, TypeError) as error:
             raise ValueError("not a filter") from error
         if found.to_dict() != dict(fields):

@@ -1,8 +1,9 @@
 """Renyi divergences of events, and what they mean in (epsilon, delta).
 
-The divergence of the Poisson-subsampled Gaussian is that of Mironov, Talwar, Zhang 2019, as dp-accounting computes it. The conversion is
-Proposition 12 of Canonne, Kamath, Steinke 2020, in both directions, because a filter needs the inverse. Nothing here but
-:func:`divergences` of something new loads dp-accounting, which takes most of a second.
+The divergence of the Poisson-subsampled Gaussian is that of Mironov, Talwar, Zhang 2019, as
+dp-accounting computes it. The conversion is Proposition 12 of Canonne, Kamath, Steinke 2020, in
+both directions, because a filter needs the inverse. Nothing here but :func:`divergences` of
+something new loads dp-accounting, which takes most of a second.
 """
 
 from __future__ import annotations
@@ -21,9 +22,17 @@ if TYPE_CHECKING:
     from collections.abc import Sequence
 
 # dp-accounting's own choice, which covers the Gaussian mechanism in all regimes of interest.
-ORDERS: tuple[float, ...] = (*(1 + x / 10 for x in range(1, 100)), *map(float, range(11, 64)), 128.0, 256.0, 512.0, 1024.0)
+ORDERS: tuple[float, ...] = (
+    *(1 + x / 10 for x in range(1, 100)),
+    *map(float, range(11, 64)),
+    128.0,
+    256.0,
+    512.0,
+    1024.0,
+)
 
-# Noise of which nothing is expected: its square is near the end of floating point, where differences become NaN.
+# Noise of which nothing is expected: its square is near the end of floating point, where
+# differences become NaN.
 _NOTHING = 1e-100
 
 
@@ -32,25 +41,31 @@ def _one_step(rate: float, sigma: float, orders: tuple[float, ...]) -> NDArray[n
     import dp_accounting as dpa
     from dp_accounting import rdp
 
-    # dp-accounting leaves out orders whose series does not converge, which is sound (the minimum runs over fewer orders), and says so on
-    # every call; on a user's screen that reads like a fault.
+    # dp-accounting leaves out orders whose series does not converge, which is sound (the minimum
+    # runs over fewer orders), and says so on every call; on a user's screen that reads like a
+    # fault.
     logging.getLogger("absl").setLevel(logging.ERROR)
-    accountant = rdp.RdpAccountant(list(orders), neighboring_relation=dpa.NeighboringRelation.ADD_OR_REMOVE_ONE)
+    accountant = rdp.RdpAccountant(
+        list(orders), neighboring_relation=dpa.NeighboringRelation.ADD_OR_REMOVE_ONE
+    )
     accountant.compose(dpa.PoissonSampledDpEvent(rate, dpa.GaussianDpEvent(sigma)))
     known = dict(zip(accountant.orders.tolist(), accountant.rdp.tolist(), strict=True))
     sampled = np.array([known.get(order, math.nan) for order in orders])
-    # Orders that are left out, or NaN, have the bound of the mechanism without sampling, which by convexity is never below (fmin passes over NaN);
-    # and what is below 0 is rounding.
-    vector: NDArray[np.float64] = np.maximum(0.0, np.fmin(sampled, np.array(orders) / (2.0 * sigma**2)))
+    # Orders that are left out, or NaN, have the bound of the mechanism without sampling, which by
+    # convexity is never below (fmin passes over NaN); and what is below 0 is rounding.
+    vector: NDArray[np.float64] = np.maximum(
+        0.0, np.fmin(sampled, np.array(orders) / (2.0 * sigma**2))
+    )
     vector.flags.writeable = False
     return vector
 
 
 def divergences(event: Event, orders: tuple[float, ...] = ORDERS) -> NDArray[np.float64]:
-    """The Renyi divergences of a *single* step of ``event``; shape (orders,), infinite where no bound is known.
+    """The Renyi divergences of a *single* step of ``event``; shape (orders,), infinite where no
+    bound is known.
 
-    Steps and events add up, order by order, also if each was chosen after a look at the results of all before
-    (Feldman and Zrnic 2021, for a fixed order).
+    Steps and events add up, order by order, also if each was chosen after a look at the results of
+    all before (Feldman and Zrnic 2021, for a fixed order).
     """
     if event.sigma < _NOTHING:
         return np.full(len(orders), math.inf)
@@ -62,7 +77,10 @@ def divergences(event: Event, orders: tuple[float, ...] = ORDERS) -> NDArray[np.
 
 
 def epsilons(
-    orders: Sequence[float], divergence: NDArray[np.float64], delta: float, weights: Sequence[float] | None = None
+    orders: Sequence[float],
+    divergence: NDArray[np.float64],
+    delta: float,
+    weights: Sequence[float] | None = None,
 ) -> NDArray[np.float64]:
     """Epsilon by each order at ``delta``, or at its share ``weight * delta`` of it.
 
@@ -79,7 +97,8 @@ def epsilons(
     # A share of zero makes its order infinite, which is what it means.
     with np.errstate(divide="ignore", invalid="ignore"):
         epsilon = divergence + np.log1p(-1.0 / alpha) - np.log(share * alpha) / (alpha - 1.0)
-    # A divergence of any order bounds that of order 1, and with it the total variation distance: sqrt(1 - exp(-KL)) <= delta.
+    # A divergence of any order bounds that of order 1, and with it the total variation distance:
+    # sqrt(1 - exp(-KL)) <= delta.
     epsilon = np.where((share > 0.0) & (divergence <= -np.log1p(-(share**2))), 0.0, epsilon)
     return np.maximum(0.0, epsilon)
 
@@ -87,7 +106,9 @@ def epsilons(
 def divergence_bounds(
     orders: Sequence[float], epsilon: float, delta: float, weights: Sequence[float] | None = None
 ) -> NDArray[np.float64]:
-    """The largest divergence of each order with which :func:`epsilons` stays at or below ``epsilon``; -inf where there is none."""
+    """The largest divergence of each order with which :func:`epsilons` stays at or below
+    ``epsilon``; -inf where there is none.
+    """
     alpha, share = _orders_and_shares(orders, delta, weights)
     with np.errstate(divide="ignore"):
         bound = epsilon - np.log1p(-1.0 / alpha) + np.log(share * alpha) / (alpha - 1.0)
@@ -100,4 +121,6 @@ def _orders_and_shares(
     if not 0.0 < delta < 1.0:
         raise ValueError(f"delta must be in (0, 1), got {delta}")
     alpha = np.asarray(orders, dtype=np.float64)
-    return alpha, np.full(len(alpha), delta) if weights is None else np.asarray(weights, dtype=np.float64) * delta
+    return alpha, np.full(len(alpha), delta) if weights is None else np.asarray(
+        weights, dtype=np.float64
+    ) * delta

@@ -1,1 +1,3 @@
-"""May this run happen, and with how much noise: a site's policy, its plan, its budget, and forecasts of all three."""
+"""May this run happen, and with how much noise: a site's policy, its plan, its budget, and
+forecasts of all three.
+"""

@@ -1,4 +1,7 @@
-"""The command line. Commands are imported when they are called, and import what they need when they run."""
+"""The command line.
+
+Commands are imported when they are called, and import what they need when they run.
+"""
 
 from __future__ import annotations
 
@@ -9,8 +12,9 @@ from typing import NoReturn
 
 import click
 
-from privfl import __version__
-from privfl.cli import launcher
+from privfl import environment
+from privfl._version import __version__
+from privfl.cli.help import example
 from privfl.errors import EXIT_USER, PrivflError
 
 _COMMANDS = {
@@ -19,7 +23,7 @@ _COMMANDS = {
     "budget": "Show, report, verify or export what sites have spent.",
     "init": "Write a commented starter experiment that runs as it stands.",
     "keys": "Make a site's identity, or show its public key.",
-    "doctor": "Show versions, MPI, threads, and probe the encryption.",
+    "doctor": "Show versions, MPI and threads, and test the encryption.",
 }
 
 
@@ -38,12 +42,17 @@ class _Lazy(click.Group):
             formatter.write_dl(list(_COMMANDS.items()))
 
 
-@click.group(cls=_Lazy, context_settings={"help_option_names": ["-h", "--help"]})
+@click.group(
+    cls=_Lazy,
+    context_settings={"help_option_names": ["-h", "--help"]},
+    epilog=example("mpiexec -n 5 privfl train", "privfl init mine, for an experiment of your own"),
+)
 @click.version_option(__version__, prog_name="privfl")
 def cli() -> None:
-    """Differentially private federated learning over MPI.
+    """Train one model on records that may not leave their sites, and know what it cost in privacy.
 
-    Start with:  mpiexec -n 5 privfl train
+    Differentially private federated learning over MPI, with encrypted aggregation and an epsilon
+    for every site.
     """
 
 
@@ -56,7 +65,11 @@ def main(arguments: Sequence[str] | None = None) -> NoReturn:
         click.echo(error.format_message(), err=True)
         sys.exit(EXIT_USER)
     except click.ClickException as error:
-        where = f" (see `{error.ctx.command_path} --help`)" if isinstance(error, click.UsageError) and error.ctx else ""
+        where = (
+            f" (see `{error.ctx.command_path} --help`)"
+            if isinstance(error, click.UsageError) and error.ctx
+            else ""
+        )
         _complain(error.format_message().rstrip(".") + where)
         sys.exit(EXIT_USER)
     except click.Abort:
@@ -68,5 +81,5 @@ def main(arguments: Sequence[str] | None = None) -> NoReturn:
 
 def _complain(sentence: str) -> None:
     # Every rank of a job meets the same mistake; only the first one speaks.
-    if launcher.rank_by_environment() in (None, 0):
+    if environment.launcher_rank() in (None, 0):
         sys.stderr.write(f"privfl: {sentence}\n")

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Literal
 
 import click
 
+from privfl.cli.help import example
 from privfl.errors import PrivflError
 
 if TYPE_CHECKING:
@@ -22,13 +23,26 @@ _HEADS = click.option(
     "--heads",
     multiple=True,
     type=click.Path(path_type=Path, exists=True),
-    help="Run folder, rounds.jsonl or heads.jsonl with heads that were shown to others; may be repeated.",
+    help=(
+        "Run folder, rounds.jsonl or heads.jsonl with heads that were shown to others; may be "
+        "repeated."
+    ),
 )
 
 
-@click.group(name="budget")
+@click.group(
+    name="budget",
+    short_help="Show, report, verify or export what sites have spent.",
+    epilog=example(
+        "privfl budget show runs",
+        "privfl budget report runs, for the page that a data protection officer reads",
+    ),
+)
 def command() -> None:
-    """What sites have spent. LEDGERS are files, or folders in which all *.ledger files count."""
+    """Show, report, verify or export what sites have spent of their privacy budgets.
+
+    LEDGERS are files, or folders in which all *.ledger files count.
+    """
 
 
 def _histories(ledgers: Sequence[Path], heads: Sequence[Path]) -> list[History]:
@@ -37,14 +51,17 @@ def _histories(ledgers: Sequence[Path], heads: Sequence[Path]) -> list[History]:
 
     # In a run folder the heads that were shown lie beside the ledgers.
     shown = from_ledger.heads_in([*heads, *(path for path in ledgers if path.is_dir())])
-    found = []
+    histories = []
     for path in from_ledger.find(ledgers):
         with Ledger.read(path) as ledger:
-            found.append(from_ledger.history(ledger, from_ledger.checks(ledger, shown)))
-    return sorted(found, key=lambda history: history.site)
+            histories.append(from_ledger.history(ledger, from_ledger.checks(ledger, shown)))
+    return sorted(histories, key=lambda history: history.site)
 
 
-@command.command()
+@command.command(
+    short_help="Show on the terminal what is spent and what remains.",
+    epilog=example("privfl budget show runs", "privfl budget report runs, for a page to hand on"),
+)
 @_PATHS
 @_HEADS
 def show(ledgers: tuple[Path, ...], heads: tuple[Path, ...]) -> None:
@@ -55,15 +72,29 @@ def show(ledgers: tuple[Path, ...], heads: tuple[Path, ...]) -> None:
     from privfl.accounting import ADJACENCY
 
     histories = _histories(ledgers, heads)
-    table = Table("site", "records", "epsilon spent", "of", "delta", "runs", "rounds", "steps", "book")
+    table = Table(
+        "site", "records", "epsilon spent", "of", "delta", "runs", "rounds", "steps", "book"
+    )
     for history in histories:
         for line in _lines(history):
             table.add_row(*line)
     Console(width=None if sys.stdout.isatty() else 160).print(table)
-    click.echo(f"epsilon protects one record ({ADJACENCY}); training and evaluation records are accounts of their own")
+    click.echo(
+        f"epsilon protects one record ({ADJACENCY}); training and evaluation records are accounts "
+        f"of their own"
+    )
     if not all(history.kept for history in histories):
-        click.echo("no book is kept across runs where the last column says so: those epsilons are of one run")
-    bad = [f"{history.site}: {check.detail}" for history in histories for check in history.checks if check.ok is False]
+        click.echo(
+            "no ledger is kept across runs where the last column says so: those epsilons are of "
+            "one "
+            "run"
+        )
+    bad = [
+        f"{history.site}: {check.detail}"
+        for history in histories
+        for check in history.checks
+        if check.ok is False
+    ]
     if bad:
         raise PrivflError(f"NOT VERIFIED: {bad[0]}")
 
@@ -73,7 +104,13 @@ def _lines(history: History) -> Iterator[tuple[str, ...]]:
     from privfl.reporting.build import spent
     from privfl.reporting.numbers import decimals
 
-    state = "one run" if not history.kept else "NOT VERIFIED" if any(check.ok is False for check in history.checks) else "kept"
+    state = (
+        "one run"
+        if not history.kept
+        else "NOT VERIFIED"
+        if any(check.ok is False for check in history.checks)
+        else "kept"
+    )
     for account in ACCOUNTS:
         charges = [charge for charge in history.charges if charge.account == account]
         if not charges and account not in history.limits:
@@ -93,51 +130,91 @@ def _lines(history: History) -> Iterator[tuple[str, ...]]:
         )
 
 
-@command.command()
+@command.command(
+    short_help="Write a report that a data protection officer can read.",
+    epilog=example(
+        "privfl budget report /ledgers --heads runs --output report.html",
+        "open report.html in a browser, or print it",
+    ),
+)
 @_PATHS
 @_HEADS
 @click.option(
-    "--output", type=click.Path(path_type=Path), default=Path("budget-report.html"), show_default=True, help="The file to write."
+    "--output",
+    type=click.Path(path_type=Path),
+    default=Path("budget-report.html"),
+    show_default=True,
+    help="The file to write.",
 )
 def report(ledgers: tuple[Path, ...], heads: tuple[Path, ...], output: Path) -> None:
-    """Write a report that a data protection officer can read: one HTML file, for screen and paper."""
+    """Write a report that a data protection officer can read: one HTML file, for screen and
+    paper.
+    """
     from privfl.reporting.build import report as compute
     from privfl.reporting.html import to_html
 
-    found = compute("Privacy budget", _histories(ledgers, heads))
-    _write(output, to_html(found))
+    page = compute("Privacy budget", _histories(ledgers, heads))
+    _write(output, to_html(page))
     click.echo(f"wrote {output}")
 
 
-@command.command()
+@command.command(
+    short_help="Check a ledger: its chain, its costs, its limits, and heads shown to others.",
+    epilog=example(
+        "privfl budget verify /ledgers/aa.ledger --heads runs",
+        "keep run folders: their heads show later whether rows were taken back",
+    ),
+)
 @click.argument("ledger", type=click.Path(path_type=Path))
-@click.argument("heads", nargs=-1, type=click.Path(path_type=Path, exists=True))
-def verify(ledger: Path, heads: tuple[Path, ...]) -> None:
-    """Check LEDGER, a file or a folder of them: the chain of its rows, the costs in it, its limits, and the HEADS that were shown to others.
+@click.argument(
+    "more_heads", metavar="[HEADS]...", nargs=-1, type=click.Path(path_type=Path, exists=True)
+)
+@_HEADS
+def verify(ledger: Path, more_heads: tuple[Path, ...], heads: tuple[Path, ...]) -> None:
+    """Check LEDGER, a file or a folder of them, against itself and against what others were shown.
 
-    HEADS are run folders, their rounds.jsonl, or a site's heads.jsonl. Without any, a tail that was cut off does not show.
+    Checked are the chain of its rows, the costs in it, its limits, and the heads that were shown to
+    others. Without any head, a tail that was cut off does not show. HEADS after the ledger mean the
+    same as --heads.
     """
     from privfl.ledger import Ledger
     from privfl.reporting import from_ledger
 
-    shown = from_ledger.heads_in([*heads, *([ledger] if ledger.is_dir() else [])])
+    shown = from_ledger.heads_in([*more_heads, *heads, *([ledger] if ledger.is_dir() else [])])
     problems = []
     for path in from_ledger.find([ledger]):
-        with Ledger.read(path) as book:
-            found = from_ledger.checks(book, shown)
-            wrong_costs = book.problems()
-            for check in found:
+        with Ledger.read(path) as opened:
+            checks = from_ledger.checks(opened, shown)
+            wrong_costs = opened.problems()
+            for check in checks:
                 click.echo(
-                    f"{path}: {check.what}: {'ok' if check.ok else 'WRONG' if check.ok is False else 'not checked'}: {check.detail}"
+                    f"{path}: {check.what}: "
+                    f"{'ok' if check.ok else 'WRONG' if check.ok is False else 'not checked'}: "
+                    f"{check.detail}"
                 )
             if not wrong_costs:
-                click.echo(f"{path}: costs: ok: recomputed from the events, and within the budget at every charge")
-            problems += [f"{path}: {problem}" for problem in [*(c.detail for c in found if c.ok is False), *wrong_costs]]
+                click.echo(
+                    f"{path}: costs: ok: recomputed from the events, and within the budget at "
+                    f"every charge"
+                )
+            problems += [
+                f"{path}: {problem}"
+                for problem in [*(c.detail for c in checks if c.ok is False), *wrong_costs]
+            ]
     if problems:
-        raise PrivflError(f"NOT VERIFIED: {problems[0]}" + (f" (and {len(problems) - 1} more)" if problems[1:] else ""))
+        raise PrivflError(
+            f"NOT VERIFIED: {problems[0]}"
+            + (f" (and {len(problems) - 1} more)" if problems[1:] else "")
+        )
 
 
-@command.command()
+@command.command(
+    short_help="Write every charge, or the report as JSON, for other programs.",
+    epilog=example(
+        "privfl budget export runs --format csv --output charges.csv",
+        "privfl budget export --schema, for what the JSON form holds",
+    ),
+)
 @click.argument("ledgers", nargs=-1, type=click.Path(path_type=Path))
 @_HEADS
 @click.option(
@@ -148,10 +225,18 @@ def verify(ledger: Path, heads: tuple[Path, ...]) -> None:
     show_default=True,
     help="JSON: the report; CSV: every charge.",
 )
-@click.option("--output", type=click.Path(path_type=Path), help="The file to write; standard output if none is given.")
+@click.option(
+    "--output",
+    type=click.Path(path_type=Path),
+    help="The file to write; standard output if none is given.",
+)
 @click.option("--schema", is_flag=True, help="Print the JSON schema of the report instead.")
 def export(
-    ledgers: tuple[Path, ...], heads: tuple[Path, ...], form: Literal["json", "csv"], output: Path | None, schema: bool
+    ledgers: tuple[Path, ...],
+    heads: tuple[Path, ...],
+    form: Literal["json", "csv"],
+    output: Path | None,
+    schema: bool,
 ) -> None:
     """Write the report as JSON, or every single charge as CSV, for other programs."""
     from privfl.reporting.build import report as compute
@@ -162,7 +247,9 @@ def export(
     elif not ledgers:
         raise PrivflError("name the ledgers to export, or a folder of them")
     elif form == "json":
-        text = compute("Privacy budget", _histories(ledgers, heads)).model_dump_json(indent=2) + "\n"
+        text = (
+            compute("Privacy budget", _histories(ledgers, heads)).model_dump_json(indent=2) + "\n"
+        )
     else:
         text = "".join(_csv(_histories(ledgers, heads)))
     if output is None:
@@ -176,12 +263,31 @@ def _csv(histories: Sequence[History]) -> Iterator[str]:
     buffer = io.StringIO()
     table = csv.writer(buffer, lineterminator="\n")
     table.writerow(
-        ["site", "ledger", "time", "run", "round", "records", "mechanism", "sampling_rate", "noise_multiplier", "sigma", "steps"]
+        [
+            "site",
+            "ledger",
+            "time",
+            "run",
+            "round",
+            "records",
+            "mechanism",
+            "sampling_rate",
+            "noise_multiplier",
+            "sigma",
+            "steps",
+        ]
     )
     for history in histories:
         for charge in history.charges:
             event = history.mechanisms[charge.mechanism]
-            where = [history.site, history.ledger or "", charge.time, charge.run, charge.round, charge.account]
+            where = [
+                history.site,
+                history.ledger or "",
+                charge.time,
+                charge.run,
+                charge.round,
+                charge.account,
+            ]
             table.writerow([*where, event.kind, event.rate, event.noise, event.sigma, charge.steps])
     yield buffer.getvalue()
 

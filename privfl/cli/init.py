@@ -6,13 +6,25 @@ from pathlib import Path
 
 import click
 
+from privfl.cli.help import example
 from privfl.errors import PrivflError
 
 
-@click.command(name="init")
+@click.command(
+    name="init",
+    short_help="Write a commented starter experiment that runs as it stands.",
+    epilog=example(
+        "privfl init mine",
+        "try it: mpiexec -n 5 privfl train mine/experiment.yaml --sites mine/sites",
+    ),
+)
 @click.argument("directory", type=click.Path(path_type=Path))
 def command(directory: Path) -> None:
-    """Write a commented starter into DIRECTORY: the experiment, its Python functions, and one file per site."""
+    """Write a commented starter experiment into DIRECTORY.
+
+    It is the built-in demo: the experiment, its Python functions, and one file per site. It runs as
+    it stands; change one thing after another.
+    """
     from privfl.config import demo_path, load_experiment
 
     source = demo_path().parent
@@ -21,7 +33,10 @@ def command(directory: Path) -> None:
         files[Path("sites") / f"{site}.yaml"] = (source / "site.yaml").read_bytes()
     existing = [name for name in files if (directory / name).exists()]
     if existing:
-        raise PrivflError(f"{directory / existing[0]} exists already; nothing was written, choose another directory")
+        raise PrivflError(
+            f"{directory / existing[0]} exists already; nothing was written, choose another "
+            f"directory"
+        )
     try:
         for name, content in files.items():
             (directory / name).parent.mkdir(parents=True, exist_ok=True)
@@ -30,4 +45,7 @@ def command(directory: Path) -> None:
         raise PrivflError(f"cannot write {error.filename}: {error.strerror}") from error
     for name in files:
         click.echo(f"wrote {directory / name}")
-    click.echo(f"try it:  mpiexec -n 5 privfl train {directory / 'experiment.yaml'} --sites {directory / 'sites'}")
+    click.echo(
+        f"try it:  mpiexec -n 5 privfl train {directory / 'experiment.yaml'} --sites "
+        f"{directory / 'sites'}"
+    )

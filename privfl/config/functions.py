@@ -19,23 +19,29 @@ from typing import Any
 from privfl.config.experiment import Experiment
 from privfl.errors import PrivflError, did_you_mean, in_one_line
 
-# The parser of CPython 3.11 fails now and then when two threads use it, as the ranks of an in-process world do.
+# The parser of CPython 3.11 fails now and then when two threads use it, as the ranks of an
+# in-process world do.
 _PARSING = threading.Lock()
 
 
 def check_functions(experiment: Experiment, folder: Path) -> None:
-    """Check, without running any user code, that ``file.py:function`` references lead somewhere.
+    """Check, without running user code, that every ``file.py:function`` names a function there.
+
+    Args:
+        experiment: the experiment with the references.
+        folder: the folder that relative paths of files count from.
 
     Raises:
-        PrivflError: no such file, not Python, or no such name in it.
+        PrivflError: If a file cannot be read or is not Python, or if it defines no such name.
     """
     references = {key: getattr(experiment, key) for key in ("model", "data", "loss")}
-    references |= {f"evaluation.metrics.{name}": reference for name, reference in experiment.evaluation.metrics.items()}
+    for name, reference in experiment.evaluation.metrics.items():
+        references[f"evaluation.metrics.{name}"] = reference
     for key, reference in references.items():
-        place, name = reference.rsplit(":", 1)
-        if not place.endswith(".py"):
+        source, name = reference.rsplit(":", 1)
+        if not source.endswith(".py"):
             continue
-        path = _file(folder, place)
+        path = _file(folder, source)
         try:
             with _PARSING:
                 tree = ast.parse(path.read_text(encoding="utf-8"), str(path))
@@ -50,26 +56,38 @@ def check_functions(experiment: Experiment, folder: Path) -> None:
 
 
 def load_function(key: str, reference: str, folder: Path) -> Callable[..., Any]:
-    """The function behind ``file.py:function`` (relative to ``folder``) or ``package.module:function``. Runs user code.
+    """Import the function behind a reference. Runs user code.
+
+    Args:
+        key: the key of the experiment that holds the reference, for error messages.
+        reference: ``file.py:function`` or ``package.module:function``.
+        folder: the folder that a relative path of a file counts from.
 
     Raises:
-        PrivflError: it cannot be imported, or is not callable.
+        PrivflError: If the module cannot be imported, or if it has no such function.
     """
-    place, name = reference.rsplit(":", 1)
+    source, name = reference.rsplit(":", 1)
     try:
-        module = _module_from_file(_file(folder, place)) if place.endswith(".py") else importlib.import_module(place)
+        module = _import(source, folder)
     except Exception as error:  # whatever the user's module raises
         # The message stays here: code that runs on import may have read records.
         traceback.print_exc()
-        raise PrivflError(f"{key}: importing {place} raised {type(error).__name__}") from error
+        raise PrivflError(f"{key}: importing {source} raised {type(error).__name__}") from error
     function = getattr(module, name, None)
     if not callable(function):
-        raise PrivflError(f"{key}: {place} has no function '{name}'{did_you_mean(name, dir(module))}")
+        hint = did_you_mean(name, dir(module))
+        raise PrivflError(f"{key}: {source} has no function '{name}'{hint}")
     return function  # type: ignore[no-any-return]
 
 
-def _file(folder: Path, place: str) -> Path:
-    return (folder / os.path.expanduser(place)).resolve()
+def _file(folder: Path, source: str) -> Path:
+    return (folder / os.path.expanduser(source)).resolve()
+
+
+def _import(source: str, folder: Path) -> Any:
+    if source.endswith(".py"):
+        return _module_from_file(_file(folder, source))
+    return importlib.import_module(source)
 
 
 def _module_from_file(path: Path) -> Any:
@@ -93,8 +111,12 @@ def _top_level_names(tree: ast.Module) -> list[str]:
             names.append(node.name)
         elif isinstance(node, ast.Import | ast.ImportFrom):
             names.extend(alias.asname or alias.name for alias in node.names)
-        elif isinstance(node, ast.Assign) and all(isinstance(target, ast.Name) for target in node.targets):
+        elif isinstance(node, ast.Assign) and _assigns_names(node):
             names.extend(target.id for target in node.targets if isinstance(target, ast.Name))
         elif not isinstance(node, ast.Expr | ast.Assert | ast.Raise):
             names.append("*")
     return names
+
+
+def _assigns_names(node: ast.Assign) -> bool:
+    return all(isinstance(target, ast.Name) for target in node.targets)

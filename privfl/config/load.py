@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Hashable, Mapping, Sequence
 from importlib import resources
 from pathlib import Path
 from types import UnionType
-from typing import Annotated, Any, TypeVar, Union, get_args, get_origin
+from typing import Annotated, Any, Final, TypeVar, Union, get_args, get_origin
 
 import yaml
 from pydantic import BaseModel, ValidationError
@@ -17,16 +17,74 @@ from privfl.errors import PrivflError, did_you_mean, in_one_line
 
 _Section = TypeVar("_Section", bound=BaseModel)
 
+# Aliases may repeat this many values. A few nested ones stand for more than memory can hold.
+_MOST_REPEATED: Final = 100_000
+
 
 class _Loader(yaml.SafeLoader):
-    """YAML that refuses a key given twice, of which PyYAML silently keeps the last."""
+    """YAML without what PyYAML lets pass and later stages cannot take.
+
+    These are a key given twice, of which PyYAML silently keeps the last, aliases that stand for
+    very many values, and texts that cannot be written as UTF-8.
+    """
+
+    def __init__(self, text: str) -> None:
+        super().__init__(text)
+        # By node, the number of values in it when its aliases are written out.
+        self._sizes: dict[int, int] = {}
+        self._repeated = 0
+
+    def compose_node(self, parent: yaml.Node | None, index: Any) -> yaml.Node | None:
+        is_alias = self.check_event(yaml.AliasEvent)
+        node = super().compose_node(parent, index)
+        if node is None:
+            return None
+        if not is_alias:
+            self._sizes[id(node)] = 1 + sum(self._sizes[id(child)] for child in _children(node))
+            return node
+        if id(node) not in self._sizes:
+            raise _error("an alias stands inside of what it repeats; write it out", node)
+        self._repeated += self._sizes[id(node)]
+        if self._repeated > _MOST_REPEATED:
+            raise _error(f"aliases repeat more than {_MOST_REPEATED} values; write them out", node)
+        return node
 
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
-        keys = [self.construct_object(key, deep=True) for key, _ in node.value]
-        for key in keys:
-            if keys.count(key) > 1:
-                raise yaml.constructor.ConstructorError(None, None, f"key '{key}' stands twice in one mapping", node.start_mark)
+        keys: set[Hashable] = set()
+        for key_node, _ in node.value:
+            key = self.construct_object(key_node, deep=True)
+            if not isinstance(key, Hashable):
+                continue  # which PyYAML itself refuses
+            if key in keys:
+                raise _error(f"key '{key}' stands twice in one mapping", node)
+            keys.add(key)
         return super().construct_mapping(node, deep)
+
+    def construct_scalar(self, node: yaml.ScalarNode | yaml.MappingNode) -> Any:
+        value = super().construct_scalar(node)
+        if isinstance(value, str) and not _is_utf8(value):
+            raise _error(
+                "a text has half of a character, a lone surrogate; write the whole one", node
+            )
+        return value
+
+
+def _error(problem: str, node: yaml.Node) -> yaml.MarkedYAMLError:
+    return yaml.MarkedYAMLError(None, None, problem, node.start_mark)
+
+
+def _is_utf8(text: str) -> bool:
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        return False
+    return True
+
+
+def _children(node: yaml.Node) -> list[yaml.Node]:
+    if isinstance(node, yaml.MappingNode):
+        return [child for pair in node.value for child in pair]
+    return list(node.value) if isinstance(node, yaml.SequenceNode) else []
 
 
 def demo_path() -> Path:
@@ -35,10 +93,14 @@ def demo_path() -> Path:
 
 
 def load_experiment(path: Path, settings: Sequence[str] = ()) -> Experiment:
-    """The experiment in ``path`` with ``settings`` of the form ``key.path=value`` put over it.
+    """Read an experiment file.
+
+    Args:
+        path: the experiment file.
+        settings: ``key.path=value``, each of which overrides a value of the file.
 
     Raises:
-        PrivflError: the file is missing, not YAML, or breaks the schema.
+        PrivflError: If the file cannot be read or is not YAML, or if a key or value is not valid.
     """
     values = _read(path, "the experiment file")
     for setting in settings:
@@ -47,23 +109,28 @@ def load_experiment(path: Path, settings: Sequence[str] = ()) -> Experiment:
 
 
 def load_site(folder: Path | None, site: str) -> SiteFile:
-    """The site file of ``site`` in ``folder``; defaults if no folder was given.
+    """Read the file of a site; relative paths in it become absolute.
+
+    Args:
+        folder: the folder of the site files; None gives the defaults.
+        site: the name of the site.
 
     Raises:
-        PrivflError: the file is missing, not YAML, or breaks the schema.
+        PrivflError: If the file cannot be read or is not YAML, or if a key or value is not valid.
     """
     if folder is None:
         return SiteFile()
     path = folder / f"{site}.yaml"
-    found = _validate(SiteFile, _read(path, f"the file of site {site}"), str(path))
-    near: dict[str, Any] = {
+    file = _validate(SiteFile, _read(path, f"the file of site {site}"), str(path))
+    absolute: dict[str, Any] = {
         name: str((folder / value).resolve())
         for name in ("output", "log", "identity")
-        if (value := getattr(found, name)) is not None
+        if (value := getattr(file, name)) is not None
     }
-    if found.ledger is not None:
-        near["ledger"] = found.ledger.model_copy(update={"file": str((folder / found.ledger.file).resolve())})
-    return found.model_copy(update=near)
+    if file.ledger is not None:
+        ledger = str((folder / file.ledger.file).resolve())
+        absolute["ledger"] = file.ledger.model_copy(update={"file": ledger})
+    return file.model_copy(update=absolute)
 
 
 def _read(path: Path, what: str) -> dict[str, Any]:
@@ -77,7 +144,11 @@ def _read(path: Path, what: str) -> dict[str, Any]:
 
 
 def _parse(text: str) -> Any:
-    """What a piece of YAML says; ValueError if it is none (PyYAML itself raises that for a date that does not exist)."""
+    """What a piece of YAML says.
+
+    Raises:
+        ValueError: If it is not YAML. PyYAML itself raises this for a date that does not exist.
+    """
     try:
         return yaml.load(text, _Loader)  # noqa: S506  (a SafeLoader: plain values only)
     except (yaml.YAMLError, RecursionError) as error:
@@ -92,7 +163,8 @@ def _mapping(text: str, where: str) -> dict[str, Any]:
     if values is None:
         return {}
     if not isinstance(values, dict):
-        raise PrivflError(f"{where} must hold keys and values, it holds a {type(values).__name__}")
+        kind = type(values).__name__
+        raise PrivflError(f"{where} must hold keys and values, it holds a {kind}")
     return values
 
 
@@ -118,20 +190,26 @@ def _validate(schema: type[_Section], values: Mapping[str, Any], where: str) -> 
     try:
         return schema.model_validate(values)
     except ValidationError as error:
-        sentences = [_sentence(schema, problem) for problem in error.errors()]
-        # Where several spellings of a value are allowed pydantic reports each; the first says enough. Unknown keys explain missing ones.
-        first = next((s for s, e in zip(sentences, error.errors(), strict=True) if e["type"] == "extra_forbidden"), sentences[0])
-        raise PrivflError(f"{where}: {first}") from error
+        problems = error.errors()
+        # Where several spellings of a value are allowed pydantic reports each; the first says
+        # enough. But an unknown key explains a missing one.
+        unknown = [problem for problem in problems if problem["type"] == "extra_forbidden"]
+        problem = (unknown or problems)[0]
+        raise PrivflError(f"{where}: {_sentence(schema, problem)}") from error
 
 
 def _sentence(schema: type[BaseModel], problem: Any) -> str:
+    # Of a union pydantic also names the type that it tried.
     location = [
-        part for part in problem["loc"] if not (isinstance(part, str) and ("[" in part or part in ("float", "int", "str")))
+        part
+        for part in problem["loc"]
+        if not (isinstance(part, str) and ("[" in part or part in ("float", "int", "str")))
     ]
     key = ".".join(str(part) for part in location)
     match problem["type"]:
         case "extra_forbidden":
-            return f"unknown key '{key}'{did_you_mean(str(location[-1]), _keys(schema, location[:-1]))}"
+            hint = did_you_mean(str(location[-1]), _keys(schema, location[:-1]))
+            return f"unknown key '{key}'{hint}"
         case "missing":
             return f"key '{key}' is missing"
         case "value_error":
@@ -141,12 +219,14 @@ def _sentence(schema: type[BaseModel], problem: Any) -> str:
 
 
 def _keys(schema: type[BaseModel], location: Sequence[Any]) -> list[str]:
+    """The keys that are known in the section at ``location``."""
     for part in location:
         field = schema.model_fields.get(str(part))
         inner = None if field is None else field.annotation
         choices = get_args(inner) if get_origin(inner) in (Union, UnionType) else (inner,)
-        choices = tuple(get_args(c)[0] if get_origin(c) is Annotated else c for c in choices)
-        schema = next((c for c in choices if isinstance(c, type) and issubclass(c, BaseModel)), BaseModel)
+        types = [get_args(c)[0] if get_origin(c) is Annotated else c for c in choices]
+        sections = [c for c in types if isinstance(c, type) and issubclass(c, BaseModel)]
+        schema = sections[0] if sections else BaseModel
     return list(schema.model_fields)
 
 

@@ -43,8 +43,15 @@ def _device(value: str) -> str:
 
 def _public_key(value: str) -> str:
     if not re.fullmatch(r"ed25519:[A-Za-z0-9_-]{43}", value):
-        raise ValueError(f"must be 'ed25519:' and 43 characters, as `privfl keys show` prints it, got {value!r}")
+        raise ValueError(
+            f"must be 'ed25519:' and 43 characters, as `privfl keys show` prints it, got {value!r}"
+        )
     return value
+
+
+def _format(words: str) -> Any:
+    """What a text must look like, in words, for the reference of keys."""
+    return Field(json_schema_extra={"format": words})
 
 
 class Section(BaseModel):
@@ -62,8 +69,12 @@ Options = dict[str, JsonValue]
 Below1 = Annotated[float, BeforeValidator(_no_bool), Field(ge=0, lt=1)]
 Probability = Annotated[float, BeforeValidator(_no_bool), Field(gt=0, lt=1)]
 Rate = Annotated[float, BeforeValidator(_no_bool), Field(gt=0, le=1)]
-SiteName = Annotated[str, AfterValidator(_site_name)]
-FunctionName = Annotated[str, AfterValidator(_function)]
-MetricName = Annotated[str, AfterValidator(_metric_name)]
-Device = Annotated[str, AfterValidator(_device)]
-PublicKey = Annotated[str, AfterValidator(_public_key)]
+SiteName = Annotated[str, AfterValidator(_site_name), _format("name of a site")]
+FunctionName = Annotated[
+    str,
+    AfterValidator(_function),
+    _format("`file.py:function` or `package.module:function`"),
+]
+MetricName = Annotated[str, AfterValidator(_metric_name), _format("name of a metric")]
+Device = Annotated[str, AfterValidator(_device), _format("`cpu`, `mps`, `cuda` or `cuda:N`")]
+PublicKey = Annotated[str, AfterValidator(_public_key), _format("public key, `ed25519:...`")]

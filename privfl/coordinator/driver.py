@@ -1,27 +1,37 @@
-"""Rank 0: drives the pure protocol of ``federation.coordinator`` over a transport and adds ciphertexts. It never holds a key or a model."""
+"""Rank 0: drives the pure protocol of ``federation.coordinator`` over a transport and adds
+ciphertexts. It never holds a key or a model.
+"""
 
 from __future__ import annotations
 
 import time
 import traceback
 from collections.abc import Callable
-from typing import Any, TextIO
+from typing import TextIO
 
 import numpy as np
 from numpy.typing import NDArray
 
-from privfl.errors import EXIT_OURS, EXIT_USER, InternalError, PrivflError, ProtocolError, in_one_line
+from privfl.errors import (
+    EXIT_OURS,
+    EXIT_USER,
+    InternalError,
+    PrivflError,
+    ProtocolError,
+    in_one_line,
+)
 from privfl.federation import coordinator, messages
 from privfl.federation.coordinator import Phase
 from privfl.federation.messages import Kind, Message
+from privfl.federation.news import News
 from privfl.secagg import Adder, EvaluatorAdder, Layout, Parameters, WordAdder
 from privfl.secagg.adders import reduce_words
 from privfl.secagg.parameters import CIPHERTEXT_WORDS
-from privfl.secagg.session.sums import layout_of
-from privfl.site.upload import finish
-from privfl.transport import Reduction, Transport
+from privfl.secagg.session.metrics import layout_of
+from privfl.transport import Reduction, Transport, finish
 
-Told = Callable[[str, dict[str, Any]], None]
+# Called with what happened, and the seconds spent in each phase since the last call.
+Tell = Callable[[News, dict[str, float]], None]
 
 _GREETING_SECONDS = 180.0
 _GOODBYE_SECONDS = 20.0
@@ -39,20 +49,25 @@ _CLOCKS = {
 }
 
 
-def coordinate(transport: Transport, plan: coordinator.Plan, parameters: Parameters, tell: Told, trace: TextIO) -> int:
+def coordinate(
+    transport: Transport, plan: coordinator.Plan, parameters: Parameters, tell: Tell, trace: TextIO
+) -> int:
     """Lead one run; the exit code of the job.
 
     Args:
+        transport: connects rank 0 to the sites.
+        plan: what does not change during the run.
         parameters: those of the encrypted sums.
-        tell: called with what happened ('greeted', 'started', 'round', 'finished', 'failed') and its facts, each with the seconds spent
-            per phase since the last call.
+        tell: called with everything that a person or the run folder should know.
         trace: where the traceback of an error of ours goes.
     """
     return _Driver(transport, plan, parameters, tell, trace).run()
 
 
 def dismiss(transport: Transport, exit_code: int) -> int:
-    """Tell every rank to end with ``exit_code`` and wait for their goodbyes; Abort only if one does not answer."""
+    """Tell every rank to end with ``exit_code`` and wait for their goodbyes; Abort only if one
+    does not answer.
+    """
     stop = Message.of(messages.Stop(exit_code=exit_code)).encode()
     waiting = set(range(1, transport.size))
     for rank in waiting:
@@ -61,7 +76,7 @@ def dismiss(transport: Transport, exit_code: int) -> int:
     while waiting and time.monotonic() < deadline:
         try:
             frame = transport.receive(deadline - time.monotonic())
-        except ProtocolError:  # the run is over; what is damaged now is nobody's concern
+        except ProtocolError:  # the run is over; what is damaged now concerns nobody
             continue
         if frame is not None and messages.is_kind(frame.head, Kind.BYE):
             waiting.discard(frame.peer)
@@ -72,7 +87,14 @@ def dismiss(transport: Transport, exit_code: int) -> int:
 
 
 class _Driver:
-    def __init__(self, transport: Transport, plan: coordinator.Plan, parameters: Parameters, tell: Told, trace: TextIO) -> None:
+    def __init__(
+        self,
+        transport: Transport,
+        plan: coordinator.Plan,
+        parameters: Parameters,
+        tell: Tell,
+        trace: TextIO,
+    ) -> None:
         self._transport = transport
         self._plan = plan
         self._parameters = parameters
@@ -92,14 +114,25 @@ class _Driver:
                 if frame is not None:
                     message = messages.decode(frame.head, frame.bulk)
                     self._follow(coordinator.step(self._plan, self._state, frame.peer, message))
-                elif self._state.phase is Phase.GREETING and time.monotonic() - started > _GREETING_SECONDS:
+                elif (
+                    self._state.phase is Phase.GREETING
+                    and time.monotonic() - started > _GREETING_SECONDS
+                ):
                     missing = sorted(set(range(1, self._transport.size)) - set(self._state.hellos))
-                    raise PrivflError(f"rank {missing[0]} did not report within {_GREETING_SECONDS:.0f} s; look at its machine")
+                    raise PrivflError(
+                        f"rank {missing[0]} did not report within {_GREETING_SECONDS:.0f} s; look "
+                        f"at its machine"
+                    )
             except PrivflError as error:
                 self._fail(str(error), error.exit_code)
             except Exception as error:  # whatever it is, the sites must be told
                 traceback.print_exc(file=self._trace)
-                self._fail(in_one_line(f"internal error of the coordinator: {type(error).__name__}: {error}"), EXIT_OURS)
+                self._fail(
+                    in_one_line(
+                        f"internal error of the coordinator: {type(error).__name__}: {error}"
+                    ),
+                    EXIT_OURS,
+                )
         return dismiss(self._transport, self._exit_code)
 
     def _fail(self, error: str, exit_code: int) -> None:
@@ -115,7 +148,9 @@ class _Driver:
         self._state, outputs = result
         if self._state.phase is not before and before in _CLOCKS:
             now = time.perf_counter()
-            self._seconds[_CLOCKS[before]] = self._seconds.get(_CLOCKS[before], 0.0) + now - self._since
+            self._seconds[_CLOCKS[before]] = (
+                self._seconds.get(_CLOCKS[before], 0.0) + now - self._since
+            )
             self._since = now
         for output in outputs:
             self._perform(output)
@@ -127,14 +162,16 @@ class _Driver:
             case coordinator.SetAdder():
                 self._adder = self._make_adder(output.words_add)
             case coordinator.OpenSum():
-                self._our_adder().open(layout_of(output.vector, output.numbers, self._parameters))
+                self._our_adder().open(
+                    layout_of(output.numbers, self._parameters, wide=output.vector == "metrics")
+                )
             case coordinator.Fold():
                 self._our_adder().add(output.part, output.block)
             case coordinator.Release():
                 self._release(output)
             case coordinator.Tell():
-                self._tell(output.what, {**output.facts, "seconds": self._seconds})
-                self._seconds = {}
+                seconds, self._seconds = self._seconds, {}
+                self._tell(output.news, seconds)
             case coordinator.Dismiss():
                 self._exit_code = output.exit_code
 
@@ -142,16 +179,21 @@ class _Driver:
         if self._plan.path == "reduce":
             if not words_add:
                 raise PrivflError(
-                    "secure_aggregation.path reduce adds words, which this TenSEAL is not proven to allow; use path star"
+                    "secure_aggregation.path reduce adds words, which this TenSEAL is not proven "
+                    "to allow; use path star"
                 )
-            return ReducingAdder(self._transport, tuple(sorted(self._state.hellos)), self._parameters)
+            return ReducingAdder(
+                self._transport, tuple(sorted(self._state.hellos)), self._parameters
+            )
         return WordAdder(self._parameters) if words_add else EvaluatorAdder(self._parameters)
 
     def _release(self, output: coordinator.Release) -> None:
         for part in range(output.blocks):
             total = self._our_adder().block(part)
             head = output.message
-            message = Message(head.kind, head.run, head.round, head.attempt, part, output.blocks, bulk=total)
+            message = Message(
+                head.kind, head.run, head.round, head.attempt, part, output.blocks, bulk=total
+            )
             for rank in output.ranks:
                 self._transport.send(rank, *message.encode())
         self._our_adder().close()
@@ -163,14 +205,21 @@ class _Driver:
 
 
 class ReducingAdder:
-    """Lets the transport add: all blocks of a sum are under way at once, and this program sees nothing but their sums."""
+    """Lets the transport add: all blocks of a sum are under way at once, and this program sees
+    nothing but their sums.
+    """
 
-    def __init__(self, transport: Transport, members: tuple[int, ...], parameters: Parameters) -> None:
+    def __init__(
+        self, transport: Transport, members: tuple[int, ...], parameters: Parameters
+    ) -> None:
         self._transport, self._members, self._parameters = transport, members, parameters
         self._sums: list[tuple[NDArray[np.uint64], Reduction]] = []
 
     def open(self, layout: Layout) -> None:
-        sums = [np.zeros(layout.ciphertexts(i) * CIPHERTEXT_WORDS, dtype=np.uint64) for i in range(layout.blocks)]
+        sums = [
+            np.zeros(layout.ciphertexts(i) * CIPHERTEXT_WORDS, dtype=np.uint64)
+            for i in range(layout.blocks)
+        ]
         self._sums = [(words, self._transport.reduce(self._members, words)) for words in sums]
 
     def add(self, index: int, block: bytes | memoryview) -> None:

@@ -1,7 +1,8 @@
 """Handwritten digits at four sites, none of which has seen all ten: scikit-learn's `load_digits`.
 
-Each site lacks three digits in its training records. The held-out records are a public benchmark with all
-ten; every site evaluates its own quarter, so that the pooled accuracy is that over the whole benchmark.
+Each site lacks three digits in its training records. The evaluation records are a public benchmark
+with all ten; every site evaluates its own quarter, so that the pooled accuracy is that over the
+whole benchmark.
 """
 
 import torch
@@ -16,7 +17,9 @@ INK = torch.tensor([0, 0.2, 0.5, 0.6, 0.6, 0.5, 0.2, 0])  # a guess per column: 
 
 
 def linear() -> nn.Module:
-    """Softmax regression, 650 parameters: with little privacy to spend, few parameters learn most."""
+    """Softmax regression, 650 parameters: with little privacy to spend, few parameters learn
+    most.
+    """
     layer = nn.Linear(64, 10)
     nn.init.zeros_(layer.weight)
     nn.init.zeros_(layer.bias)
@@ -29,19 +32,24 @@ def mlp() -> nn.Module:
 
 
 def data(site: str):
-    """The training and held-out records of one site, as (image, digit)."""
+    """The training and evaluation records of one site, as (image, digit)."""
     if site not in SITES:
-        raise ValueError(f"digits.py knows the sites {', '.join(SITES)}, not {site!r}; correct `sites`")
+        raise ValueError(
+            f"digits.py knows the sites {', '.join(SITES)}, not {site!r}; correct `sites`"
+        )
     images, digits = (torch.from_numpy(a) for a in load_digits(return_X_y=True))
     images = images.float() / 16 - INK.repeat(8)  # their own mean would leak: it reads records
-    train, held_out = train_test_split(range(len(digits)), test_size=360, random_state=0, stratify=digits)
+    train, evaluation = train_test_split(
+        range(len(digits)), test_size=360, random_state=0, stratify=digits
+    )
     mine = []
     for digit in range(10):  # each digit is dealt in turn to the sites that have it
         holders = [name for name in SITES if digit not in ABSENT[name]]
         if site in holders:
-            mine += [row for row in train if digits[row] == digit][holders.index(site) :: len(holders)]
-    quarter = held_out[SITES.index(site) :: len(SITES)]
-    return TensorDataset(images[mine], digits[mine]), TensorDataset(images[quarter], digits[quarter])
+            rows = [row for row in train if digits[row] == digit]
+            mine += rows[holders.index(site) :: len(holders)]
+    quarter = evaluation[SITES.index(site) :: len(SITES)]
+    return tuple(TensorDataset(images[rows], digits[rows]) for rows in (mine, quarter))
 
 
 def loss(output, target):

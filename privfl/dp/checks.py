@@ -22,37 +22,48 @@ TRIED = 8
 def check_model(model: nn.Module) -> None:
     """Refuse models whose layers mix the examples of a batch or keep statistics of them.
 
-    Opacus' own validator looks at layers with trainable parameters only, so a BatchNorm without affine parameters, or a frozen
-    one, passes it and still computes its running statistics from the records, without noise.
+    Opacus' own validator looks at layers with trainable parameters only, so a BatchNorm without
+    affine parameters, or a frozen one, passes it and still computes its running statistics from the
+    records, without noise.
 
     Raises:
         PrivflError: naming the layer and the way to mend it.
     """
     if not isinstance(model, nn.Module):
-        raise PrivflError(f"model() must return a torch.nn.Module, it returned {type(model).__name__}")
+        raise PrivflError(
+            f"model() must return a torch.nn.Module, it returned {type(model).__name__}"
+        )
     for name, module in model.named_modules():
         where = f"layer '{name}'" if name else "the model"
         if isinstance(module, nn.modules.batchnorm._BatchNorm):
             raise PrivflError(
-                f"{where} of model() is a {type(module).__name__}, which mixes the records of a batch and keeps their statistics without "
+                f"{where} of model() is a {type(module).__name__}, which mixes the records of a "
+                f"batch and keeps their statistics without "
                 "noise; use GroupNorm or LayerNorm instead"
             )
         if isinstance(module, nn.modules.instancenorm._InstanceNorm) and module.track_running_stats:
             raise PrivflError(
-                f"{where} of model() keeps running statistics of the records without noise; set track_running_stats=False"
+                f"{where} of model() keeps running statistics of the records without noise; set "
+                f"track_running_stats=False"
             )
         if isinstance(module, nn.Embedding | nn.EmbeddingBag) and module.max_norm is not None:
             raise PrivflError(
-                f"{where} of model() changes its weights by itself in every forward pass, without noise; leave max_norm out"
+                f"{where} of model() changes its weights by itself in every forward pass, without "
+                f"noise; leave max_norm out"
             )
     if not any(p.requires_grad for p in model.parameters()):
         raise PrivflError("model() has no trainable parameter")
     if any(p.dtype != torch.float32 for p in model.parameters() if p.requires_grad):
-        raise PrivflError("model() has trainable parameters that are not float32; privfl trains in float32")
-    odd = [name for name, value in model.state_dict().items() if not isinstance(value, torch.Tensor)]
+        raise PrivflError(
+            "model() has trainable parameters that are not float32; privfl trains in float32"
+        )
+    odd = [
+        name for name, value in model.state_dict().items() if not isinstance(value, torch.Tensor)
+    ]
     if odd:
         raise PrivflError(
-            f"'{odd[0]}' in the state_dict of model() is not a tensor, so the model could not be written in the end"
+            f"'{odd[0]}' in the state_dict of model() is not a tensor, so the model could not be "
+            f"written in the end"
         )
     model.train()
     errors = ModuleValidator.validate(model, strict=False)
@@ -62,12 +73,14 @@ def check_model(model: nn.Module) -> None:
 
 @contextlib.contextmanager
 def wrapping(what: str) -> Iterator[None]:
-    """While Opacus puts its hooks on a model; it refuses what it cannot treat with one of these two errors.
+    """While Opacus puts its hooks on a model; it refuses what it cannot treat with one of these
+    two errors.
 
     Raises:
         PrivflError: it does; ``what`` is the model's name in the sentence.
     """
-    # torch warns of hooks on modules whose inputs need no gradient; Opacus' hooks are made for just that.
+    # torch warns of hooks on modules whose inputs need no gradient; Opacus' hooks are made for just
+    # that.
     warnings.filterwarnings("ignore", message="Full backward hook is firing")
     try:
         yield
@@ -84,7 +97,10 @@ def digest_of(tensors: Mapping[str, torch.Tensor]) -> str:
     """SHA-256 over names, kinds, shapes and bytes."""
     digest = hashlib.sha256()
     for name, tensor in sorted(tensors.items()):
-        digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)} ".encode() + tensor.cpu().contiguous().numpy().tobytes())
+        digest.update(
+            f"{name} {tensor.dtype} {tuple(tensor.shape)} ".encode()
+            + tensor.cpu().contiguous().numpy().tobytes()
+        )
     return digest.hexdigest()
 
 
@@ -94,7 +110,8 @@ def _untrained(model: nn.Module) -> dict[str, torch.Tensor]:
 
 
 def check_constants(model: nn.Module, before: dict[str, torch.Tensor]) -> None:
-    """Refuse a model that changed anything that is not trained: it gets no noise, yet would be written with the model.
+    """Refuse a model that changed anything that is not trained: it gets no noise, yet would be
+    written with the model.
 
     Raises:
         PrivflError: naming the buffer or parameter.
@@ -103,50 +120,70 @@ def check_constants(model: nn.Module, before: dict[str, torch.Tensor]) -> None:
     for name in [*now, *before]:
         if name not in now or name not in before or not _same(now[name], before[name]):
             raise PrivflError(
-                f"'{name}' of model() is not trained but changes when the model is used, and would carry records without noise; "
+                f"'{name}' of model() is not trained but changes when the model is used, and would "
+                f"carry records without noise; "
                 "remove it or keep it constant"
             )
 
 
 def _same(one: torch.Tensor, other: torch.Tensor) -> bool:
-    return one.shape == other.shape and one.dtype == other.dtype and bool(torch.eq(one, other).logical_or(one != one).all())
+    return (
+        one.shape == other.shape
+        and one.dtype == other.dtype
+        and bool(torch.eq(one, other).logical_or(one != one).all())
+    )
 
 
 def check_isolation(
-    gradients: Callable[[torch.Tensor, torch.Tensor], list[torch.Tensor]], inputs: torch.Tensor, targets: torch.Tensor
+    gradients: Callable[[torch.Tensor, torch.Tensor], list[torch.Tensor]],
+    inputs: torch.Tensor,
+    targets: torch.Tensor,
 ) -> None:
-    """Refuse a model or a loss that couples the records of a batch: a record's gradient must not depend on its neighbours.
+    """Refuse a model or a loss that couples the records of a batch: a record's gradient must not
+    depend on its neighbours.
 
-    Clipping bounds what one record adds only if its gradient is its own. ``F.cross_entropy(weight=...)`` divides by the weights of the whole
-    batch, ``mse_loss`` of shapes (B, 1) and (B,) pairs every record with every other, and ``x - x.mean(0)`` mixes them in the model.
+    Clipping bounds what one record adds only if its gradient is its own.
+    ``F.cross_entropy(weight=...)`` divides by the weights of the whole batch, ``mse_loss`` of
+    shapes (B, 1) and (B,) pairs every record with every other, and ``x - x.mean(0)`` mixes them in
+    the model.
 
     Args:
-        gradients: per-example gradients of a batch, one tensor of shape (batch, ...) for each parameter.
+        gradients: per-example gradients of a batch, one tensor of shape (batch, ...) for each
+            parameter.
         inputs, targets: at least two different records.
 
     Raises:
         PrivflError: coupled, or NaN for every record.
     """
     together = _rows(gradients(inputs, targets))
-    alone = torch.cat([_rows(gradients(inputs[i : i + 1], targets[i : i + 1])) for i in range(len(inputs))])
+    alone = torch.cat(
+        [_rows(gradients(inputs[i : i + 1], targets[i : i + 1])) for i in range(len(inputs))]
+    )
     fine = torch.isfinite(together).all(dim=1) & torch.isfinite(alone).all(dim=1)
     if not fine.any():
         raise PrivflError(
-            "loss() or its gradient is NaN or infinite for every record tried; look for log(0), division by 0 or unscaled inputs"
+            "loss() or its gradient is NaN or infinite for every record tried; look for log(0), "
+            "division by 0 or unscaled inputs"
         )
     distance = (together[fine] - alone[fine]).norm(dim=1)
-    if (distance > 1e-3 * (1e-3 + torch.maximum(together[fine].norm(dim=1), alone[fine].norm(dim=1)))).any():
+    if (
+        distance
+        > 1e-3 * (1e-3 + torch.maximum(together[fine].norm(dim=1), alone[fine].norm(dim=1)))
+    ).any():
         raise PrivflError(
-            "a record's gradient depends on the other records of its batch, so clipping does not bound it; look for statistics over the batch in "
-            "model(), and in loss() for weight= of cross_entropy (multiply per-record losses by weights instead) or shapes that broadcast"
+            "a record's gradient depends on the other records of its batch, so clipping does not "
+            "bound it; look for statistics over the batch in "
+            "model(), and in loss() for weight= of cross_entropy (multiply per-record losses by "
+            "weights instead) or shapes that broadcast"
         )
 
 
 def check_neighbours(model: nn.Module, loader: DataLoader[Any]) -> None:
-    """Refuse a model of a user's own loop whose outputs for a record depend on its neighbours, as far as that can be tried.
+    """Refuse a model of a user's own loop whose outputs for a record depend on its neighbours,
+    as far as that can be tried.
 
-    A few records together and alone; only where the first part of a batch is a tensor that is all the model wants. What the loop does with
-    outputs, its loss above all, is not seen here.
+    A few records together and alone; only where the first part of a batch is a tensor that is all
+    the model wants. What the loop does with outputs, its loss above all, is not seen here.
 
     Raises:
         PrivflError: they do.
@@ -172,7 +209,8 @@ def check_neighbours(model: nn.Module, loader: DataLoader[Any]) -> None:
     distance = (together - alone).abs().double()
     if (distance > 1e-3 * (1e-3 + together.abs().double())).any():
         raise PrivflError(
-            "module's output for a record depends on the other records of its batch, so clipping does not bound what one record changes; look for "
+            "module's output for a record depends on the other records of its batch, so clipping "
+            "does not bound what one record changes; look for "
             "statistics over the batch, as x - x.mean(0)"
         )
 

@@ -1,4 +1,6 @@
-"""Held-out metrics of one site: exact for public records; for private ones as sums to which each record adds a bounded part."""
+"""Held-out metrics of one site: exact for public records; for private ones as sums to which each
+record adds a bounded part.
+"""
 
 from __future__ import annotations
 
@@ -22,49 +24,64 @@ def measure(metrics: Mapping[str, Metric], output: torch.Tensor, target: torch.T
     """(sums, counts) of every metric over all held-out records of a site.
 
     Raises:
-        PrivflError: a metric returns something else than two numbers or two vectors of one length, or a count below 0.
+        PrivflError: a metric returns something else than two numbers or two vectors of one length,
+            or a count below 0.
     """
     measured = {}
     for name, metric in metrics.items():
         pair = _pair(name, metric(output, target))
         if not np.isfinite(pair).all() or min(pair[1]) < 0:
             raise PrivflError(
-                f"evaluation.metrics.{name} must return finite (sums, counts) of one length with counts not below 0"
+                f"evaluation.metrics.{name} must return finite (sums, counts) of one length with "
+                f"counts not below 0"
             )
         measured[name] = (pair[0], pair[1])
     return measured
 
 
 def measure_each(metrics: Mapping[str, Metric], output: torch.Tensor, target: torch.Tensor) -> Sums:
-    """The same, record by record: each record's sums, and its counts, are cut to length 1 before they are added.
+    """The same, record by record: each record's sums, and its counts, are cut to length 1 before
+    they are added.
 
-    So a record changes the sums of one metric, and its counts, by at most 1 each. What is not finite, or has another number of ratios than most,
-    counts as zero: a single record must not be able to stop a run.
+    So a record changes the sums of one metric, and its counts, by at most 1 each. What is not
+    finite, or has another number of ratios than most, counts as zero: a single record must not be
+    able to stop a run.
 
     Raises:
-        PrivflError: as :func:`measure`; and if a metric of some records is not the sum over them (as AUC, which is about pairs of records).
+        PrivflError: as :func:`measure`; and if a metric of some records is not the sum over them
+            (as AUC, which is about pairs of records).
     """
     measured = {}
     for name, metric in metrics.items():
         _check_adds_up(name, metric, output, target)
-        rows = [_pair(name, metric(output[i : i + 1], target[i : i + 1])) for i in range(len(output))]
+        rows = [
+            _pair(name, metric(output[i : i + 1], target[i : i + 1])) for i in range(len(output))
+        ]
         ratios = Counter(len(sums) for sums, _ in rows).most_common(1)[0][0]
         alike = [row if len(row[0]) == ratios else ([0.0] * ratios, [0.0] * ratios) for row in rows]
-        sums, counts = (_cut(np.array([row[part] for row in alike])).sum(axis=0).tolist() for part in (0, 1))
+        sums, counts = (
+            _cut(np.array([row[part] for row in alike])).sum(axis=0).tolist() for part in (0, 1)
+        )
         measured[name] = (sums, counts)
     return measured
 
 
 def _pair(name: str, returned: Any) -> tuple[list[float], list[float]]:
     try:
-        sums, counts = (torch.as_tensor(x, dtype=torch.float64).reshape(-1).tolist() for x in returned)
+        sums, counts = (
+            torch.as_tensor(x, dtype=torch.float64).reshape(-1).tolist() for x in returned
+        )
     except (TypeError, ValueError, RuntimeError) as error:
         raise PrivflError(
-            f"evaluation.metrics.{name} must return a pair (sums, counts), as in (number correct, number); it returned "
+            f"evaluation.metrics.{name} must return a pair (sums, counts), as in (number correct, "
+            f"number); it returned "
             f"{type(returned).__name__}"
         ) from error
     if len(sums) != len(counts) or not sums:
-        raise PrivflError(f"evaluation.metrics.{name} must return finite (sums, counts) of one length with counts not below 0")
+        raise PrivflError(
+            f"evaluation.metrics.{name} must return finite (sums, counts) of one length with "
+            f"counts not below 0"
+        )
     return sums, counts
 
 
@@ -74,19 +91,27 @@ def _cut(rows: np.ndarray[Any, np.dtype[np.float64]]) -> np.ndarray[Any, np.dtyp
 
 
 def _check_adds_up(name: str, metric: Metric, output: torch.Tensor, target: torch.Tensor) -> None:
-    """Try two groups of records; only if both disagree the metric is at fault, and not a single record."""
+    """Try two groups of records; only if both disagree the metric is at fault, and not a single
+    record.
+    """
     half = min(_TRIED, len(output) // 2)
     groups = [slice(0, half), slice(half, 2 * half)] if half > 1 else []
     if groups and not any(_adds_up(name, metric, output[group], target[group]) for group in groups):
         raise PrivflError(
-            f"evaluation.metrics.{name} of several records is not the sum over them, so one record's part cannot be bounded; metrics of private "
+            f"evaluation.metrics.{name} of several records is not the sum over them, so one "
+            f"record's part cannot be bounded; metrics of private "
             "held-out records must add up record by record, as accuracy does"
         )
 
 
 def _adds_up(name: str, metric: Metric, output: torch.Tensor, target: torch.Tensor) -> bool:
     together = np.array(_pair(name, metric(output, target)))
-    each = [np.array(_pair(name, metric(output[i : i + 1], target[i : i + 1]))) for i in range(len(output))]
+    each = [
+        np.array(_pair(name, metric(output[i : i + 1], target[i : i + 1])))
+        for i in range(len(output))
+    ]
     if any(part.shape != together.shape for part in each):
         return False
-    return not np.isfinite(together).all() or np.allclose(np.sum(each, axis=0), together, rtol=1e-4, atol=1e-6)
+    return not np.isfinite(together).all() or np.allclose(
+        np.sum(each, axis=0), together, rtol=1e-4, atol=1e-6
+    )

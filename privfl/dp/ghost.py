@@ -1,8 +1,11 @@
-"""Ghost clipping in one backward pass: norms of per-example gradients without the gradients, and a sum made of what the norms were taken of.
+"""Ghost clipping in one backward pass: norms of per-example gradients without the gradients, and
+a sum made of what the norms were taken of.
 
-Opacus' own ghost clipping takes norms in a first backward pass and lets a second one, of a rescaled loss, make the sum. Then everything that the
-first pass does not see is not clipped: another criterion, a weight that is also used by a function, a layer that was frozen. Here
-activations a and output gradients b of every layer are kept until the step; the norms and, with the clip factors, the sum come from these alone.
+Opacus' own ghost clipping takes norms in a first backward pass and lets a second one, of a rescaled
+loss, make the sum. Then everything that the first pass does not see is not clipped: another
+criterion, a weight that is also used by a function, a layer that was frozen. Here activations a and
+output gradients b of every layer are kept until the step; the norms and, with the clip factors, the
+sum come from these alone.
 """
 
 from __future__ import annotations
@@ -20,14 +23,17 @@ from torch import nn
 from privfl.dp.clipping import clip_factors, weighted_sum
 from privfl.errors import PrivflError
 
-# The squared norm of a sum over a sequence, from products of its terms, is off by rounding: at most 2^-30 of (sum of the terms' norms)^2 for
-# sequences of 2800 elements. It is added, so that a norm is never understated, also where the terms nearly cancel.
+# The squared norm of a sum over a sequence, from products of its terms, is off by rounding: at most
+# 2^-30 of (sum of the terms' norms)^2 for sequences of 2800 elements. It is added, so that a norm
+# is never understated, also where the terms nearly cancel.
 _CANCELLATION = 2.0**-30
 
 
 @dataclass
 class Piece:
-    """What one use of a layer leaves of a batch: ``activations`` it was given and ``backprops``, of the loss by its output, rows first."""
+    """What one use of a layer leaves of a batch: ``activations`` it was given and ``backprops``,
+    of the loss by its output, rows first.
+    """
 
     layer: nn.Module
     activations: list[torch.Tensor]
@@ -35,22 +41,31 @@ class Piece:
 
     def parameters(self) -> list[nn.Parameter]:
         """The trained ones of the layer."""
-        return [p for p in self.layer.parameters(recurse=not _is_plain(self.layer)) if p.requires_grad]
+        return [
+            p for p in self.layer.parameters(recurse=not _is_plain(self.layer)) if p.requires_grad
+        ]
 
     def samples(self) -> dict[torch.Tensor, torch.Tensor]:
         """Per-example gradients, shape (rows, ...), as Opacus makes them."""
         if not len(self.backprops):
             return {p: p.detach().new_zeros((0, *p.shape)) for p in self.parameters()}
-        sampler = GradSampleModule.GRAD_SAMPLERS.get(type(self.layer), ft_compute_per_sample_gradient)
-        found: dict[torch.Tensor, torch.Tensor] = sampler(self.layer, self.activations, self.backprops)
+        sampler = GradSampleModule.GRAD_SAMPLERS.get(
+            type(self.layer), ft_compute_per_sample_gradient
+        )
+        found: dict[torch.Tensor, torch.Tensor] = sampler(
+            self.layer, self.activations, self.backprops
+        )
         return {p: g[: len(self.backprops)] for p, g in found.items() if p.requires_grad}
 
     def squared_norms(self) -> dict[torch.Tensor, torch.Tensor]:
-        """Upper bounds on the squared norms of per-example gradients, shape (rows,), in float64; of a linear layer or an embedding."""
+        """Upper bounds on the squared norms of per-example gradients, shape (rows,), in float64;
+        of a linear layer or an embedding.
+        """
         if isinstance(self.layer, nn.Embedding):
             return {self.layer.weight: self._embedding_norms(self.layer)}
         a, b = (
-            t.flatten(1, -2) if t.dim() > 2 else t.unsqueeze(1) for t in (self.activations[0].double(), self.backprops.double())
+            t.flatten(1, -2) if t.dim() > 2 else t.unsqueeze(1)
+            for t in (self.activations[0].double(), self.backprops.double())
         )
         found = {}
         layer: Any = self.layer
@@ -72,7 +87,9 @@ class Piece:
         return words, self.backprops.double().reshape(rows, words.shape[1], layer.embedding_dim)
 
     def weighted(self, factors: torch.Tensor) -> dict[torch.Tensor, torch.Tensor]:
-        """sum_i factors_i * gradient_i of a linear layer or an embedding; a record with factor 0 is left out, whatever it holds."""
+        """sum_i factors_i * gradient_i of a linear layer or an embedding; a record with factor 0
+        is left out, whatever it holds.
+        """
         rows = len(self.backprops)
         factors = factors[:rows]
         kept = factors != 0
@@ -81,7 +98,9 @@ class Piece:
             words, b = self._words(self.layer)
             total = torch.zeros(self.layer.weight.shape, dtype=torch.float64, device=b.device)
             b = b[kept] * factors[:, None, None]
-            return {self.layer.weight: total.index_add_(0, words[kept].reshape(-1), b.flatten(0, 1))}
+            return {
+                self.layer.weight: total.index_add_(0, words[kept].reshape(-1), b.flatten(0, 1))
+            }
         layer: Any = self.layer
         a, b = self.activations[0][kept].double(), self.backprops[kept].double()
         b = (b * factors.view(-1, *[1] * (b.dim() - 1))).reshape(-1, b.shape[-1])
@@ -102,20 +121,30 @@ def _is_plain(layer: nn.Module) -> bool:
 
 
 class GhostModule(GradSampleModule):  # type: ignore[misc]
-    """Opacus' module, which keeps what per-example gradients are made of in place of the gradients."""
+    """Opacus' module, which keeps what per-example gradients are made of in place of the
+    gradients.
+    """
 
     def __init__(self, module: nn.Module, **kwargs: Any) -> None:
         super().__init__(module, **kwargs)
         self._pieces: list[Piece] = []
 
     def capture_backprops_hook(
-        self, module: Any, _forward_input: Any, forward_output: Any, loss_reduction: str, batch_first: bool
+        self,
+        module: Any,
+        _forward_input: Any,
+        forward_output: Any,
+        loss_reduction: str,
+        batch_first: bool,
     ) -> None:
         """Keep a layer's part of the batch."""
         if not self.hooks_enabled:
             return
         activations, backprops = self.rearrange_grad_samples(
-            module=module, backprops=forward_output[0].detach(), loss_reduction=loss_reduction, batch_first=batch_first
+            module=module,
+            backprops=forward_output[0].detach(),
+            loss_reduction=loss_reduction,
+            batch_first=batch_first,
         )
         self._pieces.append(Piece(module, activations, backprops))
         if not module.activations and hasattr(module, "max_batch_len"):
@@ -139,9 +168,11 @@ class GhostModule(GradSampleModule):  # type: ignore[misc]
 def clipped_sums(
     pieces: Sequence[Piece], parameters: Sequence[nn.Parameter], max_grad_norm: float
 ) -> tuple[list[torch.Tensor], int, int]:
-    """For each of ``parameters`` the sum of its per-example gradients, each example clipped to ``max_grad_norm`` over all of them together.
+    """For each of ``parameters`` the sum of its per-example gradients, each example clipped to
+    ``max_grad_norm`` over all of them together.
 
-    An example whose gradient is not finite counts as zero. In float64; also how many examples there were, and how many were not finite.
+    An example whose gradient is not finite counts as zero. In float64; also how many examples there
+    were, and how many were not finite.
 
     Raises:
         PrivflError: a parameter took no part in the backward pass.
@@ -150,13 +181,16 @@ def clipped_sums(
     missing = sum(not uses[id(p)] for p in parameters)
     if missing:
         raise PrivflError(
-            f"optimizer.step() without gradients of {missing} trained parameters: call backward() once before every step, and freeze layers that "
+            f"optimizer.step() without gradients of {missing} trained parameters: call backward() "
+            f"once before every step, and freeze layers that "
             "take no part in the forward pass before make_private"
         )
     count = max(len(piece.backprops) for piece in pieces)
     device = parameters[0].device
     squares = torch.zeros(count, dtype=torch.float64, device=device)
-    whole: dict[int, torch.Tensor] = {}  # gradients of parameters that were used more than once add up before they are squared
+    whole: dict[
+        int, torch.Tensor
+    ] = {}  # gradients of parameters that were used more than once add up before they are squared
     once: list[Piece] = []
     for piece in pieces:
         rows = len(piece.backprops)
@@ -165,13 +199,17 @@ def clipped_sums(
             if _is_plain(piece.layer):
                 found = piece.squared_norms()
             else:
-                found = {p: g.flatten(1).double().square().sum(dim=1) for p, g in piece.samples().items()}
+                found = {
+                    p: g.flatten(1).double().square().sum(dim=1) for p, g in piece.samples().items()
+                }
             for square in found.values():
                 squares[:rows] += square
         else:
             for p, g in piece.samples().items():
                 if id(p) not in whole:
-                    whole[id(p)] = torch.zeros((count, *p.shape), dtype=torch.float64, device=device)
+                    whole[id(p)] = torch.zeros(
+                        (count, *p.shape), dtype=torch.float64, device=device
+                    )
                 whole[id(p)][:rows] += g
     for g in whole.values():
         squares += g.flatten(1).square().sum(dim=1)
@@ -183,5 +221,7 @@ def clipped_sums(
         else:
             sums |= {id(p): weighted_sum(factors[: len(g)], g) for p, g in piece.samples().items()}
     if not {id(p) for p in parameters} <= sums.keys():
-        raise PrivflError("a parameter that is trained has no per-example gradients; use grad_sample_mode hooks")
+        raise PrivflError(
+            "a parameter that is trained has no per-example gradients; use grad_sample_mode hooks"
+        )
     return [sums[id(p)] for p in parameters], count, int(broken.sum())

@@ -1,4 +1,6 @@
-"""Opacus' DP optimizers with noise from the operating system, or as sums over all sites, and a guard against records that poison a sum."""
+"""Opacus' DP optimizers with noise from the operating system, or as sums over all sites, and a
+guard against records that poison a sum.
+"""
 
 from __future__ import annotations
 
@@ -17,12 +19,14 @@ from privfl.errors import InternalError, PrivflError
 from privfl.noise.distributed import CLIP_MARGIN
 from privfl.noise.randomness import Randomness, gaussian
 
-# From a site's sum of clipped gradients to what the optimizer is to follow: the noisy sum over all sites over the public number of records.
+# From a site's sum of clipped gradients to what the optimizer is to follow: the noisy sum over all
+# sites over the public number of records.
 Exchange = Callable[[NDArray[np.float64]], NDArray[np.float64]]
 
 
 class _Whole:
-    """What all optimizers here do: an interrupted logical step leaves nothing behind, and what is in a sum is counted.
+    """What all optimizers here do: an interrupted logical step leaves nothing behind, and what
+    is in a sum is counted.
 
     Attributes:
         examples_in_step: per-example gradients in the sum of the logical step so far.
@@ -37,7 +41,9 @@ class _Whole:
 
     def _count(self, examples: int, dropped: int) -> None:
         if self._clipped_to not in (None, self.max_grad_norm):
-            raise PrivflError("max_grad_norm was changed between the pieces of one step; change it between steps")
+            raise PrivflError(
+                "max_grad_norm was changed between the pieces of one step; change it between steps"
+            )
         self._clipped_to = self.max_grad_norm
         self.examples_in_step += examples
         self.examples_seen += examples
@@ -59,13 +65,16 @@ class _Whole:
         return any(s is not None and not hasattr(s, "_processed") for s in samples)
 
     def __deepcopy__(self, memo: Any) -> Any:
-        raise PrivflError("an optimizer cannot be copied: both copies would step on one charge; keep its state_dict() instead")
+        raise PrivflError(
+            "an optimizer cannot be copied: both copies would step on one charge; keep its "
+            "state_dict() instead"
+        )
 
     def forget_unfinished_step(self) -> None:
         """Drop what an interrupted logical step left behind.
 
-        Opacus keeps ``summed_grad`` of an unfinished step and adds it to the next one, whose sensitivity is then 2 C while one step
-        is charged.
+        Opacus keeps ``summed_grad`` of an unfinished step and adds it to the next one, whose
+        sensitivity is then 2 C while one step is charged.
         """
         self.step_is_complete()
         self._step_skip_queue: list[bool] = []
@@ -83,31 +92,45 @@ class _Clipping(_Whole):
     _exact_sums = False
 
     def clip_and_accumulate(self) -> None:
-        """Clip each example's gradient to ``max_grad_norm`` and add it to the sum; a gradient that is not finite counts as zero.
+        """Clip each example's gradient to ``max_grad_norm`` and add it to the sum; a gradient
+        that is not finite counts as zero.
 
-        Opacus takes the norms in float32, which understates them by up to 8e-3 for tensors of 10^7 elements: an example could then contribute
-        more than the clipping norm. And one infinite input would turn every weight into NaN; replacing one example's gradient by zero
-        changes the sum by at most the clipping norm, so the guarantee stands.
+        Opacus takes the norms in float32, which understates them by up to 8e-3 for tensors of 10^7
+        elements: an example could then contribute more than the clipping norm. And one infinite
+        input would turn every weight into NaN; replacing one example's gradient by zero changes the
+        sum by at most the clipping norm, so the guarantee stands.
         """
         samples = [self._get_flat_grad_sample(p) for p in self.params]
         # Of an empty batch Opacus' embeddings make one row of zeros.
         rows = min(len(g) for g in samples)
         samples = samples if rows else [g[:0] for g in samples]
-        squares = torch.stack([torch.linalg.vector_norm(g.flatten(1), dim=1, dtype=torch.float64).square() for g in samples])
+        squares = torch.stack(
+            [
+                torch.linalg.vector_norm(g.flatten(1), dim=1, dtype=torch.float64).square()
+                for g in samples
+            ]
+        )
         factors, broken = clip_factors(squares.sum(dim=0).sqrt(), self.max_grad_norm)
         self._count(len(factors), int(broken.sum()))
         for p, g in zip(self.params, samples, strict=True):
             _check_processed_flag(p.grad_sample)  # type: ignore[attr-defined]
             if broken.any():
                 g[broken] = 0.0
-            self._add(p, weighted_sum(factors, g) if self._exact_sums else torch.einsum("i,i...", factors.to(g.dtype), g))
+            self._add(
+                p,
+                weighted_sum(factors, g)
+                if self._exact_sums
+                else torch.einsum("i,i...", factors.to(g.dtype), g),
+            )
             _mark_as_processed(p.grad_sample)  # type: ignore[attr-defined]
 
 
 class _GhostClipping(_Whole):
     """Clips example by example, from what a :class:`GhostModule` kept of the backward pass."""
 
-    def __init__(self, optimizer: torch.optim.Optimizer, *, ghost: GhostModule, **kwargs: Any) -> None:
+    def __init__(
+        self, optimizer: torch.optim.Optimizer, *, ghost: GhostModule, **kwargs: Any
+    ) -> None:
         super().__init__(optimizer, **kwargs)  # type: ignore[call-arg]
         self._ghost = ghost
 
@@ -143,10 +166,12 @@ class _GhostClipping(_Whole):
 
 
 class _SystemNoise:
-    """Adds noise drawn from ``randomness`` instead of torch's generators, and counts how often it did.
+    """Adds noise drawn from ``randomness`` instead of torch's generators, and counts how often
+    it did.
 
     Attributes:
-        noise_draws: logical steps whose sum got its noise; the agent compares it with the steps it charged.
+        noise_draws: logical steps whose sum got its noise; the agent compares it with the steps it
+            charged.
     """
 
     params: list[torch.nn.Parameter]
@@ -167,7 +192,9 @@ class _SystemNoise:
         self.noise_draws = 0
 
     def add_noise(self) -> None:
-        """``p.grad`` = sum of clipped gradients + noise of standard deviation sigma * C, over all parameters; charged before."""
+        """``p.grad`` = sum of clipped gradients + noise of standard deviation sigma * C, over
+        all parameters; charged before.
+        """
         try:
             self._charge()
         except BaseException:
@@ -186,9 +213,11 @@ class _SystemNoise:
 
 
 class _SecureSum:
-    """Every logical step follows a sum over all sites, in which the noise already is; here none is added.
+    """Every logical step follows a sum over all sites, in which the noise already is; here none
+    is added.
 
-    ``step`` is :meth:`collect`, the exchange, and :meth:`follow`; who makes the sum in another process calls these two.
+    ``step`` is :meth:`collect`, the exchange, and :meth:`follow`; who makes the sum in another
+    process calls these two.
     """
 
     params: list[torch.nn.Parameter]
@@ -204,19 +233,22 @@ class _SecureSum:
         optimizer: torch.optim.Optimizer,
         *,
         exchange: Exchange | None = None,
-        refuse: Callable[[BaseException], None] = lambda _: None,
+        abort_peers: Callable[[BaseException], None] = lambda _: None,
         **kwargs: Any,
     ) -> None:
         super().__init__(optimizer, **kwargs)  # type: ignore[call-arg]
-        self._exchange, self._refuse = exchange, refuse
+        self._exchange, self._abort_peers = exchange, abort_peers
 
     def collect(self) -> NDArray[np.float64] | None:
-        """The sum of clipped gradients of the logical step, shape (parameters,); None if more of its batch is to come."""
+        """The sum of clipped gradients of the logical step, shape (parameters,); None if more of
+        its batch is to come.
+        """
         self.clip_and_accumulate()
         self._is_last_step_skipped = self._check_skip_next_step()
         if self._is_last_step_skipped:
             return None
-        return torch.cat([p.summed_grad.detach().reshape(-1).double().cpu() for p in self.params]).numpy()  # type: ignore[attr-defined]
+        sums = [p.summed_grad for p in self.params]  # type: ignore[attr-defined]
+        return torch.cat([total.detach().reshape(-1).double().cpu() for total in sums]).numpy()
 
     def follow(self, gradient: NDArray[np.float64]) -> None:
         """One step of the wrapped optimizer along ``gradient`` of shape (parameters,)."""
@@ -237,7 +269,7 @@ class _SecureSum:
         try:
             total = self.collect()
         except Exception as error:
-            self._refuse(error)
+            self._abort_peers(error)
             raise
         if total is not None:
             if self._exchange is None:

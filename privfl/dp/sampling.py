@@ -23,11 +23,19 @@ class PoissonBatches(UniformWithReplacementSampler):  # type: ignore[misc]
         ahead: batches are asked for before they are used, as the workers of a loader do.
 
     Attributes:
-        begun: called when what was left unfinished is to be forgotten: whenever a new pass begins, and, unless they are asked for ahead, before every
-            batch.
+        begun: called when what was left unfinished is to be forgotten: whenever a new pass begins,
+            and, unless they are asked for ahead, before every batch.
     """
 
-    def __init__(self, records: int, sampling_rate: float, steps: int, randomness: Randomness, *, ahead: bool = False) -> None:
+    def __init__(
+        self,
+        records: int,
+        sampling_rate: float,
+        steps: int,
+        randomness: Randomness,
+        *,
+        ahead: bool = False,
+    ) -> None:
         super().__init__(num_samples=records, sample_rate=sampling_rate, steps=steps)
         # What is charged; the attributes of Opacus' sampler are anybody's to change.
         self.loop = (records, sampling_rate, steps)
@@ -46,7 +54,8 @@ class PoissonBatches(UniformWithReplacementSampler):  # type: ignore[misc]
             yield sample
 
     def use(self, examples: int) -> None:
-        """A step is to be made of so many per-example gradients: of a batch that was drawn, whole, and not used yet. Earlier ones are given up.
+        """A step is to be made of so many per-example gradients: of a batch that was drawn,
+        whole, and not used yet. Earlier ones are given up.
 
         Raises:
             PrivflError: no such batch was drawn.
@@ -55,29 +64,35 @@ class PoissonBatches(UniformWithReplacementSampler):  # type: ignore[misc]
             if self._sizes.popleft() == examples:
                 return
         raise PrivflError(
-            f"a step was to be made of {examples} per-example gradients, which is no batch of the loader that make_private returned: use each of "
-            "its batches once and whole, with one backward() and one optimizer.step(), and let every record have one row in all layers"
+            f"a step was to be made of {examples} per-example gradients, which is no batch of the "
+            f"loader that make_private returned: use each of "
+            "its batches once and whole, with one backward() and one optimizer.step(), and let "
+            "every record have one row in all layers"
         )
 
 
 def rate_of(loader: DataLoader[Any]) -> tuple[int, float, int]:
-    """(records, sampling rate, steps in a pass) that a loader of fixed batches asks for: its batch size is the expected one of Poisson batches.
+    """(records, sampling rate, steps in a pass) that a loader of fixed batches asks for: its
+    batch size is the expected one of Poisson batches.
 
-    The rate is batch size over records, and neither Opacus' 1 / len(loader) nor anything that depends on batches that were drawn.
+    The rate is batch size over records, and neither Opacus' 1 / len(loader) nor anything that
+    depends on batches that were drawn.
 
     Raises:
         PrivflError: the loader has no batch size, or its data set no length.
     """
     if isinstance(loader.dataset, IterableDataset) or not hasattr(loader.dataset, "__len__"):
         raise PrivflError(
-            "data_loader must be over a map-style data set (with len() and [index]), from which records can be sampled"
+            "data_loader must be over a map-style data set (with len() and [index]), from which "
+            "records can be sampled"
         )
     sampler = loader.batch_sampler
     if isinstance(sampler, PoissonBatches):
         return sampler.loop
     if type(loader.sampler) not in (SequentialSampler, RandomSampler):
         raise PrivflError(
-            f"data_loader has a {type(loader.sampler).__name__}, whose choice of records Poisson sampling would replace; choose them in the data set "
+            f"data_loader has a {type(loader.sampler).__name__}, whose choice of records Poisson "
+            f"sampling would replace; choose them in the data set "
             "(torch.utils.data.Subset) and leave sampler out"
         )
     records, batch = len(loader.dataset), loader.batch_size
@@ -85,13 +100,16 @@ def rate_of(loader: DataLoader[Any]) -> tuple[int, float, int]:
         raise PrivflError("data_loader has no records")
     if batch is None:
         raise PrivflError(
-            "data_loader has a batch_sampler of its own; give it batch_size instead, the expected size of the Poisson batches"
+            "data_loader has a batch_sampler of its own; give it batch_size instead, the expected "
+            "size of the Poisson batches"
         )
     rate = min(1.0, batch / records)
     return records, rate, max(1, round(1.0 / rate))
 
 
-def poisson_loader(loader: DataLoader[Any], batches: PoissonBatches, batch_first: bool) -> DataLoader[Any]:
+def poisson_loader(
+    loader: DataLoader[Any], batches: PoissonBatches, batch_first: bool
+) -> DataLoader[Any]:
     """A loader like ``loader`` of Poisson batches."""
     dataset: Any = loader.dataset
     collate = wrap_collate_with_empty(collate_fn=loader.collate_fn, batch_first=batch_first)

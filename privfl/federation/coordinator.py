@@ -1,15 +1,15 @@
-"""The coordinator's side of the protocol: rank 0 opens rounds, names the members of each sum and relays.
+"""The coordinator's side of the protocol: rank 0 opens rounds, names the members of each sum and
+relays.
 
-``step`` and ``fail`` are pure. What they cannot do themselves (move bytes, add ciphertexts, tell a person) they return as outputs
-for the driver, in order. Messages of an older round or attempt are dropped; what the protocol does not allow raises
-ProtocolError before anything has changed.
+``step`` and ``fail`` are pure. What they cannot do themselves (move bytes, add ciphertexts, tell a
+person) they return as outputs for the driver, in order. Messages of an older round or attempt are
+dropped; what the protocol does not allow raises ProtocolError before anything has changed.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import replace
-from typing import Any
 
 from privfl.errors import PrivflError, ProtocolError
 from privfl.federation import coordinator_setup
@@ -53,6 +53,7 @@ from privfl.federation.messages import (
     Vector,
     vector_length,
 )
+from privfl.federation.news import EvaluationCost, Outputs, RoundDone, RunFinished, SiteRound
 
 __all__ = [
     "Dismiss",
@@ -76,8 +77,8 @@ def step(plan: Plan, state: State, rank: int, message: Message) -> Result:
     """The state after ``message`` from ``rank``, and what to do.
 
     Raises:
-        ProtocolError: the message is not allowed now.
-        PrivflError: the sites cannot work together (different experiments, versions, models).
+        ProtocolError: If the message is not allowed now.
+        PrivflError: If the sites cannot work together (different experiments, versions, models).
     """
     body = message.body
     if state.phase is Phase.ENDED:
@@ -87,11 +88,16 @@ def step(plan: Plan, state: State, rank: int, message: Message) -> Result:
     if isinstance(body, Hello):
         return coordinator_setup.greet(plan, state, rank, body)
     if message.run != plan.run:
-        raise ProtocolError(f"site {state.site(rank)} sent a {message.kind.name} message for another run")
+        raise ProtocolError(
+            f"site {state.site(rank)} sent a {message.kind.name} message for another run"
+        )
     if (message.round, message.attempt) < (state.round, state.attempt):
         return state, ()
     if (message.round, message.attempt) > (state.round, state.attempt):
-        raise ProtocolError(f"site {state.site(rank)} sent a {message.kind.name} message for a round that is not open")
+        raise ProtocolError(
+            f"site {state.site(rank)} sent a {message.kind.name} message for a round that is not "
+            f"open"
+        )
     if isinstance(body, Signed):
         return coordinator_setup.take_signature(plan, state, rank, body)
     if message.kind is Kind.SEALED_KEY:
@@ -108,11 +114,21 @@ def step(plan: Plan, state: State, rank: int, message: Message) -> Result:
         return _contribute(plan, state, rank, message)
     if isinstance(body, Trained | Applied | Measured | Finished):
         return _answer(plan, state, rank, body)
-    raise ProtocolError(f"site {state.site(rank)} sent a {message.kind.name} message, which no site may send")
+    raise ProtocolError(
+        f"site {state.site(rank)} sent a {message.kind.name} message, which no site may send"
+    )
 
 
 def _open_round(plan: Plan, state: State) -> Result:
-    state = replace(state, phase=Phase.TRAINING, round=state.round + 1, attempt=0, answers={}, trained={}, adopting=())
+    state = replace(
+        state,
+        phase=Phase.TRAINING,
+        round=state.round + 1,
+        attempt=0,
+        answers={},
+        trained={},
+        adopting=(),
+    )
     return state, to_all(plan, state, Round())
 
 
@@ -126,11 +142,16 @@ def _open_sum(plan: Plan, state: State, vector: Vector) -> Result:
         parts_in=dict.fromkeys(ranks(plan), 0),
     )
     trained = state.trained if vector == "update" else {}
-    spans = {state.site(rank): body.span for rank, body in trained.items()}
+    sealed_ranges = {state.site(rank): body.sealed_range for rank, body in trained.items()}
     heads = {state.site(rank): body.head for rank, body in trained.items()}
-    # Told first and opened then: where the transport adds, opening may wait until the members take part.
-    told = to_all(plan, state, Sum(vector=vector, members=plan.sites, spans=spans, heads=heads))
-    return state, (*told, OpenSum(vector, vector_length(_begun(state), vector)))
+    # Sent first and opened then: where the transport adds, opening may wait until the members take
+    # part.
+    call = to_all(
+        plan,
+        state,
+        Sum(vector=vector, members=plan.sites, sealed_ranges=sealed_ranges, heads=heads),
+    )
+    return state, (*call, OpenSum(vector, vector_length(_begun(state), vector)))
 
 
 def _blocks(plan: Plan, state: State) -> int:
@@ -149,7 +170,8 @@ def _contribute(plan: Plan, state: State, rank: int, message: Message) -> Result
     expected = blocks if plan.path == "star" else 1
     if message.parts != expected or message.part != state.parts_in[rank]:
         raise ProtocolError(
-            f"site {state.site(rank)} sent part {message.part} of {message.parts} of a contribution, "
+            f"site {state.site(rank)} sent part {message.part} of {message.parts} of a "
+            f"contribution, "
             f"expected part {state.parts_in[rank]} of {expected}"
         )
     state = replace(state, parts_in={**state.parts_in, rank: message.part + 1})
@@ -171,7 +193,10 @@ _ANSWERS: dict[Phase, type[Body]] = {
 
 def _answer(plan: Plan, state: State, rank: int, body: Body) -> Result:
     if _ANSWERS.get(state.phase) is not type(body) or rank in state.answers:
-        raise ProtocolError(f"site {state.site(rank)} sent {type(body).__name__} while the coordinator was {state.phase.value}")
+        raise ProtocolError(
+            f"site {state.site(rank)} sent {type(body).__name__} while the coordinator was "
+            f"{state.phase.value}"
+        )
     state = replace(state, answers={**state.answers, rank: body})
     if len(state.answers) < len(plan.sites):
         return state, ()
@@ -192,12 +217,14 @@ def _applied(plan: Plan, state: State) -> Result:
     lender = rank_of(state, plan.sites[0])
     differ = tuple(state.site(rank) for rank, tag in sorted(tags.items()) if tag != tags[lender])
     if differ and plan.shared_noise and not state.adopting:
-        # An optimizer step need not come out the same to the last bit on unlike processors: the others take the first site's, if it is near.
+        # An optimizer step need not come out the same to the last bit on unlike processors: the
+        # others take the first site's, if it is near.
         state = replace(state, phase=Phase.SETTLING, adopting=differ)
         return state, (Send(lender, Message.of(Lend(), plan.run, state.round, state.attempt)),)
     if differ:
         raise PrivflError(
-            f"the sites' replicas differ after round {state.round}: a sum was altered on the way, or the sites' processors compute differently",
+            f"the sites' replicas differ after round {state.round}: a sum was altered on the way, "
+            f"or the sites' processors compute differently",
         )
     last = state.round == plan.rounds
     due = plan.evaluate_every > 0 and (last or state.round % plan.evaluate_every == 0)
@@ -212,7 +239,9 @@ def _relay_replica(plan: Plan, state: State, rank: int, message: Message) -> Res
         raise ProtocolError(f"site {state.site(rank)} sent a replica that is not its to lend")
     others = [rank_of(state, site) for site in state.adopting]
     answers = {r: body for r, body in state.answers.items() if r not in others}
-    return replace(state, phase=Phase.APPLYING, answers=answers), tuple(Send(other, message) for other in others)
+    return replace(state, phase=Phase.APPLYING, answers=answers), tuple(
+        Send(other, message) for other in others
+    )
 
 
 def _measured(plan: Plan, state: State) -> Result:
@@ -223,35 +252,39 @@ def _measured(plan: Plan, state: State) -> Result:
     return _close_round(plan, state, values[0], answers)
 
 
-def _close_round(plan: Plan, state: State, metrics: Mapping[str, float], measured: Mapping[str, Measured]) -> Result:
+def _close_round(
+    plan: Plan, state: State, metrics: Mapping[str, float], measured: Mapping[str, Measured]
+) -> Result:
     by_site = {state.site(rank): body for rank, body in state.trained.items()}
     heads = {site: (measured.get(site) or by_site[site]).head for site in plan.sites}
     sites = {
-        site: {
-            "event": by_site[site].event,
-            "steps": by_site[site].steps,
-            "epsilon": by_site[site].epsilon,
-            "head": heads[site].model_dump(),
-        }
-        | _evaluation(measured.get(site))
+        site: SiteRound(
+            event=by_site[site].event,
+            steps=by_site[site].steps,
+            epsilon=by_site[site].epsilon,
+            head=heads[site].model_dump(),
+            evaluation=_evaluation(measured.get(site)),
+        )
         for site in plan.sites
     }
-    adopted = {"adopted": list(state.adopting)} if state.adopting else {}
-    told = Tell("round", {"round": state.round, "members": list(plan.sites), "metrics": dict(metrics), "sites": sites, **adopted})
+    done = Tell(RoundDone(state.round, plan.sites, dict(metrics), sites, state.adopting))
     if state.round < plan.rounds:
         state, outputs = _open_round(plan, state)
-        return state, (told, *outputs)
+        return state, (done, *outputs)
     state = replace(state, phase=Phase.FINISHING, answers={})
-    return state, (told, *to_all(plan, state, Finish(heads=heads)))
+    return state, (done, *to_all(plan, state, Finish(heads=heads)))
 
 
-def _evaluation(measured: Measured | None) -> dict[str, Any]:
+def _evaluation(measured: Measured | None) -> EvaluationCost | None:
     if measured is None or measured.event is None:
-        return {}
-    return {"evaluation": {"event": measured.event, "epsilon": measured.epsilon}}
+        return None
+    return EvaluationCost(measured.event, measured.epsilon)
 
 
 def _finished(plan: Plan, state: State) -> Result:
     by_site = {state.site(r): b for r, b in state.answers.items() if isinstance(b, Finished)}
-    told = Tell("finished", {"sites": {s: {"model": by_site[s].model, "log": by_site[s].log} for s in plan.sites}})
-    return end(state, 0, told)
+    return end(
+        state,
+        0,
+        RunFinished({site: Outputs(by_site[site].model, by_site[site].log) for site in plan.sites}),
+    )

@@ -1,4 +1,6 @@
-"""How a run begins at the coordinator: the sites greet, sign, get the keys and prepare, until they have agreed on what they will do."""
+"""How a run begins at the coordinator: the sites greet, sign, get the keys and prepare, until
+they have agreed on what they will do.
+"""
 
 from __future__ import annotations
 
@@ -31,6 +33,7 @@ from privfl.federation.messages import (
     Welcome,
     weights_of,
 )
+from privfl.federation.news import Greeted, ReadySite, Started
 
 
 def greet(plan: Plan, state: State, rank: int, hello: Hello) -> Result:
@@ -42,31 +45,37 @@ def greet(plan: Plan, state: State, rank: int, hello: Hello) -> Result:
         return fail(state, f"site {state.site(rank)}: {hello.error}", hello.exit_code)
     if hello.site not in plan.sites:
         raise PrivflError(
-            f"rank {rank} calls itself {hello.site!r}, which is not one of the experiment's sites: {', '.join(plan.sites)}"
+            f"rank {rank} calls itself {hello.site!r}, which is not one of the experiment's sites: "
+            f"{', '.join(plan.sites)}"
         )
     for other, earlier in state.hellos.items():
         if other != rank and earlier.site == hello.site:
             raise PrivflError(
-                f"ranks {min(rank, other)} and {max(rank, other)} both are site {hello.site!r}; give every rank its own PRIVFL_SITE, or none"
+                f"ranks {min(rank, other)} and {max(rank, other)} both are site {hello.site!r}; "
+                f"give every rank its own PRIVFL_SITE, or none"
             )
     if hello.digest != plan.digest:
         raise PrivflError(
-            f"site {hello.site} reads another experiment than the coordinator; give every rank the same file and --set options"
+            f"site {hello.site} reads another experiment than the coordinator; give every rank the "
+            f"same file and --set options"
         )
     if dict(hello.versions) != dict(plan.versions):
         raise PrivflError(
-            f"site {hello.site} runs {_versions(hello.versions)}, the coordinator {_versions(plan.versions)}; install the same versions"
+            f"site {hello.site} runs {_versions(hello.versions)}, the coordinator "
+            f"{_versions(plan.versions)}; install the same versions"
         )
     if len(state.hellos) < len(plan.sites):
         return state, ()
-    members = tuple(
-        Member(site=site, rank=rank, exchange_key=state.hellos[rank].exchange_key, identity=state.hellos[rank].identity)
-        for site in plan.sites
-        for rank in [rank_of(state, site)]
-    )
+    members = tuple(_member(state, site) for site in plan.sites)
     state = replace(state, phase=Phase.SIGNING)
     welcome = Welcome(run=plan.run.hex(), folder=plan.folder, digest=plan.digest, members=members)
-    return state, (Tell("greeted", {}), *to_all(plan, state, welcome))
+    return state, (Tell(Greeted()), *to_all(plan, state, welcome))
+
+
+def _member(state: State, site: str) -> Member:
+    rank = rank_of(state, site)
+    hello = state.hellos[rank]
+    return Member(site=site, rank=rank, exchange_key=hello.exchange_key, identity=hello.identity)
 
 
 def _versions(versions: Mapping[str, str]) -> str:
@@ -81,7 +90,9 @@ def take_signature(plan: Plan, state: State, rank: int, body: Signed) -> Result:
     if len(state.signed) < len(plan.sites):
         return state, ()
     state = replace(state, phase=Phase.PREPARING)
-    agreed = Agreed(signatures={state.site(r): signed.signature for r, signed in state.signed.items()})
+    agreed = Agreed(
+        signatures={state.site(r): signed.signature for r, signed in state.signed.items()}
+    )
     return state, to_all(plan, state, agreed)
 
 
@@ -101,18 +112,23 @@ def prepare(plan: Plan, state: State, rank: int, body: Prepared) -> Result:
         return state, ()
     everybody = list(state.prepared.values())
     if len({p.parameters for p in everybody}) > 1:
-        counts = ", ".join(f"{state.site(r)} {p.parameters}" for r, p in sorted(state.prepared.items()))
+        counts = ", ".join(
+            f"{state.site(r)} {p.parameters}" for r, p in sorted(state.prepared.items())
+        )
         raise PrivflError(
-            f"model() has another number of trainable parameters at some sites ({counts}); give every site the same model"
+            f"model() has another number of trainable parameters at some sites ({counts}); give "
+            f"every site the same model"
         )
     if len({p.tag for p in everybody}) > 1:
         raise PrivflError(
-            "model() gives different initial parameters at different sites; let it use torch's random numbers only, which are seeded alike"
+            "model() gives different initial parameters at different sites; let it use torch's "
+            "random numbers only, which are seeded alike"
         )
     layouts = [p.layout for p in everybody if p.layout]
     if any(layout != layouts[0] for layout in layouts):
         raise PrivflError(
-            "a metric returns another number of ratios at some sites; return the same number everywhere, also for classes a site lacks"
+            "a metric returns another number of ratios at some sites; return the same number "
+            "everywhere, also for classes a site lacks"
         )
     records = {state.site(r): p.records for r, p in state.prepared.items()}
     begin = Begin(
@@ -122,25 +138,32 @@ def prepare(plan: Plan, state: State, rank: int, body: Prepared) -> Result:
         noise_multiplier=max(p.noise_multiplier for p in everybody) if plan.shared_noise else 0.0,
     )
     shares = weights_of(plan.weights, begin)
-    sites = {
-        site: {
-            "records": p.records,
-            "weight": shares[site],
-            "noise_multiplier": begin.noise_multiplier or p.noise_multiplier,
-            "sampling_rate": p.sampling_rate,
-            "planned_epsilon": p.planned_epsilon,
-            "evaluation_epsilon": p.evaluation_epsilon,
-            "metrics_noise": p.metrics_noise,
-            "accountant": p.accountant,
-            "book": p.book,
-            "outside": list(p.outside),
-        }
-        for site in plan.sites
-        for p in [state.prepared[rank_of(state, site)]]
-    }
-    words_add = all(p.words_add for p in everybody)
-    pinned = [site for site in plan.sites if state.prepared[rank_of(state, site)].pinned]
-    accounts = [plan.account, *(state.hellos[rank].account for rank in ranks(plan))]
-    facts = {"words_add": words_add, "pinned": pinned, "accounts": len(set(accounts)) == len(accounts)}
-    started = Tell("started", {"parameters": begin.parameters, "sites": sites, **facts})
-    return replace(state, begin=begin), (started, SetAdder(words_add), *to_all(plan, state, begin))
+    by_site = {site: state.prepared[rank_of(state, site)] for site in plan.sites}
+    users = [plan.user, *(state.hellos[rank].user for rank in ranks(plan))]
+    started = Started(
+        parameters=begin.parameters,
+        sites={site: _ready(prepared, shares[site], begin) for site, prepared in by_site.items()},
+        words_add=all(prepared.words_add for prepared in everybody),
+        pinned=tuple(site for site, prepared in by_site.items() if prepared.pinned),
+        separate_users=len(set(users)) == len(users),
+    )
+    return replace(state, begin=begin), (
+        Tell(started),
+        SetAdder(started.words_add),
+        *to_all(plan, state, begin),
+    )
+
+
+def _ready(prepared: Prepared, weight: float, begin: Begin) -> ReadySite:
+    return ReadySite(
+        records=prepared.records,
+        weight=weight,
+        noise_multiplier=begin.noise_multiplier or prepared.noise_multiplier,
+        sampling_rate=prepared.sampling_rate,
+        planned_epsilon=prepared.planned_epsilon,
+        evaluation_epsilon=prepared.evaluation_epsilon,
+        metrics_noise=prepared.metrics_noise,
+        accountant=prepared.accountant,
+        ledger=prepared.ledger,
+        outside=prepared.outside,
+    )

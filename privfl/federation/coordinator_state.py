@@ -1,11 +1,13 @@
-"""What the coordinator of a run knows and can ask for: the words in which its protocol is written."""
+"""What the coordinator of a run knows and can ask for: the words in which its protocol is
+written.
+"""
 
 from __future__ import annotations
 
 import enum
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
-from typing import Any, Literal, NamedTuple
+from typing import Literal, NamedTuple
 
 from privfl.errors import ProtocolError
 from privfl.federation.messages import (
@@ -18,6 +20,7 @@ from privfl.federation.messages import (
     Trained,
     Vector,
 )
+from privfl.federation.news import News, RunFailed
 
 
 class Phase(enum.Enum):
@@ -39,8 +42,9 @@ class Phase(enum.Enum):
 class Plan:
     """What does not change during a run.
 
-    ``shared_noise`` says that every site adds a share of one noise, so that they must agree on how much; ``blocks`` gives the number of blocks of
-    a vector of so many numbers; ``path`` whether contributions come as messages ('star') or the transport adds them ('reduce'), of which each
+    ``shared_noise`` says that every site adds a share of one noise, so that they must agree on how
+    much; ``blocks`` gives the number of blocks of a vector of so many numbers; ``path`` whether
+    contributions come as messages ('star') or the transport adds them ('reduce'), of which each
     site then only says that it has handed over its part.
     """
 
@@ -55,7 +59,7 @@ class Plan:
     shared_noise: bool
     blocks: Callable[[Vector, int], int]
     path: Literal["star", "reduce"] = "star"
-    account: str = ""
+    user: str = ""
 
 
 @dataclass(frozen=True)
@@ -89,7 +93,9 @@ class Send(NamedTuple):
 
 
 class SetAdder(NamedTuple):
-    """Make the adder of this run: of words, or of ciphertexts where the sites have not proven that words add up."""
+    """Make the adder of this run: of words, or of ciphertexts where the sites have not proven
+    that words add up.
+    """
 
     words_add: bool
 
@@ -123,10 +129,9 @@ class Dismiss(NamedTuple):
 
 
 class Tell(NamedTuple):
-    """What a person or the run folder should know; ``what`` is 'greeted', 'started', 'round', 'finished' or 'failed'."""
+    """Tell a person and the run folder."""
 
-    what: str
-    facts: dict[str, Any]
+    news: News
 
 
 Output = Send | SetAdder | OpenSum | Fold | Release | Dismiss | Tell
@@ -135,12 +140,12 @@ Result = tuple[State, tuple[Output, ...]]
 
 def fail(state: State, error: str, exit_code: int) -> Result:
     """Stop the run with one sentence."""
-    return end(state, exit_code, Tell("failed", {"error": error, "round": state.round}))
+    return end(state, exit_code, RunFailed(error, state.round))
 
 
-def end(state: State, exit_code: int, told: Tell) -> Result:
+def end(state: State, exit_code: int, news: News) -> Result:
     """End the run, and say what happened."""
-    return replace(state, phase=Phase.ENDED), (told, Dismiss(exit_code))
+    return replace(state, phase=Phase.ENDED), (Tell(news), Dismiss(exit_code))
 
 
 def ranks(plan: Plan) -> range:
@@ -157,7 +162,9 @@ def to_all(plan: Plan, state: State, body: Body) -> tuple[Output, ...]:
 def expect(state: State, rank: int, phase: Phase, what: str) -> None:
     """Refuse ``what`` in any other phase."""
     if state.phase is not phase:
-        raise ProtocolError(f"site {state.site(rank)} sent {what} while the coordinator was {state.phase.value}")
+        raise ProtocolError(
+            f"site {state.site(rank)} sent {what} while the coordinator was {state.phase.value}"
+        )
 
 
 def rank_of(state: State, site: str) -> int:

@@ -1,12 +1,14 @@
 """A site's side of the protocol: what a site may be told when, and what it then has to do.
 
-``step`` takes messages of the coordinator, ``done`` takes the results of the site's own work; both are pure. A round or attempt that
-is not newer than the last one is refused: a relay that repeats a message must not make a site send anything twice.
+``step`` takes messages of the coordinator, ``done`` takes the results of the site's own work; both
+are pure. A round or attempt that is not newer than the last one is refused: a relay that repeats a
+message must not make a site send anything twice.
 """
 
 from __future__ import annotations
 
 import enum
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import NamedTuple
 
@@ -55,9 +57,13 @@ class Phase(enum.Enum):
 
 @dataclass(frozen=True)
 class State:
-    """Where this site stands. ``sites`` to ``evaluate_every`` are from its own copy of the experiment (0: metrics never leave).
+    """Where this site stands.
 
-    ``steps`` tells that every round is one step of an optimizer at each site, whose replicas may come out a little different.
+    ``sites`` to ``evaluate_every`` are from its own copy of the experiment (0: metrics never
+    leave).
+
+    ``steps`` tells that every round is one step of an optimizer at each site, whose replicas may
+    come out a little different.
     """
 
     site: str
@@ -108,10 +114,12 @@ class Train(NamedTuple):
 
 
 class Contribute(NamedTuple):
-    """Encrypt this vector for the sum of the members and send it; ``spans``: what they need to agree on its range; ``heads`` of their ledgers."""
+    """Encrypt this vector for the sum of the members and send it; ``sealed_ranges``: what they
+    need to agree on its range; ``heads`` of their ledgers.
+    """
 
     vector: Vector
-    spans: dict[str, str]
+    sealed_ranges: dict[str, str]
     heads: dict[str, SignedHead]
 
 
@@ -144,16 +152,31 @@ class Write(NamedTuple):
     heads: dict[str, SignedHead]
 
 
-Action = Prepare | Verify | Unseal | Start | Train | Contribute | Collect | Combine | Lend | Adopt | Write
+Action = (
+    Prepare
+    | Verify
+    | Unseal
+    | Start
+    | Train
+    | Contribute
+    | Collect
+    | Combine
+    | Lend
+    | Adopt
+    | Write
+)
 
 
-def step(state: State, message: Message, blocks_of: dict[Vector, int]) -> tuple[State, tuple[Action, ...]]:
-    """The state after a message of the coordinator (but Stop, which needs no state), and what to do.
+def step(
+    state: State, message: Message, blocks_of: Callable[[Vector], int]
+) -> tuple[State, tuple[Action, ...]]:
+    """The state after a message of the coordinator (but Stop, which needs no state), and what to
+    do.
 
-    ``blocks_of`` is the number of blocks of each vector.
+    ``blocks_of`` gives the number of blocks of a vector, once the run has begun.
 
     Raises:
-        ProtocolError: the message is not allowed now; nothing has changed.
+        ProtocolError: If the message is not allowed now; nothing has changed.
     """
     body = message.body
     if isinstance(body, Welcome):
@@ -172,10 +195,15 @@ def step(state: State, message: Message, blocks_of: dict[Vector, int]) -> tuple[
     if isinstance(body, Round):
         _expect(state, message, Phase.IDLE)
         if state.begin is None or message.round != state.round + 1 or message.attempt != 0:
-            raise ProtocolError(f"the coordinator opened round {message.round} after round {state.round}")
+            raise ProtocolError(
+                f"the coordinator opened round {message.round} after round {state.round}"
+            )
         if message.round > state.rounds:
             # The budget was planned for so many; a coordinator must not spend more of it.
-            raise ProtocolError(f"the coordinator opened round {message.round} of an experiment of {state.rounds} rounds")
+            raise ProtocolError(
+                f"the coordinator opened round {message.round} of an experiment of {state.rounds} "
+                f"rounds"
+            )
         return replace(state, phase=Phase.TRAINING, round=message.round, attempt=0), (Train(),)
     if isinstance(body, Sum):
         return _open_sum(state, message, body)
@@ -191,10 +219,13 @@ def step(state: State, message: Message, blocks_of: dict[Vector, int]) -> tuple[
             or state.begin is None
         ):
             raise ProtocolError(
-                f"the coordinator finished the run after round {message.round}, this site is in round {state.round} of {state.rounds}"
+                f"the coordinator finished the run after round {message.round}, this site is in "
+                f"round {state.round} of {state.rounds}"
             )
         return replace(state, phase=Phase.FINISHING), (Write(body.heads),)
-    raise ProtocolError(f"the coordinator sent a {message.kind.name} message, which it may not send")
+    raise ProtocolError(
+        f"the coordinator sent a {message.kind.name} message, which it may not send"
+    )
 
 
 def done(state: State, body: Body) -> tuple[State, Message]:
@@ -209,12 +240,16 @@ def done(state: State, body: Body) -> tuple[State, Message]:
     }
     before, after = transitions[type(body)]
     if state.phase is not before:
-        raise ProtocolError(f"{type(body).__name__} is no result of a site that is {state.phase.value}")
+        raise ProtocolError(
+            f"{type(body).__name__} is no result of a site that is {state.phase.value}"
+        )
     return replace(state, phase=after), Message.of(body, state.run, state.round, state.attempt)
 
 
 def contributed(state: State) -> State:
-    """The state once this site's contribution to the open sum has been sent; only then it takes a total."""
+    """The state once this site's contribution to the open sum has been sent; only then it takes
+    a total.
+    """
     if state.phase is not Phase.CONTRIBUTING:
         raise ProtocolError(f"no contribution is due from a site that is {state.phase.value}")
     return replace(state, phase=Phase.SUMMING)
@@ -229,13 +264,18 @@ def length(state: State, vector: Vector) -> int:
 
 def _expect(state: State, message: Message, *phases: Phase) -> None:
     if state.phase not in phases:
-        raise ProtocolError(f"the coordinator sent a {message.kind.name} message while this site was {state.phase.value}")
+        raise ProtocolError(
+            f"the coordinator sent a {message.kind.name} message while this site was "
+            f"{state.phase.value}"
+        )
 
 
 def _welcome(state: State, welcome: Welcome) -> tuple[State, tuple[Action, ...]]:
     names = tuple(member.site for member in welcome.members)
     if state.phase is not Phase.GREETED or names != state.sites or welcome.digest != state.digest:
-        raise ProtocolError("the coordinator's welcome is for other sites, for another experiment, or a second one")
+        raise ProtocolError(
+            "the coordinator's welcome is for other sites, for another experiment, or a second one"
+        )
     try:
         run = bytes.fromhex(welcome.run)
     except ValueError as error:
@@ -248,7 +288,9 @@ def _welcome(state: State, welcome: Welcome) -> tuple[State, tuple[Action, ...]]
 def _agreed(state: State, message: Message, body: Agreed) -> tuple[State, tuple[Action, ...]]:
     _expect(state, message, Phase.SIGNED)
     make_key = state.sites[0] == state.site
-    return replace(state, phase=Phase.PREPARING, has_key=make_key), (Verify(body.signatures, make_key),)
+    return replace(state, phase=Phase.PREPARING, has_key=make_key), (
+        Verify(body.signatures, make_key),
+    )
 
 
 def _take_key(state: State, message: Message) -> tuple[State, tuple[Action, ...]]:
@@ -264,7 +306,8 @@ def _open_sum(state: State, message: Message, body: Sum) -> tuple[State, tuple[A
     _expect(state, message, Phase.TRAINED if body.vector == "update" else Phase.IDLE)
     if message.round != state.round or message.attempt <= state.attempt:
         raise ProtocolError(
-            f"the coordinator opened attempt {message.attempt} of round {message.round} after attempt {state.attempt} of round {state.round}"
+            f"the coordinator opened attempt {message.attempt} of round {message.round} after "
+            f"attempt {state.attempt} of round {state.round}"
         )
     if body.vector == "metrics":
         if length(state, "metrics") == 0 or state.evaluate_every == 0:
@@ -272,21 +315,35 @@ def _open_sum(state: State, message: Message, body: Sum) -> tuple[State, tuple[A
         due = state.round == state.rounds or state.round % state.evaluate_every == 0
         if state.round <= state.measured or not due:
             raise ProtocolError(
-                f"the coordinator opened a sum of metrics that is not due in round {state.round}, or a second one"
+                f"the coordinator opened a sum of metrics that is not due in round {state.round}, "
+                f"or a second one"
             )
     if body.members != state.sites:
         raise ProtocolError("the coordinator opened a sum for other members than this run's sites")
-    if body.spans and tuple(sorted(body.spans)) != tuple(sorted(state.sites)):
+    if body.sealed_ranges and tuple(sorted(body.sealed_ranges)) != tuple(sorted(state.sites)):
         raise ProtocolError("the coordinator relays ranges of other sites than this run's members")
     measured = state.round if body.vector == "metrics" else state.measured
-    state = replace(state, phase=Phase.CONTRIBUTING, attempt=message.attempt, vector=body.vector, measured=measured, parts_in=0)
-    return state, (Contribute(body.vector, body.spans, body.heads),)
+    state = replace(
+        state,
+        phase=Phase.CONTRIBUTING,
+        attempt=message.attempt,
+        vector=body.vector,
+        measured=measured,
+        parts_in=0,
+    )
+    return state, (Contribute(body.vector, body.sealed_ranges, body.heads),)
 
 
 def _settle_replicas(state: State, message: Message) -> tuple[State, tuple[Action, ...]]:
-    """After a step that all applied, and once: the first site lends its replica, the others may take it."""
+    """After a step that all applied, and once: the first site lends its replica, the others may
+    take it.
+    """
     _expect(state, message, Phase.IDLE)
-    here = (message.round, message.attempt) == (state.round, state.attempt) and state.vector == "update" and state.round > 0
+    here = (
+        (message.round, message.attempt) == (state.round, state.attempt)
+        and state.vector == "update"
+        and state.round > 0
+    )
     if not (here and state.steps) or state.settled == state.round:
         raise ProtocolError("the coordinator wants replicas to be settled where that is not due")
     lends = state.site == state.sites[0]
@@ -298,16 +355,19 @@ def _settle_replicas(state: State, message: Message) -> tuple[State, tuple[Actio
     return replace(state, phase=Phase.WORKING), (Adopt(message.bulk),)
 
 
-def _take_total(state: State, message: Message, blocks_of: dict[Vector, int]) -> tuple[State, tuple[Action, ...]]:
+def _take_total(
+    state: State, message: Message, blocks_of: Callable[[Vector], int]
+) -> tuple[State, tuple[Action, ...]]:
     _expect(state, message, Phase.SUMMING)
-    blocks = blocks_of[state.vector]
+    blocks = blocks_of(state.vector)
     if (
         (message.round, message.attempt) != (state.round, state.attempt)
         or message.parts != blocks
         or message.part != state.parts_in
     ):
         raise ProtocolError(
-            f"the coordinator sent part {message.part} of {message.parts} of a total, expected part {state.parts_in} of {blocks}"
+            f"the coordinator sent part {message.part} of {message.parts} of a total, expected "
+            f"part {state.parts_in} of {blocks}"
         )
     collect = Collect(message.part, message.bulk)
     if message.part + 1 < blocks:

@@ -1,7 +1,10 @@
-"""The durable book of what has been spent on one site's records: SQLite, debited before anything is released."""
+"""The durable book of what has been spent on one site's records: SQLite, debited before anything
+is released.
+"""
 
 from privfl.ledger.heads import Head, head_bytes
-from privfl.ledger.ledger import BudgetError, Ledger
-from privfl.ledger.rows import DamagedError, Row
+from privfl.ledger.ledger import Ledger
+from privfl.ledger.rows import Row
+from privfl.ledger.run_facts import RunFacts
 
-__all__ = ["BudgetError", "DamagedError", "Head", "Ledger", "Row", "head_bytes"]
+__all__ = ["Head", "Ledger", "Row", "RunFacts", "head_bytes"]

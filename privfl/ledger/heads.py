@@ -1,6 +1,7 @@
 """The head of a book: how many rows it had, and the hash that stands for all of them.
 
-Whoever was shown a head can tell later whether rows are missing: a chain alone looks whole when its tail was cut or a backup was restored.
+Whoever was shown a head can tell later whether rows are missing: a chain alone looks whole when its
+tail was cut or a backup was restored.
 """
 
 from __future__ import annotations
@@ -13,7 +14,9 @@ from typing import Any
 
 @dataclass(frozen=True)
 class Head:
-    """``ledger``: the book's own name, random; ``rows``: how many; ``hash``: of the last row, in hexadecimal."""
+    """``ledger``: the book's own name, random; ``rows``: how many; ``hash``: of the last row, in
+    hexadecimal.
+    """
 
     ledger: str
     rows: int
@@ -30,8 +33,12 @@ class Head:
 
 
 def head_bytes(head: Head, run: str, round_: int, attempt: int) -> bytes:
-    """What a site signs when it shows its head in a round of a run (hexadecimal), after so many sums in it.
+    """What a site signs when it shows its head in a round of a run (hexadecimal), after so many
+    sums in it.
 
-    The number of sums tells the head after the last release of metrics from that before it, which a relay could show again.
+    The number of sums tells the head after the last release of metrics from that before it, which a
+    relay could show again.
     """
-    return json.dumps(["privfl ledger head 1", head.ledger, head.rows, head.hash, run, round_, attempt]).encode()
+    return json.dumps(
+        ["privfl ledger head 1", head.ledger, head.rows, head.hash, run, round_, attempt]
+    ).encode()

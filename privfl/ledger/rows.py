@@ -1,7 +1,8 @@
 """The rows of a book, and the chain of hashes through them.
 
-One table holds everything. A row is never changed; the hash of each covers all its columns and the hash before, so that a change, a row taken
-out and a row put in show. A tail that was cut does not: for that a book's head is shown to others.
+One table holds everything. A row is never changed; the hash of each covers all its columns and the
+hash before, so that a change, a row taken out and a row put in show. A tail that was cut does not:
+for that a book's head is shown to others.
 """
 
 from __future__ import annotations
@@ -16,7 +17,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from privfl.accounting import Event, event_from_dict
-from privfl.errors import PrivflError
+from privfl.errors import DamagedError
 
 Kind = Literal["opened", "run", "mechanism", "charge", "refund"]
 
@@ -35,12 +36,11 @@ CREATE TABLE rows (
 ) STRICT
 """
 INSERT: Final = "INSERT INTO rows VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?, ?)"
-SELECT: Final = "SELECT number, time, kind, run, round, account, mechanism, steps, body, hash FROM rows ORDER BY number"
+SELECT: Final = (
+    "SELECT number, time, kind, run, round, account, mechanism, steps, body, hash FROM "
+    "rows ORDER BY number"
+)
 START: Final = "0" * 64
-
-
-class DamagedError(PrivflError):
-    """A book whose rows are not what was written."""
 
 
 class Row(NamedTuple):
@@ -82,10 +82,16 @@ class Row(NamedTuple):
 
 
 def chained(before: str, columns: tuple[Any, ...]) -> str:
-    """The hash of a row with these ``columns`` (all but the hash itself) after one whose hash is ``before``; in hexadecimal."""
+    """The hash of a row with these ``columns`` (all but the hash itself) after one whose hash is
+    ``before``; in hexadecimal.
+    """
     number, time, kind, run, round_, account, mechanism, steps, body = columns
-    # No column but the last may hold a bar, and !r keeps a number apart from a text that reads like it.
-    text = f"{before}|{number!r}|{time}|{kind}|{run}|{round_!r}|{account}|{mechanism!r}|{steps!r}|{body}"
+    # No column but the last may hold a bar, and !r keeps a number apart from a text that reads like
+    # it.
+    text = (
+        f"{before}|{number!r}|{time}|{kind}|{run}|{round_!r}|{account}|{mechanism!r}|{steps!r}"
+        f"|{body}"
+    )
     return hashlib.sha256(text.encode("utf-8", "surrogatepass")).hexdigest()
 
 
@@ -120,6 +126,10 @@ def mechanism_of(row: Row) -> tuple[Event, NDArray[np.float64]]:
     """
     try:
         facts = row.facts()
-        return event_from_dict(facts["event"]), np.array([float(value) for value in facts["divergences"]])
+        return event_from_dict(facts["event"]), np.array(
+            [float(value) for value in facts["divergences"]]
+        )
     except (ValueError, KeyError, TypeError) as error:
-        raise DamagedError(f"row {row.number} describes no mechanism that this version of privfl knows") from error
+        raise DamagedError(
+            f"row {row.number} describes no mechanism that this version of privfl knows"
+        ) from error

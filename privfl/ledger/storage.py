@@ -1,4 +1,6 @@
-"""The SQLite file under a book: rows go in whole or not at all, and survive whatever ends the process or the machine."""
+"""The SQLite file under a book: rows go in whole or not at all, and survive whatever ends the
+process or the machine.
+"""
 
 from __future__ import annotations
 
@@ -12,8 +14,8 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Final
 
-from privfl.errors import PrivflError
-from privfl.ledger.rows import CREATE, INSERT, SELECT, START, DamagedError, Row, chained, checked
+from privfl.errors import DamagedError, PrivflError
+from privfl.ledger.rows import CREATE, INSERT, SELECT, START, Row, chained, checked
 
 APPLICATION: Final = 0x70766C67  # "pvlg"
 VERSION: Final = 1
@@ -22,7 +24,8 @@ MIGRATIONS: dict[int, Callable[[sqlite3.Connection], None]] = {}
 
 # A reader in the middle of a transaction is waited for so long.
 _BUSY_SECONDS = 10.0
-# File systems that are shared between machines: their locks and flushes may not be what SQLite needs.
+# File systems that are shared between machines: their locks and flushes may not be what SQLite
+# needs.
 _NETWORK = {
     "nfs",
     "nfs4",
@@ -52,7 +55,7 @@ class Storage:
         self._lock = lock
         self._place = _place(path)
 
-    # -- opening -------------------------------------------------------------------------------------------------
+    # -- opening -----------------------------------------------------------------------------------
 
     @classmethod
     def write(cls, path: Path, *, network: bool = False) -> Storage:
@@ -62,14 +65,17 @@ class Storage:
             network: allow a file system that is shared between machines.
 
         Raises:
-            PrivflError: it cannot be opened, another run has it open, or it lies on a network file system.
+            PrivflError: it cannot be opened, another run has it open, or it lies on a network file
+                system.
             DamagedError: it is no book.
         """
         kind = file_system(path)
         if kind in _NETWORK and not network:
             raise PrivflError(
-                f"the ledger {path} lies on a network file system ({kind}), where two machines may write at once and a flush may not reach the disk; "
-                "move it to a local disk, or write ledger: {file: PATH, network_file_system: true} in the site file"
+                f"the ledger {path} lies on a network file system ({kind}), where two machines may "
+                f"write at once and a flush may not reach the disk; "
+                "move it to a local disk, or write ledger: {file: PATH, network_file_system: true} "
+                "in the site file"
             )
         lock = _lock(path)
         try:
@@ -99,14 +105,15 @@ class Storage:
             raise PrivflError(f"there is no ledger {path}")
         with _plainly(path):
             try:
-                # What a crash left half done is taken back by the next reader, which needs the right to write.
+                # What a crash left half done is taken back by the next reader, which needs the
+                # right to write.
                 connection = _connect(path, "rw")
             except sqlite3.OperationalError:
                 connection = _connect(path, "ro")
             _version(path, connection)
         return cls(path, connection, None)
 
-    # -- rows ----------------------------------------------------------------------------------------------------
+    # -- rows --------------------------------------------------------------------------------------
 
     def rows(self) -> list[Row]:
         """All rows, with their chain checked.
@@ -115,7 +122,9 @@ class Storage:
             DamagedError: the file or the chain is broken.
         """
         with _plainly(self.path):
-            if not self._connection.execute("SELECT 1 FROM sqlite_master WHERE name = 'rows'").fetchone():
+            if not self._connection.execute(
+                "SELECT 1 FROM sqlite_master WHERE name = 'rows'"
+            ).fetchone():
                 return []
             try:
                 return checked(self._connection.execute(SELECT))
@@ -129,11 +138,18 @@ class Storage:
             PrivflError: the disk is full or the like; none was added.
         """
         with _plainly(self.path), transaction(self._connection):
-            last = self._connection.execute("SELECT number, hash FROM rows ORDER BY number DESC LIMIT 1").fetchone() or (0, START)
+            last = self._connection.execute(
+                "SELECT number, hash FROM rows ORDER BY number DESC LIMIT 1"
+            ).fetchone() or (0, START)
             first = rows[0]
-            if last[0] != first.number - 1 or chained(last[1], first[:9]) != first.hash or _place(self.path) != self._place:
+            if (
+                last[0] != first.number - 1
+                or chained(last[1], first[:9]) != first.hash
+                or _place(self.path) != self._place
+            ):
                 raise PrivflError(
-                    f"the ledger {self.path} was replaced or changed while it was open; nothing was written, look at it"
+                    f"the ledger {self.path} was replaced or changed while it was open; nothing "
+                    f"was written, look at it"
                 )
             for row in rows:
                 self._connection.execute(INSERT, row)
@@ -147,7 +163,8 @@ class Storage:
         """Close the file and let others write."""
         self._connection.close()
         if self._lock is not None:
-            # Not by closing alone: a process that was forked meanwhile, as a loader's worker is, has the descriptor too.
+            # Not by closing alone: a process that was forked meanwhile, as a loader's worker is,
+            # has the descriptor too.
             fcntl.flock(self._lock, fcntl.LOCK_UN)
             os.close(self._lock)
             self._lock = None
@@ -155,19 +172,35 @@ class Storage:
 
 def _connect(path: Path, mode: str) -> sqlite3.Connection:
     connection = sqlite3.connect(
-        f"{path.resolve().as_uri()}?mode={mode}", uri=True, timeout=_BUSY_SECONDS, isolation_level=None, check_same_thread=False
+        f"{path.resolve().as_uri()}?mode={mode}",
+        uri=True,
+        timeout=_BUSY_SECONDS,
+        isolation_level=None,
+        check_same_thread=False,
     )
     connection.execute("SELECT count(*) FROM sqlite_master").fetchone()
     return connection
 
 
 def _prepare(path: Path, connection: sqlite3.Connection) -> None:
-    """Make the table in an empty file, or bring an older one up to date; another program's file is left as it is."""
-    if connection.execute("SELECT 1 FROM sqlite_master WHERE type IN ('trigger', 'view')").fetchone():
-        raise DamagedError(f"{path} is not a ledger of privfl: it holds triggers or views; name another file")
-    tables = [name for (name,) in connection.execute("SELECT name FROM sqlite_master WHERE type = 'table'")]
+    """Make the table in an empty file, or bring an older one up to date; another program's file
+    is left as it is.
+    """
+    if connection.execute(
+        "SELECT 1 FROM sqlite_master WHERE type IN ('trigger', 'view')"
+    ).fetchone():
+        raise DamagedError(
+            f"{path} is not a ledger of privfl: it holds triggers or views; name another file"
+        )
+    tables = [
+        name
+        for (name,) in connection.execute("SELECT name FROM sqlite_master WHERE type = 'table'")
+    ]
     new = not tables and connection.execute("PRAGMA user_version").fetchone()[0] == 0
-    if not new and (connection.execute("PRAGMA application_id").fetchone()[0] != APPLICATION or "rows" not in tables):
+    if not new and (
+        connection.execute("PRAGMA application_id").fetchone()[0] != APPLICATION
+        or "rows" not in tables
+    ):
         raise DamagedError(f"{path} is not a ledger of privfl; name another file")
     version = _version(path, connection)
     connection.execute("PRAGMA journal_mode=DELETE")
@@ -194,7 +227,9 @@ def _version(path: Path, connection: sqlite3.Connection) -> int:
     """
     version: int = connection.execute("PRAGMA user_version").fetchone()[0]
     if version > VERSION:
-        raise PrivflError(f"the ledger {path} was written by a newer privfl (format {version}); install that one")
+        raise PrivflError(
+            f"the ledger {path} was written by a newer privfl (format {version}); install that one"
+        )
     return version
 
 
@@ -212,7 +247,9 @@ def transaction(connection: sqlite3.Connection) -> Iterator[None]:
 
 
 def _place(path: Path) -> tuple[int, int] | None:
-    """Which file the path names now: writing on in one that was replaced would be writing nowhere."""
+    """Which file the path names now: writing on in one that was replaced would be writing
+    nowhere.
+    """
     try:
         found = path.stat()
     except OSError:
@@ -229,13 +266,17 @@ def _flush_folder(path: Path) -> None:
 
 
 def _lock(path: Path) -> int:
-    """The right to write, for as long as the descriptor is open; it ends with the process however that ends.
+    """The right to write, for as long as the descriptor is open; it ends with the process
+    however that ends.
 
-    On a file of its own: closing any descriptor of the book itself would take SQLite's own locks from it.
+    On a file of its own: closing any descriptor of the book itself would take SQLite's own locks
+    from it.
     """
     place = path.resolve()  # a book has one lock, by whatever name it is opened
     with _plainly(path):
-        lock = os.open(place.with_name(place.name + ".lock"), os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
+        lock = os.open(
+            place.with_name(place.name + ".lock"), os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600
+        )
     ours = f"process {os.getpid()} on {socket.gethostname()}"
     try:
         with _plainly(path):
@@ -254,7 +295,9 @@ def _lock(path: Path) -> int:
 
 
 def file_system(path: Path, mounts: str = "/proc/self/mountinfo") -> str:
-    """The kind of file system that ``path`` lies, or would lie, on; empty where the system does not say."""
+    """The kind of file system that ``path`` lies, or would lie, on; empty where the system does
+    not say.
+    """
     try:
         lines = Path(mounts).read_bytes().splitlines()
     except OSError:
@@ -264,7 +307,9 @@ def file_system(path: Path, mounts: str = "/proc/self/mountinfo") -> str:
     for line in lines:
         before, _, after = line.partition(b" - ")
         # Spaces and the like are written as octal escapes of bytes.
-        mounted = os.fsdecode(re.sub(rb"\\([0-7]{3})", lambda found: bytes([int(found[1], 8)]), before.split()[4]))
+        mounted = os.fsdecode(
+            re.sub(rb"\\([0-7]{3})", lambda found: bytes([int(found[1], 8)]), before.split()[4])
+        )
         if place.startswith(mounted.rstrip("/") + "/") and len(mounted) >= len(best):
             best, kind = mounted, os.fsdecode(after.split()[0])
     return kind.removeprefix("fuse.")
@@ -285,7 +330,11 @@ def _plainly(path: Path) -> Iterator[None]:
         if isinstance(error, sqlite3.OperationalError) and (
             "locked" in text or "unable to open" in text or "readonly" in text or "disk" in text
         ):
-            raise PrivflError(f"cannot use the ledger {path}: {text}; look at its disk and its permissions") from error
+            raise PrivflError(
+                f"cannot use the ledger {path}: {text}; look at its disk and its permissions"
+            ) from error
         raise _damaged(path, error) from error
     except OSError as error:
-        raise PrivflError(f"cannot use the ledger {path}: {error.strerror}; look at its disk and its permissions") from error
+        raise PrivflError(
+            f"cannot use the ledger {path}: {error.strerror}; look at its disk and its permissions"
+        ) from error

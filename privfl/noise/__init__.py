@@ -1,1 +1,3 @@
-"""Randomness, discrete Gaussian noise, the shares of distributed noise, and noise of metrics: numpy, no torch."""
+"""Randomness, discrete Gaussian noise, the shares of distributed noise, and noise of metrics:
+numpy, no torch.
+"""

@@ -1,26 +1,36 @@
-"""Samples of the discrete Gaussian on the integers, exact up to a proven distance, many at a time. Torch-free.
+"""Samples of the discrete Gaussian on the integers, exact up to a proven distance, many at a time.
 
-P(x) is proportional to h(x) = exp(-x^2 / (2 s^2)) for integer x (Canonne, Kamath, Steinke 2020). Sampling is by rejection from a staircase: the
-integers within 12 s of zero are cut into bins of 2^k, bin j is chosen with probability W_j / (N 2^54) for integer weights W_j, a place in it
+Torch-free.
+
+P(x) is proportional to h(x) = exp(-x^2 / (2 s^2)) for integer x (Canonne, Kamath, Steinke 2020).
+Sampling is by rejection from a staircase: the integers within 12 s of zero are cut into bins of
+2^k, bin j is chosen with probability W_j / (N 2^54) for integer weights W_j, a place in it
 uniformly, and x is accepted with probability
 
     a(x) = C h(x) / W_j <= 1
 
-for an integer C, so that every x within range is put out with probability proportional to h(x), whatever the weights are: rounding, in the choice of
-W_j and C, costs candidates and never exactness. Distance from the exact distribution, in total variation per sample, for uniform bits:
+for an integer C, so that every x within range is put out with probability proportional to h(x),
+whatever the weights are: rounding, in the choice of W_j and C, costs candidates and never
+exactness. Distance from the exact distribution, in total variation per sample, for uniform bits:
 
-- beyond 12 s: at most 2 exp(-72) < 2^-102, since conditioning on a range is as far as the probability outside. E exp(tX) is exp(t^2 s^2 / 2) times
-  sum h(x - t s^2) / sum h(x), and that ratio is at most 1 (both are the same Fourier series with positive coefficients, at t s^2 and at 0), so
-  P(|X| >= m) <= 2 exp(-m^2 / (2 s^2)) by Chernoff.
-- the bin: none. Weights are integers that add up to N 2^54, and the alias method (Walker 1977) splits them exactly, so 64 uniform bits choose a
-  bin with exactly its probability; k more bits choose the place.
-- a(x) <= 1: C is below W_j / h(x) of the highest x of every bin by at least 1/2, computed to 60 digits, which no rounding makes up for.
-- acceptance: x is accepted if f + 128 uniform bits, read as U in [0, 1), are below a(x) to 80 digits (relative error below 10^-76), which is
-  within 2^-155 of a(x) as f >= 28. Nine candidates in ten or more are accepted, so it adds less than 2^-154.
-- floating point: none. A float64 of a(x) only decides where the first f bits leave no doubt (`_FLOAT_ERROR`), as all f + 128 would.
+- beyond 12 s: at most 2 exp(-72) < 2^-102, since conditioning on a range is as far as the
+  probability outside. E exp(tX) is exp(t^2 s^2 / 2) times sum h(x - t s^2) / sum h(x), and that
+  ratio is at most 1 (both are the same Fourier series with positive coefficients, at t s^2 and at
+  0), so P(|X| >= m) <= 2 exp(-m^2 / (2 s^2)) by Chernoff.
+- the bin: none. Weights are integers that add up to N 2^54, and the alias method (Walker 1977)
+  splits them exactly, so 64 uniform bits choose a bin with exactly its probability; k more bits
+  choose the place.
+- a(x) <= 1: C is below W_j / h(x) of the highest x of every bin by at least 1/2, computed to 60
+  digits, which no rounding makes up for.
+- acceptance: x is accepted if f + 128 uniform bits, read as U in [0, 1), are below a(x) to 80
+  digits (relative error below 10^-76), which is within 2^-155 of a(x) as f >= 28. Nine candidates
+  in ten or more are accepted, so it adds less than 2^-154.
+- floating point: none. A float64 of a(x) only decides where the first f bits leave no doubt
+  (`_FLOAT_ERROR`), as all f + 128 would.
 
-Together below 2^-100 per sample, so below 2^-50 for 10^15 samples: what a run adds to delta (times at most 1 + e^epsilon) is smaller than what
-floating-point arithmetic prints of it. The number of rejections before a sample is independent of the sample.
+Together below 2^-100 per sample, so below 2^-50 for 10^15 samples: what a run adds to delta (times
+at most 1 + e^epsilon) is smaller than what floating-point arithmetic prints of it. The number of
+rejections before a sample is independent of the sample.
 """
 
 from __future__ import annotations
@@ -35,11 +45,14 @@ from privfl.noise.randomness import Randomness
 
 _COLUMN_BITS, _COLUMNS = 54, 1 << 10
 _REACH = 12.0
-# Bins to one standard deviation: between this and twice as many, so that nearly all candidates are accepted and all bins fit the table.
+# Bins to one standard deviation: between this and twice as many, so that nearly all candidates are
+# accepted and all bins fit the table.
 _FINENESS = 16
-# How far the float64 of a(x) is off, at most. With u = 2^-53 and x^2 / (2 s^2) <= (12 + 2)^2 / 2 < 100: its four roundings make 401 u, that of the
-# logarithm (below 64) 32 u, that of the sum 64 u; exp turns these 2^-43.9 into as much or less, as a(x) <= 1, and may itself be off by 2^-45, or 256
-# units in the last place (libraries stay below 4; the tests look). Subtracting the uniform number adds u: below 2^-43.
+# How far the float64 of a(x) is off, at most. With u = 2^-53 and x^2 / (2 s^2) <= (12 + 2)^2 / 2 <
+# 100: its four roundings make 401 u, that of the logarithm (below 64) 32 u, that of the sum 64 u;
+# exp turns these 2^-43.9 into as much or less, as a(x) <= 1, and may itself be off by 2^-45, or 256
+# units in the last place (libraries stay below 4; the tests look). Subtracting the uniform number
+# adds u: below 2^-43.
 _FLOAT_ERROR = 2.0**-40
 _EXTRA_BITS = 128
 _TABLES, _DECISION = Context(prec=60), Context(prec=80)
@@ -52,7 +65,8 @@ class DiscreteGaussian:
 
     Args:
         deviation: s, from 0.5 to 2^40; the standard deviation, but for the narrowest.
-        randomness: 16 bytes for each candidate, and 16 more for about one in 2^38 (in 2^26 at the widest).
+        randomness: 16 bytes for each candidate, and 16 more for about one in 2^38 (in 2^26 at the
+            widest).
 
     Attributes:
         starts, weights: the first integer and the weight W_j of every bin.
@@ -64,7 +78,10 @@ class DiscreteGaussian:
 
     def __init__(self, deviation: float, randomness: Randomness) -> None:
         if not 0.5 <= deviation <= 2.0**40:
-            raise ValueError(f"the deviation of a discrete Gaussian must be between 0.5 and 2^40, got {deviation}")
+            raise ValueError(
+                f"the deviation of a discrete Gaussian must be between 0.5 and 2^40, got "
+                f"{deviation}"
+            )
         self._deviation, self._randomness = float(deviation), randomness
         self._bits = max(0, math.floor(math.log2(deviation / _FINENESS)))
         # Uniform bits for the acceptance; float64 holds 53.
@@ -90,7 +107,8 @@ class DiscreteGaussian:
         found = np.empty(count, dtype=np.int64)
         done = 0
         while done < count:
-            # Some more than are missing: about one in forty is rejected. The surplus is thrown away, whatever it is.
+            # Some more than are missing: about one in forty is rejected. The surplus is thrown
+            # away, whatever it is.
             wanted = min(_PIECE, count - done + (count - done) // 16 + 16)
             accepted = self._candidates(wanted)[: count - done]
             found[done : done + len(accepted)] = accepted
@@ -113,11 +131,15 @@ class DiscreteGaussian:
         accepted = chance > self._tolerance
         open_ones = np.flatnonzero(np.abs(chance) <= self._tolerance)
         for i in open_ones.tolist():
-            accepted[i] = self._accepts(int(x[i]), int(self._bins[entry[i]]), int(place[i]) >> (64 - self._fine_bits))
+            accepted[i] = self._accepts(
+                int(x[i]), int(self._bins[entry[i]]), int(place[i]) >> (64 - self._fine_bits)
+            )
         return x[accepted]
 
     def _chances(self, x: NDArray[np.int64], entry: NDArray[np.int64]) -> NDArray[np.float64]:
-        """a(x) within 2^-40, for places of shape (count,) in the bins of these entries of the table."""
+        """a(x) within 2^-40, for places of shape (count,) in the bins of these entries of the
+        table.
+        """
         chance = x.astype(np.float64)
         chance *= chance
         chance *= -self._steepness
@@ -125,7 +147,9 @@ class DiscreteGaussian:
         return np.exp(chance, out=chance)
 
     def _accepts(self, x: int, place: int, first_bits: int) -> bool:
-        """Whether a uniform number that begins with ``first_bits`` is below a(x), by 128 more bits and 80 digits."""
+        """Whether a uniform number that begins with ``first_bits`` is below a(x), by 128 more
+        bits and 80 digits.
+        """
         more = int.from_bytes(self._randomness.bytes(_EXTRA_BITS // 8), "little")
         uniform = (first_bits << _EXTRA_BITS) + more
         with localcontext(_DECISION):
@@ -134,23 +158,33 @@ class DiscreteGaussian:
 
 
 def _height(x: int, deviation: float) -> Decimal:
-    """exp(-x^2 / (2 deviation^2)) to the digits of the context; the float is taken for what it is."""
+    """exp(-x^2 / (2 deviation^2)) to the digits of the context; the float is taken for what it
+    is.
+    """
     return (-(Decimal(x) ** 2) / (2 * Decimal(deviation) ** 2)).exp()
 
 
 def _staircase(starts: list[int], width: int, deviation: float) -> tuple[list[int], int]:
-    """Integer weights of the bins, adding up to the size of the table, and C: a(x) is then at most 1 everywhere."""
+    """Integer weights of the bins, adding up to the size of the table, and C: a(x) is then at
+    most 1 everywhere.
+    """
     size = _COLUMNS << _COLUMN_BITS
     with localcontext(_TABLES):
-        heights = [_height(start if start >= 0 else start + width - 1, deviation) for start in starts]
+        heights = [
+            _height(start if start >= 0 else start + width - 1, deviation) for start in starts
+        ]
         total = sum(heights)
         weights = [int(height / total * size) + 1 for height in heights]
         weights[weights.index(max(weights))] -= sum(weights) - size
-        return weights, int(min(weight / height for weight, height in zip(weights, heights, strict=True))) - 1
+        return weights, int(
+            min(weight / height for weight, height in zip(weights, heights, strict=True))
+        ) - 1
 
 
 def _alias(weights: list[int]) -> tuple[list[int], list[int]]:
-    """Walker's tables in exact arithmetic: of each column the part that is its own bin's, and the bin that has the rest."""
+    """Walker's tables in exact arithmetic: of each column the part that is its own bin's, and
+    the bin that has the rest.
+    """
     full = 1 << _COLUMN_BITS
     left = weights + [0] * (_COLUMNS - len(weights))
     own, other = [full] * _COLUMNS, [0] * _COLUMNS

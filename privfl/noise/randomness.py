@@ -1,7 +1,8 @@
 """Where noise and samples come from: the operating system, in every process anew.
 
-torch's generators are not used for anything that protects: an unseeded ``torch.Generator()`` has the same constant seed in every
-process, and a user's ``torch.manual_seed`` would make the noise of all sites equal.
+torch's generators are not used for anything that protects: an unseeded ``torch.Generator()`` has
+the same constant seed in every process, and a user's ``torch.manual_seed`` would make the noise of
+all sites equal.
 """
 
 from __future__ import annotations
@@ -15,8 +16,9 @@ from cryptography.hazmat.primitives.ciphers import Cipher, algorithms, modes
 from numpy.typing import NDArray
 
 _ZEROS = bytes(1 << 20)
-# What one key of the stream cipher gives. Few enough that blocks which never repeat cannot be told from random ones (2^-93 for a key, Bellare,
-# Kilian, Rogaway 1994) and that little can be repeated by whoever comes to see a key; enough that new keys cost nothing.
+# What one key of the stream cipher gives. Few enough that blocks which never repeat cannot be told
+# from random ones (2^-93 for a key, Bellare, Kilian, Rogaway 1994) and that little can be repeated
+# by whoever comes to see a key; enough that new keys cost nothing.
 _KEY_BYTES = 4 << 20
 _forks = 0
 
@@ -40,10 +42,11 @@ class Randomness(Protocol):
 
 
 class SystemRandomness:
-    """The operating system's cryptographic generator, through a stream cipher: AES-256 in counter mode under keys from it.
+    """The operating system's cryptographic generator, through a stream cipher: AES-256 in
+    counter mode under keys from it.
 
-    A key serves for 4 MiB and is then forgotten; a process that was forked off takes a new one. Its number tells forks that Python does not see, the
-    count those after which a number is met again.
+    A key serves for 4 MiB and is then forgotten; a process that was forked off takes a new one. Its
+    number tells forks that Python does not see, the count those after which a number is met again.
     """
 
     private = True
@@ -57,7 +60,9 @@ class SystemRandomness:
         while count > 0:
             if self._left <= 0 or self._process != process:
                 # The counter begins at zero because every key serves a single stream.
-                self._cipher = Cipher(algorithms.AES256(os.urandom(32)), modes.CTR(bytes(16))).encryptor()
+                self._cipher = Cipher(
+                    algorithms.AES256(os.urandom(32)), modes.CTR(bytes(16))
+                ).encryptor()
                 self._left, self._process = _KEY_BYTES, process
             length = min(count, self._left, len(_ZEROS))
             pieces.append(self._cipher.update(memoryview(_ZEROS)[:length]))
@@ -67,23 +72,37 @@ class SystemRandomness:
 
 
 class SeededRandomness:
-    """A repeatable source for tests. Whoever knows the seed can subtract the noise: nothing made with it is private."""
+    """A repeatable source for tests.
+
+    Whoever knows the seed can subtract the noise: nothing made with it is private.
+    """
 
     private = False
 
     def __init__(self, seed: int, site: str) -> None:
         key = hashlib.sha256(f"privfl insecure test seed {seed} {site}".encode()).digest()
-        self._generator = np.random.Generator(np.random.Philox(key=np.frombuffer(key[:16], dtype=np.uint64)))
+        self._generator = np.random.Generator(
+            np.random.Philox(key=np.frombuffer(key[:16], dtype=np.uint64))
+        )
 
     def bytes(self, count: int) -> bytes:
         return self._generator.bytes(count)
 
 
-def poisson_sample(records: int, sampling_rate: float, randomness: Randomness) -> NDArray[np.int64]:
-    """The indices of a Poisson sample: each of ``records`` records independently with probability ``sampling_rate``.
+def randomness(seed: int | None, stream: str) -> Randomness:
+    """The operating system's randomness; a repeatable source of its own for each ``stream``
+    where a test gives a ``seed``.
+    """
+    return SystemRandomness() if seed is None else SeededRandomness(seed, stream)
 
-    The decision compares a 64-bit integer with floor(q * 2^64), so the true probability is never above q. Shape: (batch,), where
-    the batch may be empty; its size is private and must not leave the site.
+
+def poisson_sample(records: int, sampling_rate: float, randomness: Randomness) -> NDArray[np.int64]:
+    """The indices of a Poisson sample: each of ``records`` records independently with
+    probability ``sampling_rate``.
+
+    The decision compares a 64-bit integer with floor(q * 2^64), so the true probability is never
+    above q. Shape: (batch,), where the batch may be empty; its size is private and must not leave
+    the site.
     """
     if sampling_rate >= 1.0:
         return np.arange(records, dtype=np.int64)
@@ -94,9 +113,10 @@ def poisson_sample(records: int, sampling_rate: float, randomness: Randomness) -
 def gaussian(count: int, standard_deviation: float, randomness: Randomness) -> NDArray[np.float64]:
     """``count`` normal variates with mean 0 by inversion; shape (count,).
 
-    53 uniform bits, centred in their cells, go through the inverse of the normal distribution function, so the tails end at 8.2
-    standard deviations: a total variation distance of 2^-53 per variate. Floating-point noise is not hardened against attacks on
-    its low-order bits (Mironov 2012); docs/sharp-edges.md says so.
+    53 uniform bits, centred in their cells, go through the inverse of the normal distribution
+    function, so the tails end at 8.2 standard deviations: a total variation distance of 2^-53 per
+    variate. Floating-point noise is not hardened against attacks on its low-order bits (Mironov
+    2012); docs/sharp-edges.md says so.
     """
     from scipy.special import ndtri
 

@@ -1,16 +1,19 @@
-"""What a report is made from: the charges of one site in the order in which they were made, whoever wrote them down."""
+"""What a report is made from: the charges of one site in the order in which they were made,
+whoever wrote them down.
+"""
 
 from __future__ import annotations
 
 import time
 from dataclasses import dataclass, field
-from typing import Literal, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
 
 from privfl.accounting import Account as AccountName
 from privfl.accounting import Event, RenyiFilter
+from privfl.ledger import RunFacts
 from privfl.reporting.schema import Check
 
 
@@ -20,7 +23,10 @@ def now() -> str:
 
 
 class Charged(NamedTuple):
-    """One charge, or with negative ``steps`` a refund. ``mechanism`` is an index into :attr:`History.mechanisms`."""
+    """One charge, or with negative ``steps`` a refund.
+
+    ``mechanism`` is an index into :attr:`History.mechanisms`.
+    """
 
     time: str
     run: str
@@ -31,27 +37,20 @@ class Charged(NamedTuple):
 
 
 @dataclass(frozen=True)
-class RunFacts:
-    """What is known of a run. ``plans``: by account, what was to be charged; ``trust``: who could see what, in one phrase; ``outside``: what data()
-    says that no epsilon covers; ``coordinator``: whether one took part that is no site.
+class ReportedRun:
+    """A run, as a report is made of it.
+
+    Attributes:
+        run: in hexadecimal.
+        begun: when it began, as :func:`now` gives it.
+        trust: who could see what, in one phrase.
+        facts: what the run is.
     """
 
     run: str
     begun: str
-    model: str
-    data: str
-    members: tuple[str, ...]
-    noise: Literal["site", "distributed"]
-    collusion: int
-    rounds: int
-    delta: float
-    private: bool
     trust: str
-    exact_metrics: tuple[str, ...]
-    outside: tuple[str, ...]
-    records_per_person: int
-    coordinator: bool
-    plans: dict[AccountName, Event]
+    facts: RunFacts
 
 
 @dataclass(frozen=True)
@@ -60,11 +59,12 @@ class History:
 
     Attributes:
         source: where it was read, for a person.
-        kept: whether a book is kept across runs.
+        kept: whether a ledger is kept across runs.
         limits: the filters of its budget, by account, where they are known.
         mechanisms: each event once, a single step of it.
         vectors: the divergences of one step of each, at ``orders``; shape (orders,).
-        told: by account, the epsilons that a site told others after its charges, by a filter that they do not know; one for each charge.
+        filter_epsilons: by account, the epsilons that a site filter_epsilons others after its
+            charges, by a filter that they do not know; one for each charge.
     """
 
     site: str
@@ -78,6 +78,6 @@ class History:
     mechanisms: list[Event]
     vectors: list[NDArray[np.float64]]
     charges: list[Charged]
-    runs: list[RunFacts]
+    runs: list[ReportedRun]
     checks: list[Check] = field(default_factory=list)
-    told: dict[AccountName, list[float]] = field(default_factory=dict)
+    filter_epsilons: dict[AccountName, list[float]] = field(default_factory=dict)

@@ -1,4 +1,6 @@
-"""The report as one page of HTML that loads nothing: for a data protection officer, on a screen and on paper."""
+"""The report as one page of HTML that loads nothing: for a data protection officer, on a screen
+and on paper.
+"""
 
 from __future__ import annotations
 
@@ -10,7 +12,7 @@ from typing import TYPE_CHECKING, Final
 
 from privfl.accounting import DiscreteGaussian
 from privfl.reporting.numbers import plain, up
-from privfl.reporting.schema import Account, Book, Charge, Check, Cost, Epsilon, Report, Run
+from privfl.reporting.schema import Account, Charge, Check, Cost, Epsilon, Report, Run, SiteReport
 
 if TYPE_CHECKING:
     from markupsafe import Markup
@@ -56,7 +58,7 @@ class Site:
     """
 
     key: str
-    book: Book
+    report: SiteReport
     numbers: dict[str, int]
     charged: int
     plots: list[Plots]
@@ -66,7 +68,7 @@ class Site:
 
     @property
     def name(self) -> str:
-        return self.book.site
+        return self.report.site
 
     @property
     def training(self) -> Account | None:
@@ -77,25 +79,34 @@ class Site:
         return self._account("evaluation")
 
     def _account(self, name: str) -> Account | None:
-        return next((account for account in self.book.accounts if account.account == name), None)
+        return next((account for account in self.report.accounts if account.account == name), None)
 
     @property
     def costs(self) -> list[tuple[Run, str, Cost]]:
         """What every run cost each kind of record."""
-        pairs = [(run, name, getattr(run, name)) for run in self.book.runs for name in RECORDS]
+        pairs = [(run, name, getattr(run, name)) for run in self.report.runs for name in RECORDS]
         return [(run, name, cost) for run, name, cost in pairs if cost is not None]
 
     @property
     def charges(self) -> list[tuple[Account, Charge]]:
         """All charges, by run and then by kind of record."""
-        found = [(account, charge) for account in self.book.accounts for charge in account.charges]
-        return sorted(found, key=lambda pair: self.numbers[pair[1].run])
+        charges = [
+            (account, charge) for account in self.report.accounts for charge in account.charges
+        ]
+        return sorted(charges, key=lambda pair: self.numbers[pair[1].run])
 
     @property
     def persons(self) -> list[int]:
         """The numbers of records of a person for which there are epsilons, rising."""
         known = {cost.person.records for _, _, cost in self.costs if cost.person is not None}
-        return sorted(known | {account.person.records for account in self.book.accounts if account.person is not None})
+        return sorted(
+            known
+            | {
+                account.person.records
+                for account in self.report.accounts
+                if account.person is not None
+            }
+        )
 
     @property
     def discrete(self) -> bool:
@@ -105,30 +116,30 @@ class Site:
     @property
     def unprotected(self) -> list[Run]:
         """Runs that are not private at all."""
-        return [run for run in self.book.runs if not run.private]
+        return [run for run in self.report.runs if not run.private]
 
     @property
     def exact(self) -> dict[tuple[str, ...], list[Run]]:
         """Metrics that were released without noise, and the runs that did."""
-        found: dict[tuple[str, ...], list[Run]] = {}
-        for run in self.book.runs:
+        runs: dict[tuple[str, ...], list[Run]] = {}
+        for run in self.report.runs:
             if run.exact_metrics:
-                found.setdefault(tuple(run.exact_metrics), []).append(run)
-        return found
+                runs.setdefault(tuple(run.exact_metrics), []).append(run)
+        return runs
 
     @property
     def outside(self) -> dict[str, list[Run]]:
         """What a run's data() says that no epsilon covers, and the runs."""
-        found: dict[str, list[Run]] = {}
-        for run in self.book.runs:
+        runs: dict[str, list[Run]] = {}
+        for run in self.report.runs:
             for text in run.outside:
-                found.setdefault(text, []).append(run)
-        return found
+                runs.setdefault(text, []).append(run)
+        return runs
 
     @property
     def unbounded(self) -> list[Account]:
         """Accounts with an infinite epsilon."""
-        return [account for account in self.book.accounts if _infinite(account.spent)]
+        return [account for account in self.report.accounts if _infinite(account.spent)]
 
 
 def to_html(report: Report) -> str:
@@ -168,34 +179,43 @@ def to_html(report: Report) -> str:
         "records": RECORDS.__getitem__,
         "accountant": ACCOUNTANTS.__getitem__,
     }
-    sites = [_site(book, number) for number, book in enumerate(report.books, 1)]
-    return environment.get_template("budget.html.j2").render(report=report, sites=sites, deltas=_deltas(report))
+    sites = [_site(site, number) for number, site in enumerate(report.sites, 1)]
+    return environment.get_template("budget.html.j2").render(
+        report=report, sites=sites, deltas=_deltas(report)
+    )
 
 
-def _site(book: Book, number: int) -> Site:
-    charged = {charge.run for account in book.accounts for charge in account.charges}
-    runs = dict.fromkeys([*(run.run for run in book.runs), *(c.run for account in book.accounts for c in account.charges)])
+def _site(report: SiteReport, number: int) -> Site:
+    charged = {charge.run for account in report.accounts for charge in account.charges}
+    runs = dict.fromkeys(
+        [
+            *(run.run for run in report.runs),
+            *(c.run for account in report.accounts for c in account.charges),
+        ]
+    )
     numbers = {run: i for i, run in enumerate(runs, 1)}
     key = f"site-{number}"
     return Site(
         key=key,
-        book=book,
+        report=report,
         numbers=numbers,
         charged=len(charged),
-        plots=[_plots(book, account, numbers, key) for account in book.accounts if account.curve],
-        newest=next((run for run in reversed(book.runs) if run.adversaries), None),
-        wrong=[check for check in book.checks if check.ok is False],
-        open=[check for check in book.checks if check.ok is None],
+        plots=[
+            _plots(report, account, numbers, key) for account in report.accounts if account.curve
+        ],
+        newest=next((run for run in reversed(report.runs) if run.adversaries), None),
+        wrong=[check for check in report.checks if check.ok is False],
+        open=[check for check in report.checks if check.ok is None],
     )
 
 
-def _plots(book: Book, account: Account, numbers: dict[str, int], key: str) -> Plots:
+def _plots(report: SiteReport, account: Account, numbers: dict[str, int], key: str) -> Plots:
     from markupsafe import Markup
 
     from privfl.reporting.plots import curve_plot, runs_plot
 
-    budget = book.budget.epsilon if book.budget is not None else None
-    name = _UNPRINTABLE.sub("\N{REPLACEMENT CHARACTER}", book.site)
+    budget = report.budget.epsilon if report.budget is not None else None
+    name = _UNPRINTABLE.sub("\N{REPLACEMENT CHARACTER}", report.site)
     curve = curve_plot(account, numbers, budget, name, f"{key}-{account.account}-curve")
     runs = runs_plot(account, numbers, budget, name, f"{key}-{account.account}-runs")
     return Plots(account, Markup(curve), Markup(runs))  # noqa: S704 - ours; names in it are escaped
@@ -203,14 +223,18 @@ def _plots(book: Book, account: Account, numbers: dict[str, int], key: str) -> P
 
 def _deltas(report: Report) -> list[float]:
     """All deltas in the report, each once."""
-    found = [account.delta for book in report.books for account in book.accounts]
-    found += [
-        cost.delta for book in report.books for run in book.runs for cost in (run.training, run.evaluation) if cost is not None
+    deltas = [account.delta for site in report.sites for account in site.accounts]
+    deltas += [
+        cost.delta
+        for site in report.sites
+        for run in site.runs
+        for cost in (run.training, run.evaluation)
+        if cost is not None
     ]
-    return sorted({delta for delta in found if not math.isnan(delta)})
+    return sorted({delta for delta in deltas if not math.isnan(delta)})
 
 
-# -- numbers in words ---------------------------------------------------------------------------------------------
+# -- numbers in words ------------------------------------------------------------------------------
 
 
 def _infinite(epsilon: Epsilon) -> bool:
@@ -253,7 +277,11 @@ def share(spent: Epsilon, budget: float) -> float:
 
 def one_in(probability: float) -> str:
     """1e-05 as '1 in 100,000'; rounded to the more likely side."""
-    return f"1 in {math.floor(1.0 / probability + 1e-6):,}" if 0.0 < probability < 1.0 else "no small chance"
+    return (
+        f"1 in {math.floor(1.0 / probability + 1e-6):,}"
+        if 0.0 < probability < 1.0
+        else "no small chance"
+    )
 
 
 def numbered(runs: Sequence[Run], numbers: dict[str, int]) -> str:
@@ -262,11 +290,14 @@ def numbered(runs: Sequence[Run], numbers: dict[str, int]) -> str:
     if len(known) == 1:
         return f"run {known[0]}"
     if len(known) > _NAMED:
-        return f"runs {', '.join(known[:_NAMED])} and {len(known) - _NAMED} more, which the table of runs shows,"
+        return (
+            f"runs {', '.join(known[:_NAMED])} and {len(known) - _NAMED} more, which the table "
+            f"of runs shows,"
+        )
     return f"runs {', '.join(known[:-1])} and {known[-1]}"
 
 
 def moment(time: str) -> str:
     """2026-11-25T20:59:35Z as '2026-11-25 20:59:35'; all times are UTC."""
-    found = re.fullmatch(r"(\d{4}-\d\d-\d\d)T(\d\d:\d\d:\d\d)(?:\.\d+)?Z", time)
-    return f"{found[1]} {found[2]}" if found else time
+    parts = re.fullmatch(r"(\d{4}-\d\d-\d\d)T(\d\d:\d\d:\d\d)(?:\.\d+)?Z", time)
+    return f"{parts[1]} {parts[2]}" if parts else time

@@ -9,14 +9,18 @@ from privfl.reporting.schema import Epsilon
 
 
 def decimals(epsilon: float, digits: int = 4) -> str:
-    """An epsilon with so many decimals, for columns; what rounding left in the seventh digit after them is not counted."""
+    """An epsilon with so many decimals, for columns; what rounding left in the seventh digit
+    after them is not counted.
+    """
     if not math.isfinite(epsilon):
         return "infinite"
     return f"{math.ceil(epsilon * 10**digits - 1e-6) / 10**digits:.{digits}f}"
 
 
 def up(value: Epsilon, digits: int = 4) -> str:
-    """An epsilon with so many digits, rounded up and never down: read back as a number it is not below ``value``."""
+    """An epsilon with so many digits, rounded up and never down: read back as a number it is not
+    below ``value``.
+    """
     if value == "infinite" or value == math.inf:
         return "infinite"
     number = Decimal(repr(float(value)))

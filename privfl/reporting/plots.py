@@ -19,7 +19,8 @@ if TYPE_CHECKING:
 # Width and height in inches: a plot is as wide as a phone, so that its letters can be read there.
 _SIZE: Final = (4.6, 2.75)
 _INK, _LINE, _FILL, _GRID, _LIMIT = "#1f2328", "#1c4f7c", "#d3e2ef", "#d9dee3", "#8a3800"
-# In the page these colours are variables, so that they change on a dark screen; the colours above remain where there are none.
+# In the page these colours are variables, so that they change on a dark screen; the colours above
+# remain where there are none.
 _VARIABLES: Final = {_INK: "ink", _LINE: "line", _FILL: "fill", _GRID: "grid", _LIMIT: "limit"}
 _SETTINGS: Final = {
     "svg.fonttype": "none",
@@ -50,32 +51,43 @@ class Spent(NamedTuple):
 
 
 def after_runs(account: Account, numbers: dict[str, int]) -> list[Spent]:
-    """Epsilon after each run that charged the account; where the curve is thinned out, its next point, which is not below the truth."""
-    found, curve = [], account.curve
+    """Epsilon after each run that charged the account; where the curve is thinned out, its next
+    point, which is not below the truth.
+    """
+    points, curve = [], account.curve
     for run in dict.fromkeys(charge.run for charge in account.charges):
         inside = [i for i, point in enumerate(curve) if point.run == run]
         if inside:
             last = inside[-1]
             exact = last + 1 == len(curve) or curve[last + 1].charge == curve[last].charge + 1
-            found.append(Spent(numbers[run], curve[last if exact else last + 1].epsilon))
+            points.append(Spent(numbers[run], curve[last if exact else last + 1].epsilon))
         elif curve:
             later = [point for point in curve if numbers[point.run] > numbers[run]]
-            found.append(Spent(numbers[run], (later or curve[-1:])[0].epsilon))
-    return found
+            points.append(Spent(numbers[run], (later or curve[-1:])[0].epsilon))
+    return points
 
 
-def curve_plot(account: Account, numbers: dict[str, int], budget: float | None, site: str, key: str) -> str:
-    """Epsilon after each charge, with the places where runs begin, as one SVG element; all ids in it begin with ``key``."""
+def curve_plot(
+    account: Account, numbers: dict[str, int], budget: float | None, site: str, key: str
+) -> str:
+    """Epsilon after each charge, with the places where runs begin, as one SVG element; all ids
+    in it begin with ``key``.
+    """
     curve = account.curve
     begins = [curve[0], *(b for a, b in pairwise(curve) if a.run != b.run)]
     text = (
-        f"Epsilon is {up(curve[0].epsilon)} after charge {curve[0].charge} and {up(account.spent)} after charge {curve[-1].charge}, the last. "
-        f"{_limit(budget)} Runs begin at charge: {', '.join(str(point.charge) for point in begins)}."
+        f"Epsilon is {up(curve[0].epsilon)} after charge {curve[0].charge} and {up(account.spent)} "
+        f"after charge {curve[-1].charge}, the last. "
+        f"{_limit(budget)} Runs begin at charge: "
+        f"{', '.join(str(point.charge) for point in begins)}."
     )
 
     def draw(axes: Axes) -> None:
         top = _frame(axes, [point.epsilon for point in curve], budget)
-        charges, values = [0, *(p.charge for p in curve)], [0.0, *(_finite(p.epsilon, top) for p in curve)]
+        charges, values = (
+            [0, *(p.charge for p in curve)],
+            [0.0, *(_finite(p.epsilon, top) for p in curve)],
+        )
         axes.fill_between(charges, values, step="post", facecolor=_FILL, linewidth=0)
         axes.plot(charges, values, drawstyle="steps-post", color=_LINE, linewidth=1.8)
         axes.plot(charges[-1:], values[-1:], "o", color=_LINE, markersize=4.5, clip_on=False)
@@ -85,14 +97,21 @@ def curve_plot(account: Account, numbers: dict[str, int], budget: float | None, 
         _mark_runs(axes, begins, numbers, charges[-1])
         _end(axes, charges[-1], values[-1], up(account.spent), top, budget)
 
-    return _svg(draw, key, f"Site {site}, {account.account} records: epsilon after each charge", text)
+    return _svg(
+        draw, key, f"Site {site}, {account.account} records: epsilon after each charge", text
+    )
 
 
-def runs_plot(account: Account, numbers: dict[str, int], budget: float | None, site: str, key: str) -> str:
-    """Epsilon of all runs so far, after each run, as one SVG element; all ids in it begin with ``key``."""
+def runs_plot(
+    account: Account, numbers: dict[str, int], budget: float | None, site: str, key: str
+) -> str:
+    """Epsilon of all runs so far, after each run, as one SVG element; all ids in it begin with
+    ``key``.
+    """
     spent = after_runs(account, numbers)
     text = " ".join(
-        f"After run {number} it is {up(epsilon)}." for number, epsilon in (spent if len(spent) <= _BARS else _ends(spent))
+        f"After run {number} it is {up(epsilon)}."
+        for number, epsilon in (spent if len(spent) <= _BARS else _ends(spent))
     )
 
     def draw(axes: Axes) -> None:
@@ -100,7 +119,14 @@ def runs_plot(account: Account, numbers: dict[str, int], budget: float | None, s
         values = [_finite(epsilon, top) for _, epsilon in spent]
         places = list(range(1, len(spent) + 1))
         if len(spent) <= _BARS:
-            axes.bar(places, values, width=0.62 if len(spent) < 6 else 0.84, facecolor=_FILL, edgecolor=_LINE, linewidth=1.4)
+            axes.bar(
+                places,
+                values,
+                width=0.62 if len(spent) < 6 else 0.84,
+                facecolor=_FILL,
+                edgecolor=_LINE,
+                linewidth=1.4,
+            )
             for place, value, (_, epsilon) in zip(places, values, spent, strict=True):
                 inside = value > 0.14 * top
                 axes.annotate(
@@ -148,7 +174,9 @@ def _finite(epsilon: Epsilon, top: float) -> float:
 
 
 def _frame(axes: Axes, epsilons: Iterable[Epsilon], budget: float | None) -> float:
-    """Draws what all plots have, and returns the height of the axes, where infinite values are put."""
+    """Draws what all plots have, and returns the height of the axes, where infinite values are
+    put.
+    """
     from matplotlib.ticker import MaxNLocator
 
     values = [value for value in epsilons if not isinstance(value, str) and math.isfinite(value)]
@@ -203,11 +231,15 @@ def _mark_runs(axes: Axes, begins: list[Point], numbers: dict[str, int], last: i
             free = place + 0.14 * last
     height = axes.get_xaxis_transform()
     axes.vlines(places, 0.955, 1.0, transform=height, color=_INK, linewidth=0.9)
-    axes.vlines(named[1:], 0.0, 1.0, transform=height, color=_INK, linewidth=0.8, linestyle=(0, (1, 2)))
+    axes.vlines(
+        named[1:], 0.0, 1.0, transform=height, color=_INK, linewidth=0.8, linestyle=(0, (1, 2))
+    )
 
 
 def _end(axes: Axes, x: float, y: float, text: str, top: float, budget: float | None) -> None:
-    """The last number: above the curve, which rises, or well below it where the line of the budget is in the way."""
+    """The last number: above the curve, which rises, or well below it where the line of the
+    budget is in the way.
+    """
     above = budget is None or abs(budget - y) > 0.15 * top or budget < y
     axes.annotate(
         text,
@@ -220,7 +252,7 @@ def _end(axes: Axes, x: float, y: float, text: str, top: float, budget: float | 
     )
 
 
-# -- from matplotlib's file to an element -------------------------------------------------------------------------
+# -- from matplotlib's file to an element ----------------------------------------------------------
 
 
 def _svg(draw: Callable[[Axes], None], key: str, title: str, text: str) -> str:
@@ -235,17 +267,30 @@ def _svg(draw: Callable[[Axes], None], key: str, title: str, text: str) -> str:
         axes.patch.set_visible(False)
         draw(axes)
         file = io.StringIO()
-        FigureCanvasSVG(figure).print_svg(file, metadata={"Date": None, "Creator": None, "Format": None, "Type": None})
+        FigureCanvasSVG(figure).print_svg(
+            file, metadata={"Date": None, "Creator": None, "Format": None, "Type": None}
+        )
     return _element(file.getvalue(), key, title, text)
 
 
 def _element(file: str, key: str, title: str, text: str) -> str:
-    """The element without prolog, style sheet and sizes, with ids of its own and a text alternative."""
+    """The element without prolog, style sheet and sizes, with ids of its own and a text
+    alternative.
+    """
     body = file[file.index("<svg") :]
     box = re.search(r'viewBox="([^"]*)"', body)
-    body = re.sub(r"<metadata>.*?</metadata>|<style[^>]*>.*?</style>", "", body[body.index(">") + 1 :], flags=re.S)
+    body = re.sub(
+        r"<metadata>.*?</metadata>|<style[^>]*>.*?</style>",
+        "",
+        body[body.index(">") + 1 :],
+        flags=re.S,
+    )
     # The page's own letters; older versions of matplotlib write size and family in one.
-    body = re.sub(r'\bfont: (?:(\d+) )?([\d.]+px) [^;"]*', lambda m: f"font-weight: {m[1] or 400}; font-size: {m[2]}", body)
+    body = re.sub(
+        r'\bfont: (?:(\d+) )?([\d.]+px) [^;"]*',
+        lambda m: f"font-weight: {m[1] or 400}; font-size: {m[2]}",
+        body,
+    )
     body = re.sub(r'\bfont-family: [^;"]*;? ?', "", body)
     body = body.replace("xlink:href", "href")
     used = set(re.findall(r'(?:href="#|url\(#)([^")]+)', body))
@@ -255,6 +300,8 @@ def _element(file: str, key: str, title: str, text: str) -> str:
         body = body.replace(colour, f"var(--plot-{name}, {colour})")
     body = re.sub(r" ?\n *", " ", body)
     return (
-        f'<svg role="img" viewBox="{box[1] if box else "0 0 331 216"}" aria-labelledby="{key}-title {key}-text">'
-        f'<title id="{key}-title">{escape(title)}</title><desc id="{key}-text">{escape(text)}</desc>{body.strip()}'
+        f'<svg role="img" viewBox="{box[1] if box else "0 0 331 216"}" '
+        f'aria-labelledby="{key}-title {key}-text">'
+        f'<title id="{key}-title">{escape(title)}</title><desc '
+        f'id="{key}-text">{escape(text)}</desc>{body.strip()}'
     )

@@ -13,7 +13,9 @@ from privfl.errors import PrivflError
 
 
 class RunFolder:
-    """Writes ``experiment.yaml``, ``rounds.jsonl``, the report and ``summary.json``; every file is whole or not there."""
+    """Writes ``experiment.yaml``, ``rounds.jsonl``, the report and ``summary.json``; every file
+    is whole or not there.
+    """
 
     def __init__(self, path: Path) -> None:
         self.path = path
@@ -22,13 +24,14 @@ class RunFolder:
         """Make the folder.
 
         Raises:
-            PrivflError: it exists already or cannot be written.
+            PrivflError: If the folder exists already or cannot be made.
         """
         try:
             self.path.mkdir(parents=True)
         except OSError as error:
             raise PrivflError(
-                f"cannot create the run folder {self.path}: {error.strerror}; choose another with --output"
+                f"cannot create the run folder {self.path}: {error.strerror}; choose another with "
+                f"--output"
             ) from error
         self._write("experiment.yaml", resolved_experiment)
 
@@ -36,7 +39,7 @@ class RunFolder:
         """Append one round to ``rounds.jsonl`` and see it to the disk.
 
         Raises:
-            PrivflError: it cannot be written.
+            PrivflError: If the file cannot be written.
         """
         path = self.path / "rounds.jsonl"
         with _writing(path), open(path, "a", encoding="utf-8") as file:
@@ -48,7 +51,7 @@ class RunFolder:
         """Write ``report.json`` and ``report.html``.
 
         Raises:
-            PrivflError: they cannot be written.
+            PrivflError: If a file cannot be written.
         """
         self._write("report.json", as_json)
         self._write("report.html", as_html)
@@ -57,7 +60,7 @@ class RunFolder:
         """Write ``summary.json``: its presence says that the run succeeded.
 
         Raises:
-            PrivflError: it cannot be written.
+            PrivflError: If the file cannot be written.
         """
         self._write("summary.json", json.dumps(summary, indent=2) + "\n")
 

@@ -1,4 +1,6 @@
-"""Integers to ciphertext words and back: quantiser, packing, masks, CKKS, checksum, keys. Knows nothing of learning or of transports.
+"""Integers to ciphertext words and back: quantiser, packing, masks, CKKS, checksum, keys.
+
+Knows nothing of learning or of transports.
 
 The stages stand in this order (why: docs/secure-aggregation.md), each in a module of its own:
 
@@ -12,29 +14,26 @@ The stages stand in this order (why: docs/secure-aggregation.md), each in a modu
 ``codec`` joins them for a member, ``parameters`` derives what all must agree on.
 """
 
-from privfl.identity import Identity
 from privfl.secagg.adders import Adder, EvaluatorAdder, WordAdder
 from privfl.secagg.checksum import Checksum
 from privfl.secagg.ckks import SumKey
-from privfl.secagg.codec import Decryption, MismatchError, encrypt
+from privfl.secagg.codec import Decryption, encrypt
 from privfl.secagg.key_exchange import ExchangeKey
 from privfl.secagg.layout import Layout
 from privfl.secagg.masks import Masks, Pairs
 from privfl.secagg.parameters import Parameters, derive, usual_value_bits
-from privfl.secagg.quantise import Exact, Grid
+from privfl.secagg.quantise import BoundedIntegers, FixedPoint
 
 __all__ = [
     "Adder",
+    "BoundedIntegers",
     "Checksum",
     "Decryption",
     "EvaluatorAdder",
-    "Exact",
     "ExchangeKey",
-    "Grid",
-    "Identity",
+    "FixedPoint",
     "Layout",
     "Masks",
-    "MismatchError",
     "Pairs",
     "Parameters",
     "SumKey",

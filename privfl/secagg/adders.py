@@ -1,6 +1,7 @@
 """Stage 5: whoever only adds holds words of 64 bits, no key, and no ciphertext object.
 
-A ciphertext is 2 * N words below a prime q, so the sum of ciphertexts is the sum of their words modulo q.
+A ciphertext is 2 * N words below a prime q, so the sum of ciphertexts is the sum of their words
+modulo q.
 """
 
 from __future__ import annotations
@@ -35,7 +36,10 @@ class Adder(Protocol):
         ...
 
     def block(self, index: int) -> memoryview:
-        """The sum of all contributions' blocks ``index``, each word below q. It must not change while it is being sent."""
+        """The sum of all contributions' blocks ``index``, each word below q.
+
+        It must not change while it is being sent.
+        """
         ...
 
     def close(self) -> None:
@@ -44,8 +48,13 @@ class Adder(Protocol):
 
 
 def _words(index: int, block: bytes | memoryview, layout: Layout) -> NDArray[np.uint64]:
-    if not 0 <= index < layout.blocks or memoryview(block).nbytes != 8 * CIPHERTEXT_WORDS * layout.ciphertexts(index):
-        raise ProtocolError(f"a contribution's block {index} has {memoryview(block).nbytes} bytes, which is not its length")
+    if not 0 <= index < layout.blocks or memoryview(
+        block
+    ).nbytes != 8 * CIPHERTEXT_WORDS * layout.ciphertexts(index):
+        raise ProtocolError(
+            f"a contribution's block {index} has {memoryview(block).nbytes} bytes, which is not "
+            f"its length"
+        )
     return np.frombuffer(block, dtype="<u8")
 
 
@@ -90,15 +99,20 @@ def reduce_words(words: NDArray[np.uint64], prime: int, additions: int) -> None:
     for start in range(0, len(words), _PIECE):
         piece = words[start : start + _PIECE]
         for power in range((additions - 1).bit_length() - 1, -1, -1):
-            # The unsigned difference wraps around to something large where there is nothing to take away.
+            # The unsigned difference wraps around to something large where there is nothing to take
+            # away.
             np.minimum(piece, piece - np.uint64(prime << power), out=piece)
 
 
 class EvaluatorAdder:
-    """Adds with TenSEAL's own evaluator: for a TenSEAL whose words were not proven to add up. Slower, same result."""
+    """Adds with TenSEAL's own evaluator: for a TenSEAL whose words were not proven to add up.
+
+    Slower, same result.
+    """
 
     def __init__(self, parameters: Parameters) -> None:
-        # A key of its own that encrypts nothing: it only shows what ciphertexts of these parameters look like.
+        # A key of its own that encrypts nothing: it only shows what ciphertexts of these parameters
+        # look like.
         sample = SumKey(parameters)
         self._ring, self._front = sample.ring, sample.front
         self._sums: list[list[object] | None] = []
@@ -108,7 +122,10 @@ class EvaluatorAdder:
         self._sums = [None] * layout.blocks
 
     def add(self, index: int, block: bytes | memoryview) -> None:
-        words, total = _words(index, block, self._layout).reshape(-1, CIPHERTEXT_WORDS), self._sums[index]
+        words, total = (
+            _words(index, block, self._layout).reshape(-1, CIPHERTEXT_WORDS),
+            self._sums[index],
+        )
         ciphertexts = [self._ring.ciphertext(self._front, row) for row in words]
         if total is None:
             self._sums[index] = ciphertexts

@@ -1,7 +1,9 @@
-"""The stages in their order, block by block: quantise, pack, mask, encrypt; and after the sum decrypt, unpack, check, rescale.
+"""The stages in their order, block by block: quantise, pack, mask, encrypt; and after the sum
+decrypt, unpack, check, rescale.
 
-A contribution is a row of packed integers, those of the vector and then those of its checksum, in ciphertexts of 4096. Blocks of
-ciphertexts leave one by one, so that sending and encrypting overlap and nobody holds more than one contribution.
+A contribution is a row of packed integers, those of the vector and then those of its checksum, in
+ciphertexts of 4096. Blocks of ciphertexts leave one by one, so that sending and encrypting overlap
+and nobody holds more than one contribution.
 """
 
 from __future__ import annotations
@@ -11,7 +13,7 @@ from collections.abc import Iterator
 import numpy as np
 from numpy.typing import NDArray
 
-from privfl.errors import ProtocolError
+from privfl.errors import MismatchError, ProtocolError
 from privfl.secagg.checksum import ROW, Checksum, checksum_length
 from privfl.secagg.ckks import SEEDED_BYTES, Ring, SumKey
 from privfl.secagg.layout import Layout
@@ -20,18 +22,9 @@ from privfl.secagg.packing import centred, pack, packed_length, unpack
 from privfl.secagg.parameters import CIPHERTEXT_WORDS, DEGREE, Parameters
 from privfl.secagg.quantise import Quantiser
 
-# Values that are worked on at a time: they stay in the processor's cache, and are whole rows of the checksum.
+# Values that are worked on at a time: they stay in the processor's cache, and are whole rows of the
+# checksum.
 _PIECE = 4 * ROW
-
-
-class MismatchError(ProtocolError):
-    """The one error for every sum that is not what the members sent: which check failed is nobody's business."""
-
-    def __init__(self) -> None:
-        super().__init__(
-            "a decrypted sum is not the sum of what the sites sent: it was altered, replayed or mixed up on the way; nothing of it is used, and "
-            "the keys of this run are given up"
-        )
 
 
 def encrypt(
@@ -42,25 +35,36 @@ def encrypt(
     Raises:
         PrivflError: the vector does not fit; then nothing has been given out.
     """
-    return (_words(integers, key) for integers in _masked(vector, quantiser, checksum, masks, key.parameters))
+    return (
+        _words(integers, key)
+        for integers in _masked(vector, quantiser, checksum, masks, key.parameters)
+    )
 
 
 def encrypt_seeded(
     vector: NDArray[np.generic], quantiser: Quantiser, checksum: Checksum, masks: Masks, key: SumKey
 ) -> Iterator[bytes]:
-    """As :func:`encrypt` in half the size, for links that leave the machine: whoever adds makes words of a block with :func:`expand`."""
+    """As :func:`encrypt` in half the size, for links that leave the machine: whoever adds makes
+    words of a block with :func:`expand`.
+    """
     masked = _masked(vector, quantiser, checksum, masks, key.parameters)
-    return (b"".join(key.encrypt_seeded(piece) for piece in integers.reshape(-1, DEGREE)) for integers in masked)
+    return (
+        b"".join(key.encrypt_seeded(piece) for piece in integers.reshape(-1, DEGREE))
+        for integers in masked
+    )
 
 
 def expand(block: bytes, ring: Ring, front: bytes) -> NDArray[np.uint64]:
-    """The words of a block of seeded ciphertexts; needs no key (``front`` as :attr:`SumKey.seeded_front`).
+    """The words of a block of seeded ciphertexts; needs no key (``front`` as
+    :attr:`SumKey.seeded_front`).
 
     Raises:
         ProtocolError: it is no such block.
     """
     pieces = [block[start : start + SEEDED_BYTES] for start in range(0, len(block), SEEDED_BYTES)]
-    return np.concatenate([ring.expand(piece, front) for piece in pieces] or [np.empty(0, dtype=np.uint64)])
+    return np.concatenate(
+        [ring.expand(piece, front) for piece in pieces] or [np.empty(0, dtype=np.uint64)]
+    )
 
 
 def _words(integers: NDArray[np.uint64], key: SumKey) -> NDArray[np.uint64]:
@@ -71,17 +75,29 @@ def _words(integers: NDArray[np.uint64], key: SumKey) -> NDArray[np.uint64]:
 
 
 def _masked(
-    vector: NDArray[np.generic], quantiser: Quantiser, checksum: Checksum, masks: Masks, parameters: Parameters
+    vector: NDArray[np.generic],
+    quantiser: Quantiser,
+    checksum: Checksum,
+    masks: Masks,
+    parameters: Parameters,
 ) -> Iterator[NDArray[np.uint64]]:
     """The masked integers of a contribution, block by block, in whole ciphertexts."""
     quantiser.check(vector)
     layout = Layout(len(vector), parameters)
     checksum.blind(masks)
-    return (_masked_block(vector, number, layout, quantiser, checksum, masks) for number in range(layout.blocks))
+    return (
+        _masked_block(vector, number, layout, quantiser, checksum, masks)
+        for number in range(layout.blocks)
+    )
 
 
 def _masked_block(
-    vector: NDArray[np.generic], number: int, layout: Layout, quantiser: Quantiser, checksum: Checksum, masks: Masks
+    vector: NDArray[np.generic],
+    number: int,
+    layout: Layout,
+    quantiser: Quantiser,
+    checksum: Checksum,
+    masks: Masks,
 ) -> NDArray[np.uint64]:
     integers = np.zeros(layout.ciphertexts(number) * DEGREE, dtype=np.uint64)
     where, fields = layout.values_of(number), layout.parameters.fields
@@ -99,7 +115,10 @@ def _masked_block(
 
 
 class Decryption:
-    """Collects the blocks of one sum in their order. Nothing of it is given out before the checksum fits."""
+    """Collects the blocks of one sum in their order.
+
+    Nothing of it is given out before the checksum fits.
+    """
 
     def __init__(self, values: int, checksum: Checksum, key: SumKey) -> None:
         self._layout = Layout(values, key.parameters)
@@ -116,7 +135,9 @@ class Decryption:
             MismatchError: it is no block of this sum.
         """
         layout, parameters = self._layout, self._key.parameters
-        if self._next >= layout.blocks or memoryview(block).nbytes != 8 * CIPHERTEXT_WORDS * layout.ciphertexts(self._next):
+        if self._next >= layout.blocks or memoryview(
+            block
+        ).nbytes != 8 * CIPHERTEXT_WORDS * layout.ciphertexts(self._next):
             raise MismatchError
         try:
             integers = self._key.decrypt(np.frombuffer(block, dtype="<u8"))

@@ -1,4 +1,6 @@
-"""Keys between two sites: X25519 (RFC 7748), HKDF-SHA256 (RFC 5869), and ChaCha20-Poly1305 (RFC 8439) for what is sealed."""
+"""Keys between two sites: X25519 (RFC 7748), HKDF-SHA256 (RFC 5869), and ChaCha20-Poly1305 (RFC
+8439) for what is sealed.
+"""
 
 from __future__ import annotations
 
@@ -20,7 +22,9 @@ class ExchangeKey:
 
     def __init__(self) -> None:
         self._private = X25519PrivateKey.generate()
-        self.public = self._private.public_key().public_bytes(serialization.Encoding.Raw, serialization.PublicFormat.Raw)
+        self.public = self._private.public_key().public_bytes(
+            serialization.Encoding.Raw, serialization.PublicFormat.Raw
+        )
 
     def pair_key(self, peer: bytes, salt: bytes, info: bytes) -> bytes:
         """A key of 32 bytes that this pair shares, the same at both ends.
@@ -36,7 +40,8 @@ class ExchangeKey:
         return derive_key(self._shared(peer), salt, info + one + two)
 
     def seal(self, receiver: bytes, secret: bytes, context: bytes) -> bytes:
-        """``secret`` encrypted and authenticated so that only the holder of public key ``receiver`` opens it.
+        """``secret`` encrypted and authenticated so that only the holder of public key
+        ``receiver`` opens it.
 
         Args:
             receiver: the 32 bytes of the receiver's public key.
@@ -48,7 +53,8 @@ class ExchangeKey:
         """The secret that the holder of public key ``sender`` sealed to this key.
 
         Raises:
-            ProtocolError: altered on the way, sealed by or to somebody else, or for another context.
+            ProtocolError: altered on the way, sealed by or to somebody else, or for another
+                context.
         """
         return open_sealed(self._sealing_key(sender, sender, self.public, context), sealed, context)
 
@@ -64,7 +70,9 @@ class ExchangeKey:
 
 
 def seal(key: bytes, secret: bytes, context: bytes) -> bytes:
-    """``secret`` encrypted and authenticated under a shared key of 32 bytes, with a random nonce in front."""
+    """``secret`` encrypted and authenticated under a shared key of 32 bytes, with a random nonce
+    in front.
+    """
     nonce = os.urandom(_NONCE_BYTES)
     return nonce + ChaCha20Poly1305(key).encrypt(nonce, secret, context)
 
@@ -78,4 +86,6 @@ def open_sealed(key: bytes, sealed: bytes, context: bytes) -> bytes:
     try:
         return ChaCha20Poly1305(key).decrypt(sealed[:_NONCE_BYTES], sealed[_NONCE_BYTES:], context)
     except (InvalidTag, ValueError) as error:
-        raise ProtocolError("a sealed message does not open: it was altered, or sealed to another site or run") from error
+        raise ProtocolError(
+            "a sealed message does not open: it was altered, or sealed to another site or run"
+        ) from error

@@ -1,4 +1,6 @@
-"""Streams of pseudorandom words from a key: ChaCha20 (RFC 8439) of `cryptography`, and the keys from HKDF-SHA256 (RFC 5869)."""
+"""Streams of pseudorandom words from a key: ChaCha20 (RFC 8439) of `cryptography`, and the keys
+from HKDF-SHA256 (RFC 5869).
+"""
 
 from __future__ import annotations
 
@@ -21,7 +23,8 @@ class Keystream:
     """The words of one key, each given out once. A key must never be used for two streams."""
 
     def __init__(self, key: bytes) -> None:
-        # The nonce is zero because every key serves a single stream; 2^32 blocks of 64 bytes are far more than a vector needs.
+        # The nonce is zero because every key serves a single stream; 2^32 blocks of 64 bytes are
+        # far more than a vector needs.
         self._cipher = Cipher(algorithms.ChaCha20(key, bytes(16)), mode=None).encryptor()
 
     def words(self, count: int) -> NDArray[np.uint64]:
@@ -30,5 +33,7 @@ class Keystream:
         view, start = stream.view(np.uint8).data, 0
         while start < len(view):
             length = min(len(_ZEROS), len(view) - start)
-            start += self._cipher.update_into(memoryview(_ZEROS)[:length], view[start : start + length])
+            start += self._cipher.update_into(
+                memoryview(_ZEROS)[:length], view[start : start + length]
+            )
         return stream

@@ -6,7 +6,8 @@ from privfl.secagg.checksum import checksum_length
 from privfl.secagg.packing import packed_length
 from privfl.secagg.parameters import DEGREE, Parameters
 
-# One mebibyte a block: small enough to stay in a cache and to overlap, large enough for the wire. A block is whole rows of the checksum.
+# One mebibyte a block: small enough to stay in a cache and to overlap, large enough for the wire. A
+# block is whole rows of the checksum.
 CIPHERTEXTS_PER_BLOCK = 16
 BLOCK_INTEGERS = CIPHERTEXTS_PER_BLOCK * DEGREE
 
@@ -32,7 +33,9 @@ class Layout:
         return slice(min(block * per_block, self.values), min((block + 1) * per_block, self.values))
 
     def checks_of(self, block: int) -> tuple[slice, slice]:
-        """Which integers of block number ``block`` are the checksum's, and which of the checksum's integers they are."""
+        """Which integers of block number ``block`` are the checksum's, and which of the
+        checksum's integers they are.
+        """
         first = block * BLOCK_INTEGERS
         start, end = max(self.packed, first), min(self.integers, first + BLOCK_INTEGERS)
         end = max(start, end)

@@ -1,6 +1,7 @@
 """Stage 1: vectors to integers of ``value_bits``, and sums of integers back to numbers.
 
-Integers travel through the first stages as float64, in which every integer below 2^53 is exact and arithmetic is fastest.
+Integers travel through the first stages as float64, in which every integer below 2^53 is exact and
+arithmetic is fastest.
 """
 
 from __future__ import annotations
@@ -19,7 +20,7 @@ Rounding = Literal["nearest", "stochastic"]
 # Work on pieces that stay in the processor's cache.
 _PIECE = 1 << 14
 # Far from the ends of float64, where grids and sums would be infinite or zero.
-LEAST_SPAN, LARGEST_SPAN = 2.0**-256, 2.0**256
+LEAST_RANGE, LARGEST_RANGE = 2.0**-256, 2.0**256
 
 
 class Quantiser(Protocol):
@@ -42,7 +43,7 @@ class Quantiser(Protocol):
         ...
 
 
-class Exact:
+class BoundedIntegers:
     """int64 in, int64 out."""
 
     def __init__(self, parameters: Parameters) -> None:
@@ -52,7 +53,8 @@ class Exact:
     def check(self, vector: NDArray[np.generic]) -> None:
         if vector.size and not (-self._limit <= vector.min() and vector.max() <= self._limit):
             raise PrivflError(
-                f"a vector to be summed has integers beyond {self._limit}, the largest of {self._bits} bits; raise value_bits "
+                f"a vector to be summed has integers beyond {self._limit}, the largest of "
+                f"{self._bits} bits; raise value_bits "
                 "(28 at most), or sum parts"
             )
 
@@ -63,11 +65,12 @@ class Exact:
         return totals
 
 
-class Whole:
-    """int64 in, int64 out, for integers that are to wrap and not to be refused: their sum modulo 2^P is what is exact, not each of them.
+class WrappingIntegers:
+    """int64 in, int64 out, for integers that are to wrap and not to be refused: their sum modulo
+    2^P is what is exact, not each of them.
 
-    A refusal would depend on the values, and so would a value that is cut. What a sum wraps to is off by multiples of its field, and does not
-    fit its checksum.
+    A refusal would depend on the values, and so would a value that is cut. What a sum wraps to is
+    off by multiples of its field, and does not fit its checksum.
     """
 
     # What the checksum takes.
@@ -75,7 +78,10 @@ class Whole:
 
     def check(self, vector: NDArray[np.generic]) -> None:
         if vector.size and not (vector.min() > -self._MOST and vector.max() < self._MOST):
-            raise PrivflError("a sum is thousands of times beyond its public range; raise secure_aggregation.range")
+            raise PrivflError(
+                "a sum is thousands of times beyond its public range; raise "
+                "secure_aggregation.range"
+            )
 
     def integers(self, values: NDArray[np.generic]) -> NDArray[np.int64]:
         return values.astype(np.int64, copy=False)
@@ -84,35 +90,44 @@ class Whole:
         return totals
 
 
-class Grid:
+class FixedPoint:
     """Numbers of a public range on a grid: x becomes round(x / g), with g = range / (2^(b-1) - 1).
 
-    The error of a sum of n values is at most n g / 2 with ``nearest`` and n g with ``stochastic`` rounding, whose mean is zero:
-    floor(x / g + u), u uniform on [0, 1) from the operating system's randomness.
+    The error of a sum of n values is at most n g / 2 with ``nearest`` and n g with ``stochastic``
+    rounding, whose mean is zero: floor(x / g + u), u uniform on [0, 1) from the operating system's
+    randomness.
 
     Args:
-        span: the public range; values are between -span and span.
+        value_range: the public range; values are between -value_range and value_range.
 
     Raises:
         PrivflError: a range next to the ends of what float64 can hold.
     """
 
-    def __init__(self, parameters: Parameters, span: float, rounding: Rounding = "nearest") -> None:
-        if not LEAST_SPAN <= span <= LARGEST_SPAN:
-            raise PrivflError(f"the public range of a sum must be between {LEAST_SPAN:.3g} and {LARGEST_SPAN:.3g}, got {span:g}")
-        self.span = span
-        self.grid = span / parameters.largest_value
+    def __init__(
+        self, parameters: Parameters, value_range: float, rounding: Rounding = "nearest"
+    ) -> None:
+        if not LEAST_RANGE <= value_range <= LARGEST_RANGE:
+            raise PrivflError(
+                f"the public range of a sum must be between {LEAST_RANGE:.3g} and "
+                f"{LARGEST_RANGE:.3g}, got {value_range:g}"
+            )
+        self.value_range = value_range
+        self.grid = value_range / parameters.largest_value
         self._limit = float(parameters.largest_value)
         self._dither = Keystream(os.urandom(KEY_BYTES)) if rounding == "stochastic" else None
 
     def check(self, vector: NDArray[np.generic]) -> None:
         # NaN makes both comparisons false, so one pass answers for NaN, infinity and range.
-        if vector.size and not (float(vector.min()) >= -self.span and float(vector.max()) <= self.span):
+        if vector.size and not (
+            float(vector.min()) >= -self.value_range and float(vector.max()) <= self.value_range
+        ):
             if not np.isfinite(vector).all():
                 raise PrivflError("a vector to be summed contains NaN or infinite values")
             # By how much it is beyond would be said in the clear to everybody.
             raise PrivflError(
-                f"a vector to be summed has values beyond the public range {self.span:g}; raise the range, which makes the grid coarser"
+                f"a vector to be summed has values beyond the public range {self.value_range:g}; "
+                f"raise the range, which makes the grid coarser"
             )
 
     def integers(self, values: NDArray[np.generic]) -> NDArray[np.float64]:
@@ -120,15 +135,21 @@ class Grid:
         if self._dither is None:
             np.rint(scaled, out=scaled)
         else:
-            scaled += (self._dither.words(scaled.size) >> np.uint64(11)).astype(np.float64) * 2.0**-53
+            scaled += (self._dither.words(scaled.size) >> np.uint64(11)).astype(
+                np.float64
+            ) * 2.0**-53
             np.floor(scaled, out=scaled)
-            # At the very end of the range 1 / g is rounded itself, and the floor may be one unit too much.
+            # At the very end of the range 1 / g is rounded itself, and the floor may be one unit
+            # too much.
             np.minimum(scaled, self._limit, out=scaled)
         return scaled
 
     def numbers(self, totals: NDArray[np.int64]) -> NDArray[np.float64]:
-        # In the same memory, piece by piece: large vectors cost more in new pages than in arithmetic.
+        # In the same memory, piece by piece: large vectors cost more in new pages than in
+        # arithmetic.
         found = totals.view(np.float64)
         for start in range(0, len(totals), _PIECE):
-            found[start : start + _PIECE] = totals[start : start + _PIECE].astype(np.float64) * self.grid
+            found[start : start + _PIECE] = (
+                totals[start : start + _PIECE].astype(np.float64) * self.grid
+            )
         return found

@@ -1,10 +1,13 @@
-"""SEAL objects to bytes and back, in memory: the one place that saves or loads through `tenseal.sealapi`.
+"""SEAL objects to bytes and back, in memory: the one place that saves or loads through
+`tenseal.sealapi`.
 
-sealapi saves to and loads from a path only. Here the path leads to an anonymous file in memory, never to a named one, because some of
-what is saved are keys. Systems without such files are refused: loading from a pipe ends the process, because SEAL seeks.
+sealapi saves to and loads from a path only. Here the path leads to an anonymous file in memory,
+never to a named one, because some of what is saved are keys. Systems without such files are
+refused: loading from a pipe ends the process, because SEAL seeks.
 
-SEAL's format (its documentation, "Serialization"): a header of 16 bytes, `<HBBBBHQ` = magic 0xA15E, header size, major and minor
-version, compression (0 none, 2 zstd), reserved, total size; then the body. The last 2 * N * 8 bytes of a ciphertext's body are its words.
+SEAL's format (its documentation, "Serialization"): a header of 16 bytes, `<HBBBBHQ` = magic 0xA15E,
+header size, major and minor version, compression (0 none, 2 zstd), reserved, total size; then the
+body. The last 2 * N * 8 bytes of a ciphertext's body are its words.
 """
 
 from __future__ import annotations
@@ -31,7 +34,10 @@ class Memory:
 
     def __init__(self) -> None:
         if not hasattr(os, "memfd_create"):
-            raise PrivflError("privfl encrypts on Linux only: this system has no files in memory, and keys must not go to a disk")
+            raise PrivflError(
+                "privfl encrypts on Linux only: this system has no files in memory, and keys must "
+                "not go to a disk"
+            )
         self._file = os.memfd_create("privfl", os.MFD_CLOEXEC)
         self._path = f"/proc/self/fd/{self._file}"
 
@@ -52,7 +58,9 @@ class Memory:
 
 
 class _Tools(threading.local):
-    """A place in memory and one decompressor for each thread: neither may be used by two at once."""
+    """A place in memory and one decompressor for each thread: neither may be used by two at
+    once.
+    """
 
     def __init__(self) -> None:
         self.memory = Memory()
@@ -66,10 +74,22 @@ def body_of(thing: Any) -> bytes:
     """The body of a saved SEAL object, uncompressed."""
     saved = _tools.memory.save(thing)
     magic, size, _, _, compression, _, total = _HEADER.unpack_from(saved)
-    if magic != _MAGIC or size != _HEADER.size or total != len(saved) or compression not in (_PLAIN, _ZSTD):
-        raise InternalError("TenSEAL saves objects in a form that privfl does not know; `privfl doctor` shows its version")
+    if (
+        magic != _MAGIC
+        or size != _HEADER.size
+        or total != len(saved)
+        or compression not in (_PLAIN, _ZSTD)
+    ):
+        raise InternalError(
+            "TenSEAL saves objects in a form that privfl does not know; `privfl doctor` shows its "
+            "version"
+        )
     body = memoryview(saved)[size:]
-    return bytes(body) if compression == _PLAIN else _tools.decompressor.decompress(body, max_output_size=_LARGEST)
+    return (
+        bytes(body)
+        if compression == _PLAIN
+        else _tools.decompressor.decompress(body, max_output_size=_LARGEST)
+    )
 
 
 @functools.cache
@@ -82,7 +102,8 @@ def _version() -> tuple[int, int]:
 
 
 def load_body(thing: Any, context: Any, body: bytes) -> Any:
-    """``thing`` after it loaded a body that :func:`body_of` gave, or one of the same form; SEAL checks it against ``context``.
+    """``thing`` after it loaded a body that :func:`body_of` gave, or one of the same form; SEAL
+    checks it against ``context``.
 
     Raises:
         ProtocolError: it does not fit.
@@ -91,5 +112,7 @@ def load_body(thing: Any, context: Any, body: bytes) -> Any:
     try:
         _tools.memory.load(thing, context, header + body)
     except Exception as error:  # whatever SEAL raises
-        raise ProtocolError("something encrypted does not load: it was altered, or made with other parameters") from error
+        raise ProtocolError(
+            "something encrypted does not load: it was altered, or made with other parameters"
+        ) from error
     return thing

@@ -1,4 +1,6 @@
-"""How a site's contribution leaves it, block by block as it is encrypted: to rank 0 as messages, or into a sum that MPI makes."""
+"""How a site's contribution leaves it, block by block as it is encrypted: to rank 0 as messages,
+or into a sum that MPI makes.
+"""
 
 from __future__ import annotations
 
@@ -9,22 +11,24 @@ from dataclasses import replace
 import numpy as np
 from numpy.typing import NDArray
 
-from privfl.errors import PrivflError
 from privfl.federation.messages import Message
 from privfl.secagg import Layout
-from privfl.secagg.parameters import CIPHERTEXT_WORDS
-from privfl.secagg.session.sums import Path
-from privfl.transport import Reduction, Transport
+from privfl.secagg.parameters import CIPHERTEXT_WORDS, SumPath
+from privfl.transport import Reduction, Transport, finish
 
 # So many sums may be under way while the next block is encrypted.
 _UNDER_WAY = 4
-REDUCE_SECONDS = 120.0
 
 
-class Outbox:
-    """Sends one contribution of a site. ``ranks``: the members of the sum, this site included; ``head``: what each message says."""
+class Upload:
+    """Sends one contribution of a site.
 
-    def __init__(self, transport: Transport, ranks: Sequence[int], path: Path, head: Message) -> None:
+    ``ranks``: the members of the sum, this site included; ``head``: what each message says.
+    """
+
+    def __init__(
+        self, transport: Transport, ranks: Sequence[int], path: SumPath, head: Message
+    ) -> None:
         self._transport, self._ranks, self._path, self._head = transport, ranks, path, head
         self._handed = 0
 
@@ -32,19 +36,26 @@ class Outbox:
         """Send all blocks; with ``reduce`` only an empty message says that they are handed over.
 
         Raises:
-            PrivflError: other members did not take part in the reduction in time.
+            PrivflError: If other members do not take part in the reduction in time.
         """
         if self._path == "star":
             for part, block in enumerate(blocks):
-                self._transport.send(0, *replace(self._head, part=part, bulk=block.data.cast("B")).encode())
+                self._transport.send(
+                    0, *replace(self._head, part=part, bulk=block.data.cast("B")).encode()
+                )
             return
         self._reduce(blocks)
         self._transport.send(0, *replace(self._head, part=0, parts=1).encode())
 
     def give_up(self, layout: Layout) -> None:
-        """Take part in what is left of a reduction with zeros: it is nobody's sum any more, but without them no rank could leave it."""
+        """Take part in what is left of a reduction with zeros: it is nobody's sum any more, but
+        without them no rank could leave it.
+        """
         if self._path == "reduce":
-            sizes = [layout.ciphertexts(number) * CIPHERTEXT_WORDS for number in range(self._handed, layout.blocks)]
+            sizes = [
+                layout.ciphertexts(number) * CIPHERTEXT_WORDS
+                for number in range(self._handed, layout.blocks)
+            ]
             self._reduce(np.zeros(size, dtype=np.uint64) for size in sizes)
 
     def _reduce(self, blocks: Iterable[NDArray[np.uint64]]) -> None:
@@ -56,15 +67,3 @@ class Outbox:
                 finish(waiting.popleft())
         while waiting:
             finish(waiting.popleft())
-
-
-def finish(part: Reduction) -> None:
-    """Wait for a sum that the transport makes.
-
-    Raises:
-        PrivflError: it takes too long; another member is gone.
-    """
-    if not part.done(REDUCE_SECONDS):
-        raise PrivflError(
-            f"a sum by MPI_Reduce did not end within {REDUCE_SECONDS:.0f} s: another rank is gone or stuck; path star survives that"
-        )

@@ -1,1 +1,3 @@
-"""The trainer: the process with torch, user code and records, and how an agent starts it and talks to it."""
+"""The trainer: the process with torch, user code and records, and how an agent starts it and
+talks to it.
+"""

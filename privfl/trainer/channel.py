@@ -1,26 +1,29 @@
-"""Between an agent and its trainer: small JSON messages over a socket, flat vectors through shared memory.
+"""Between an agent and its trainer: small JSON messages over a socket, flat vectors through
+shared memory.
 
-Vectors are written and read by position on an anonymous file descriptor and never mapped: a reader copies first and then looks, and a
-file that the other side cut short gives a short read instead of a crash.
+Vectors are written and read by position on an anonymous file descriptor and never mapped: a reader
+copies first and then looks, and a file that the other side cut short gives a short read instead of
+a crash.
 """
 
 from __future__ import annotations
 
-import json
 import os
 import socket
 import struct
 import tempfile
-from typing import Any, TypeVar
+from typing import Any, Generic, TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
+from pydantic import BaseModel, TypeAdapter, ValidationError
 
 from privfl.errors import InternalError
 
 _LENGTH = struct.Struct("<I")
 _LONGEST = 16 << 20
 
+_Incoming = TypeVar("_Incoming")
 _Number = TypeVar("_Number", np.float32, np.float64)
 
 
@@ -28,40 +31,46 @@ class Closed(Exception):  # noqa: N818  (an event, not an error)
     """The other side is gone."""
 
 
-class Link:
-    """Length-prefixed JSON over one end of a socket pair."""
+class Channel(Generic[_Incoming]):
+    """Length-prefixed JSON over one end of a socket pair.
 
-    def __init__(self, end: socket.socket) -> None:
-        self._end = end
+    Args:
+        end: this side's end.
+        incoming: what the other side may send.
+    """
+
+    def __init__(self, end: socket.socket, incoming: TypeAdapter[_Incoming]) -> None:
+        self._end, self._incoming = end, incoming
 
     def fileno(self) -> int:
         return self._end.fileno()
 
-    def send(self, message: dict[str, Any]) -> None:
+    def send(self, message: BaseModel) -> None:
         """Send one message.
 
         Raises:
-            Closed: nobody listens any more.
+            Closed: If nobody listens any more.
         """
-        body = json.dumps(message).encode()
+        body = message.model_dump_json().encode()
         try:
             self._end.sendall(_LENGTH.pack(len(body)) + body)
         except OSError as error:
             raise Closed from error
 
-    def receive(self) -> dict[str, Any]:
+    def receive(self) -> _Incoming:
         """Wait for the next message.
 
         Raises:
-            Closed: the other side ended.
+            Closed: If the other side ended.
+            InternalError: If it sent something that is not one of its messages.
         """
         (length,) = _LENGTH.unpack(self._exactly(_LENGTH.size))
         if length > _LONGEST:
             raise InternalError(f"a message of {length} bytes came from the trainer")
-        message = json.loads(self._exactly(length))
-        if not isinstance(message, dict):
-            raise InternalError("something that is not a message came from the trainer")
-        return message
+        try:
+            return self._incoming.validate_json(self._exactly(length))
+        except ValidationError as error:
+            raise InternalError("something that is no message came from the trainer") from error
 
     def _exactly(self, count: int) -> bytes:
         data = b""
@@ -87,10 +96,12 @@ class SharedVector:
 
     @classmethod
     def create(cls) -> SharedVector:
-        """A new, empty one; without a name, so that it vanishes with its last user."""
+        """A new, empty vector; without a name, so that it vanishes with its last user."""
         if hasattr(os, "memfd_create"):
             return cls(os.memfd_create("privfl", os.MFD_CLOEXEC))
-        with tempfile.TemporaryFile() as file:  # no anonymous memory on this system: a file that has no name any more
+        with (
+            tempfile.TemporaryFile() as file
+        ):  # no anonymous memory on this system: a file that has no name any more
             return cls(os.dup(file.fileno()))
 
     def write(self, vector: NDArray[Any]) -> None:
@@ -103,7 +114,7 @@ class SharedVector:
         """A private copy of the first ``count`` numbers; shape (count,).
 
         Raises:
-            InternalError: fewer are there.
+            InternalError: If the vector holds fewer numbers.
         """
         vector = np.empty(count, dtype=kind)
         view, start = vector.view(np.uint8).data, 0

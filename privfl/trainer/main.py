@@ -1,7 +1,8 @@
 """A site's trainer: the process that holds torch, the user's code and the records, and no key.
 
-Started by the agent as ``python -m privfl.trainer.main SITE ...``; it answers requests until the agent goes away. It never imports
-mpi4py: an MPI library in a child of a rank would take itself for that rank.
+Started by the agent as ``python -m privfl.trainer.main SITE ...``; it answers requests until the
+agent goes away. It never imports mpi4py: an MPI library in a child of a rank would take itself for
+that rank.
 """
 
 from __future__ import annotations
@@ -23,7 +24,23 @@ import numpy as np
 
 from privfl.config import Experiment, load_function
 from privfl.errors import EXIT_OURS, EXIT_USER, OutsideGuarantee, PrivflError, in_one_line
-from privfl.trainer.channel import Closed, Link, SharedVector
+from privfl.trainer.channel import Channel, Closed, SharedVector
+from privfl.trainer.requests import (
+    REQUESTS,
+    Answer,
+    Facts,
+    Failed,
+    Follow,
+    Followed,
+    Measure,
+    Measured,
+    Prepare,
+    Request,
+    Train,
+    Trained,
+    Write,
+    Written,
+)
 
 if TYPE_CHECKING:
     from privfl.dp.training import Recipe
@@ -32,34 +49,53 @@ _PACKAGE = str(Path(__file__).parents[1])
 
 
 def main(arguments: list[str]) -> None:
-    """Serve the agent. ``arguments``: site, descriptors of the link, of the life line and of the two vectors."""
+    """Serve the agent.
+
+    ``arguments``: site, descriptors of the channel, of the life line and of the two vectors.
+    """
     sys.modules["mpi4py"] = None  # type: ignore[assignment]
     site, *descriptors = arguments
-    link_end, life, replica, update = map(int, descriptors)
+    channel_end, life, replica, update = map(int, descriptors)
     threading.Thread(target=_end_with_agent, args=(life,), daemon=True).start()
-    link = Link(socket.socket(fileno=link_end))
-    trainer, log = None, ""
+    channel = Channel(socket.socket(fileno=channel_end), REQUESTS)
     with contextlib.suppress(Closed):
-        while True:
-            request = link.receive()
-            log = request.get("log", log)
-            try:
-                if trainer is None:
-                    trainer = _Trainer(site, request, SharedVector(replica), SharedVector(update))
-                    answer = trainer.facts()
-                else:
-                    answer = trainer.serve(request)
-            except (Exception, SystemExit) as error:
-                # SystemExit too: user code that calls sys.exit() must not look like a crash.
-                ours = not isinstance(error, PrivflError)
-                if ours:
-                    traceback.print_exc()
-                text = f"internal error in the trainer: {type(error).__name__}" if ours else str(error)
-                raised = isinstance(error.__cause__, BaseException) and not isinstance(error.__cause__, PrivflError)
-                where = "; read what it said in" if raised and not ours else "; log:"
-                answer = {"failed": in_one_line(f"{text}{where} {log}"), "exit_code": EXIT_OURS if ours else EXIT_USER}
-            sys.stdout.flush()
-            link.send(answer)
+        serve(channel, Trainer(site, SharedVector(replica), SharedVector(update)))
+
+
+def serve(channel: Channel[Request], trainer: Trainer) -> None:
+    """Answer one request after another, for as long as there are any.
+
+    Raises:
+        Closed: If the agent is gone.
+    """
+    log = ""
+    while True:
+        request = channel.receive()
+        log = request.log if isinstance(request, Prepare) else log
+        answer: Answer
+        try:
+            answer = trainer.answer(request)
+        except (
+            Exception,
+            SystemExit,
+        ) as error:  # SystemExit too: user code that calls sys.exit() must not look like a crash
+            answer = _failure(error, log)
+        sys.stdout.flush()
+        channel.send(answer)
+
+
+def _failure(error: BaseException, log: str) -> Failed:
+    ours = not isinstance(error, PrivflError)
+    if ours:
+        traceback.print_exc()
+    text = f"internal error in the trainer: {type(error).__name__}" if ours else str(error)
+    raised = isinstance(error.__cause__, BaseException) and not isinstance(
+        error.__cause__, PrivflError
+    )
+    where = "; read what it said in" if raised and not ours else "; log:"
+    return Failed(
+        error=in_one_line(f"{text}{where} {log}"), exit_code=EXIT_OURS if ours else EXIT_USER
+    )
 
 
 def _end_with_agent(life: int) -> None:
@@ -70,9 +106,11 @@ def _end_with_agent(life: int) -> None:
 
 @contextlib.contextmanager
 def _user_code(what: str) -> Iterator[None]:
-    """Turn whatever user code raises into one sentence; its message and traceback go to the site's log and no further.
+    """Turn whatever user code raises into one sentence; its message and traceback go to the
+    site's log and no further.
 
-    The message may quote a record ("could not convert string to float: ..."), and the sentence leaves the site in the clear.
+    The message may quote a record ("could not convert string to float: ..."), and the sentence
+    leaves the site in the clear.
     """
     try:
         yield
@@ -81,7 +119,11 @@ def _user_code(what: str) -> Iterator[None]:
     except (Exception, SystemExit) as error:
         traceback.print_exc()
         frames = traceback.extract_tb(error.__traceback__)
-        own = [f for f in frames if "site-packages" not in f.filename and not f.filename.startswith(_PACKAGE)]
+        own = [
+            f
+            for f in frames
+            if "site-packages" not in f.filename and not f.filename.startswith(_PACKAGE)
+        ]
         place = f" in line {own[-1].lineno} of {Path(own[-1].filename).name}" if own else ""
         raise PrivflError(f"{what} raised {type(error).__name__}{place}") from error
 
@@ -100,143 +142,187 @@ def recipe_of(experiment: Experiment, site: str, noise_multiplier: float | None)
     )
 
 
-class _Trainer:
-    """Model, records and the local training of one site."""
+class Trainer:
+    """Model, records and the local training of one site.
 
-    def __init__(self, site: str, setup: dict[str, Any], replica: SharedVector, update: SharedVector) -> None:
+    Args:
+        site: the name of the site.
+        replica: the vector that the agent writes.
+        update: the vector that the agent reads.
+    """
+
+    def __init__(self, site: str, replica: SharedVector, update: SharedVector) -> None:
+        self._site, self._replica, self._update = site, replica, update
+
+    def answer(self, request: Request) -> Answer:
+        """Do what the agent asks.
+
+        Raises:
+            PrivflError: If user code fails, or a file cannot be written.
+        """
+        match request:
+            case Prepare():
+                return self._prepare(request)
+            case Train():
+                return self._train()
+            case Follow():
+                return self._follow()
+            case Measure():
+                self._load()
+                return Measured(metrics=self._measure())
+            case Write():
+                return self._write(Path(request.path))
+
+    def _prepare(self, request: Prepare) -> Facts:
         import torch
 
         from privfl.dp.training import LocalTraining
         from privfl.noise.randomness import SeededRandomness, SystemRandomness
 
-        experiment = Experiment.model_validate_json(setup["experiment"])
-        folder = Path(setup["folder"])
-        self._replica, self._update = replica, update
+        experiment = Experiment.model_validate_json(request.experiment)
+        folder, site = Path(request.folder), self._site
         sys.path.insert(0, str(folder))
         self._private = experiment.evaluation.records == "private"
         self._metrics = {
             name: load_function(f"evaluation.metrics.{name}", reference, folder)
             for name, reference in experiment.evaluation.metrics.items()
         }
-        torch.set_num_threads(setup["threads"])
-        device = _device(setup["device"])
-        functions = {key: load_function(key, getattr(experiment, key), folder) for key in ("model", "data", "loss")}
+        torch.set_num_threads(request.threads)
+        device = _device(request.device)
+        functions = {
+            key: load_function(key, getattr(experiment, key), folder)
+            for key in ("model", "data", "loss")
+        }
 
-        # torch's own generator starts from one constant in every process; dropout must differ between sites.
+        # torch's own generator starts from one constant in every process; dropout must differ
+        # between sites.
         torch.seed()
         with _user_code(f"model ({experiment.model})"), torch.random.fork_rng():
-            # The one public seed: it makes the initial replicas equal. Noise and samples never come from torch.
-            torch.manual_seed(_public_seed(experiment, setup["run"]))
+            # The one public seed: it makes the initial replicas equal. Noise and samples never come
+            # from torch.
+            torch.manual_seed(_public_seed(experiment, request.run))
             model = functions["model"]()
-        _check_arguments(experiment.data, functions["data"], site, setup["data_options"])
+        _check_arguments(experiment.data, functions["data"], site, request.data_options)
         with _user_code(f"data ({experiment.data})"):
             with warnings.catch_warnings(record=True) as caught:
                 warnings.simplefilter("always", OutsideGuarantee)
-                pair = functions["data"](site, **setup["data_options"])
-            self._outside = _said_outside(caught)
+                pair = functions["data"](site, **request.data_options)
+            outside = _warned_outside(caught)
             if not isinstance(pair, tuple | list) or len(pair) != 2:
                 raise PrivflError(f"data ({experiment.data}) must return a pair (train, held_out)")
-        train, self._held_out = pair
+        train, self._evaluation = pair
         self._sums = experiment.algorithm == "fedsgd"
         seed = experiment.insecure_test_seed
-        recipe = recipe_of(experiment, site, setup["noise_multiplier"])
+        recipe = recipe_of(experiment, site, request.noise_multiplier)
         randomness = SystemRandomness() if seed is None else SeededRandomness(seed, site)
         with _user_code("preparing the model"):
-            self._training = LocalTraining(model, functions["loss"], train, recipe, randomness, device)
-        if self._private and self._metrics and self._held_out is not None and len(self._held_out) > 0:
-            with _user_code("evaluating model and metrics on the held-out records"):
-                self._training.check_outputs(self._held_out)
-        # The number of ratios of each metric is fixed before training; it must be the same at all sites.
-        self._layout = {name: len(sums) for name, (sums, _) in self._measure().items()}
+            self._training = LocalTraining(
+                model, functions["loss"], train, recipe, randomness, device
+            )
+        if (
+            self._private
+            and self._metrics
+            and self._evaluation is not None
+            and len(self._evaluation) > 0
+        ):
+            with _user_code("evaluating model and metrics on the evaluation records"):
+                self._training.check_outputs(self._evaluation)
+        # The number of ratios of each metric is fixed before training; it must be the same at all
+        # sites.
+        layout = {name: len(sums) for name, (sums, _) in self._measure().items()}
         self._replica.write(self._training.flat())
-
-    def facts(self) -> dict[str, Any]:
-        """What the agent tells the others: public numbers only."""
-        return {
-            "records": self._training.records,
-            "parameters": self._training.parameters,
-            "layout": self._layout,
-            "constants": self._training.constants_digest(),
-            "outside": self._outside,
-        }
-
-    def serve(self, request: dict[str, Any]) -> dict[str, Any]:
-        match request["do"]:
-            case "train":
-                return self._train()
-            case "follow":
-                return self._follow()
-            case "measure":
-                self._load()
-                return {"measured": self._measure()}
-            case "write":
-                return self._write(Path(request["path"]))
-        raise ValueError(f"unknown request {request['do']}")
+        return Facts(
+            records=self._training.records,
+            parameters=self._training.parameters,
+            layout=layout,
+            constants=self._training.constants_digest(),
+            outside=tuple(outside),
+        )
 
     def _load(self) -> np.ndarray[Any, np.dtype[np.float32]]:
         replica = self._replica.read(self._training.parameters, np.float32)
         self._training.load(replica)
         return replica
 
-    def _train(self) -> dict[str, Any]:
-        """fedavg: an update with noise; fedsgd: the sum of clipped gradients of one batch, to which the agent adds this site's share."""
+    def _train(self) -> Trained:
+        """fedavg: an update with noise; fedsgd: the sum of clipped gradients of one batch, to
+        which the agent adds this site's share.
+        """
         with _user_code("training"):
             work = self._training.sum_gradients if self._sums else self._training.train_round
             self._update.write(work(self._load()))
-        return {"draws": self._training.draws}
+        return Trained(draws=self._training.draws)
 
-    def _follow(self) -> dict[str, Any]:
+    def _follow(self) -> Followed:
         gradient = self._replica.read(self._training.parameters, np.float64)
         self._update.write(self._training.follow(gradient))
-        return {"followed": True}
+        return Followed()
 
     def _measure(self) -> dict[str, tuple[list[float], list[float]]]:
         from privfl.dp.evaluation import measure, measure_each
 
-        if not self._metrics or self._held_out is None or len(self._held_out) == 0:
+        if not self._metrics or self._evaluation is None or len(self._evaluation) == 0:
             return {}
-        with _user_code("evaluating model and metrics on the held-out records"):
+        with _user_code("evaluating model and metrics on the evaluation records"):
             take = measure_each if self._private else measure
-            return take(self._metrics, *self._training.outputs(self._held_out))
+            return take(self._metrics, *self._training.outputs(self._evaluation))
 
-    def _write(self, path: Path) -> dict[str, Any]:
+    def _write(self, path: Path) -> Written:
         from safetensors.torch import save_file
 
         self._load()
-        # Copies, because tied weights share memory, and a file that loads strictly needs every name.
-        tensors = {name: tensor.detach().cpu().clone().contiguous() for name, tensor in self._training.model.state_dict().items()}
+        # Copies, because tied weights share memory, and a file that loads strictly needs every
+        # name.
+        tensors = {
+            name: tensor.detach().cpu().clone().contiguous()
+            for name, tensor in self._training.model.state_dict().items()
+        }
         unfinished = path.with_name(f".{path.name}.{os.getpid()}")
         try:
             save_file(tensors, unfinished)
             os.replace(unfinished, path)
         except OSError as error:
             raise PrivflError(f"cannot write {path}: {error.strerror or error}") from error
-        return {"written": str(path)}
+        return Written(path=str(path))
 
 
-def _check_arguments(reference: str, data: Callable[..., Any], site: str, options: dict[str, Any]) -> None:
+def _check_arguments(
+    reference: str, data: Callable[..., Any], site: str, options: dict[str, Any]
+) -> None:
     """Say which option is missing or too many; nothing of a record is involved yet."""
     try:
         inspect.signature(data).bind(site, **options)
     except TypeError as error:
         raise PrivflError(
-            f"data ({reference}) does not fit data_options: {error}; check data_options in the experiment and in the site's file, and --sites"
+            f"data ({reference}) does not fit data_options: {error}; check data_options in the "
+            f"experiment and in the site's file, and --sites"
         ) from None
     except ValueError:
         return  # a callable without a signature
 
 
-def _said_outside(caught: Sequence[warnings.WarningMessage]) -> list[str]:
-    """What data() itself says is outside the guarantee, meant for everybody; all other warnings go to the site's log as ever."""
+def _warned_outside(caught: Sequence[warnings.WarningMessage]) -> list[str]:
+    """What data() warns that no epsilon covers, for everybody to read; all other warnings go to
+    the site's log as ever.
+    """
     for warning in caught:
         if not issubclass(warning.category, OutsideGuarantee):
-            warnings.showwarning(warning.message, warning.category, warning.filename, warning.lineno)
-    return sorted({in_one_line(w.message)[:200] for w in caught if issubclass(w.category, OutsideGuarantee)})
+            warnings.showwarning(
+                warning.message, warning.category, warning.filename, warning.lineno
+            )
+    return sorted(
+        {in_one_line(w.message)[:200] for w in caught if issubclass(w.category, OutsideGuarantee)}
+    )
 
 
 def _public_seed(experiment: Experiment, run: str) -> int:
     text = run if experiment.insecure_test_seed is None else str(experiment.insecure_test_seed)
-    return int.from_bytes(hashlib.sha256(f"privfl initial model {text}".encode()).digest()[:8], "little") >> 1
+    return (
+        int.from_bytes(
+            hashlib.sha256(f"privfl initial model {text}".encode()).digest()[:8], "little"
+        )
+        >> 1
+    )
 
 
 def _device(name: str) -> Any:
@@ -246,7 +332,10 @@ def _device(name: str) -> Any:
         device = torch.device(name)
         torch.empty(1, device=device)
     except (RuntimeError, AssertionError) as error:
-        raise PrivflError(f"device {name} in the site file is not available to torch here: {in_one_line(error)[:120]}") from error
+        raise PrivflError(
+            f"device {name} in the site file is not available to torch here: "
+            f"{in_one_line(error)[:120]}"
+        ) from error
     return device
 
 

@@ -9,12 +9,14 @@ import signal
 import socket
 import subprocess
 import sys
-from typing import Any, TextIO
+from typing import TextIO
 
 from privfl.errors import InternalError, PrivflError
-from privfl.trainer.channel import Closed, Link, SharedVector
+from privfl.trainer.channel import Channel, Closed, SharedVector
+from privfl.trainer.requests import ANSWERS, Answer, Failed, Prepare, Request
 
-# What launchers tell a rank about itself. A child that inherits it may be taken for the rank, by MPI or by a library.
+# What launchers tell a rank about itself. A child that inherits it may be taken for the rank, by
+# MPI or by a library.
 _LAUNCHER_PREFIXES = (
     "PMI",
     "PMIX",
@@ -37,24 +39,21 @@ _GRACE_SECONDS = 5.0
 
 
 def trainer_environment(environment: dict[str, str], threads: int) -> dict[str, str]:
-    """The environment of a trainer: the agent's, less the launcher's variables, with a number of threads if none was chosen."""
-    kept = {name: value for name, value in environment.items() if not name.startswith(_LAUNCHER_PREFIXES)}
+    """The environment of a trainer: the agent's, less the launcher's variables, with a number of
+    threads if none was chosen.
+    """
+    kept = {
+        name: value
+        for name, value in environment.items()
+        if not name.startswith(_LAUNCHER_PREFIXES)
+    }
     return kept | {"OMP_NUM_THREADS": kept.get("OMP_NUM_THREADS") or str(threads)}
 
 
-def threads_for(sites_here: int, environment: dict[str, str]) -> int:
-    """Threads for one trainer when ``sites_here`` of them share this machine's processors."""
-    chosen = environment.get("OMP_NUM_THREADS") or environment.get("SLURM_CPUS_PER_TASK") or ""
-    if chosen.isdigit() and int(chosen) > 0:
-        return int(chosen)
-    processors = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    return max(1, processors // max(1, sites_here))
+class TrainerProcess:
+    """A running trainer. The vector ``replica`` goes to it, the vector ``update`` comes from it."""
 
-
-class Trainer:
-    """A running trainer. ``replica`` goes to it, ``update`` comes from it."""
-
-    def __init__(self, site: str, threads: int, log: TextIO, setup: dict[str, Any]) -> None:
+    def __init__(self, site: str, threads: int, log: TextIO, prepare: Prepare) -> None:
         self._log = log.name
         self.replica = SharedVector.create()
         self.update = SharedVector.create()
@@ -75,58 +74,72 @@ class Trainer:
         )
         theirs.close()
         os.close(alive)
-        self._link = Link(ours)
-        self.ask(setup)
+        self._channel = Channel(ours, ANSWERS)
+        self.ask(prepare)
 
     def fileno(self) -> int:
         """Readable when an answer or the end of the trainer is there to be read."""
-        return self._link.fileno()
+        return self._channel.fileno()
 
     def has_answer(self) -> bool:
-        """Whether there is something to read, or nothing will come any more because the trainer died."""
-        return bool(select.select([self._link], [], [], 0)[0]) or self._process.poll() is not None
+        """Whether there is something to read, or nothing will come any more because the trainer
+        died.
+        """
+        return (
+            bool(select.select([self._channel], [], [], 0)[0]) or self._process.poll() is not None
+        )
 
-    def ask(self, request: dict[str, Any]) -> None:
+    def ask(self, request: Request) -> None:
         """Send a request; the answer is read with :meth:`answer`."""
         # If the trainer is gone, reading its answer says so, and says why.
         with contextlib.suppress(Closed):
-            self._link.send(request)
+            self._channel.send(request)
 
-    def answer(self) -> dict[str, Any]:
+    def answer(self) -> Answer:
         """The trainer's next answer.
 
         Raises:
-            PrivflError: the trainer reports a failure, or died.
+            PrivflError: If the trainer reports a failure, or died.
         """
         try:
-            if self._process.poll() is not None and not select.select([self._link], [], [], 0)[0]:
+            if (
+                self._process.poll() is not None
+                and not select.select([self._channel], [], [], 0)[0]
+            ):
                 raise Closed
-            answer = self._link.receive()
+            answer = self._channel.receive()
         except Closed:
-            raise self._obituary() from None
-        if "failed" in answer:
-            kind = PrivflError if answer.get("exit_code") == PrivflError.exit_code else InternalError
-            raise kind(str(answer["failed"]))
+            raise self._why_it_ended() from None
+        if isinstance(answer, Failed):
+            kind = PrivflError if answer.exit_code == PrivflError.exit_code else InternalError
+            raise kind(answer.error)
         return answer
 
-    def _obituary(self) -> PrivflError:
+    def _why_it_ended(self) -> PrivflError:
         try:
             code = self._process.wait(_GRACE_SECONDS)
         except subprocess.TimeoutExpired:
             return InternalError(f"the trainer closed its link but still runs; see {self._log}")
         if code < 0:
-            name = signal.Signals(-code).name if -code in signal.Signals._value2member_map_ else str(-code)
+            name = (
+                signal.Signals(-code).name
+                if -code in signal.Signals._value2member_map_
+                else str(-code)
+            )
             hint = " (perhaps out of memory)" if -code == signal.SIGKILL else ""
             return PrivflError(f"the trainer was killed by signal {name}{hint}; see {self._log}")
         return PrivflError(f"the trainer ended by itself with code {code}; see {self._log}")
 
     def stop(self) -> None:
-        """End the trainer and whatever user code started with it; what it wrote is complete or not there."""
-        # The group outlives its leader while any of its processes lives, so this reaches the children of a trainer that died.
+        """End the trainer and whatever user code started with it; what it wrote is complete or
+        not there.
+        """
+        # The group outlives its leader while any of its processes lives, so this reaches the
+        # children of a trainer that died.
         with contextlib.suppress(ProcessLookupError, PermissionError):
             os.killpg(self._process.pid, signal.SIGKILL)
         self._process.wait()
-        self._link.close()
+        self._channel.close()
         os.close(self._life)
         self.replica.close()
         self.update.close()

@@ -1,6 +1,9 @@
-"""Checks that every transport must pass. Each runs on all ranks of a world at once: rank 0 and its peers play their parts.
+"""Checks that every transport must pass.
 
-For a transport of your own: give each rank its transport and call :func:`run`; it raises AssertionError naming what is wrong.
+Each runs on all ranks of a world at once: rank 0 and its peers play their parts.
+
+For a transport of your own: give each rank its transport and call :func:`run`; it raises
+AssertionError naming what is wrong.
 """
 
 from __future__ import annotations
@@ -33,7 +36,10 @@ def _peers(transport: Transport) -> list[int]:
 
 
 def _collect(transport: Transport, count: int) -> dict[int, list[Frame]]:
-    """``count`` frames from each peer, in order of arrival. Nobody sends more before all have met."""
+    """``count`` frames from each peer, in order of arrival.
+
+    Nobody sends more before all have met.
+    """
     got: dict[int, list[Frame]] = {peer: [] for peer in _peers(transport)}
     for _ in range(count * len(got)):
         frame = transport.receive(_SECONDS)
@@ -46,7 +52,9 @@ def _collect(transport: Transport, count: int) -> dict[int, list[Frame]]:
 
 
 def _meet(transport: Transport) -> None:
-    """Wait until every rank is here: rank 0 lets the others go on only when all its own frames have come."""
+    """Wait until every rank is here: rank 0 lets the others go on only when all its own frames
+    have come.
+    """
     assert transport.flush(_SECONDS)
     if transport.rank == 0:
         for peer in _peers(transport):
@@ -86,15 +94,21 @@ def _check_identity(transport: Transport) -> None:
 
 
 def _check_sizes_both_ways(transport: Transport) -> None:
-    """Payloads around every limit arrive whole, in order, and both directions do not wait for each other."""
+    """Payloads around every limit arrive whole, in order, and both directions do not wait for
+    each other.
+    """
     sizes = [0, 1, 4095, 4096, 4097, 1 << 20, CHUNK]
     for peer in _peers(transport):
         for number, size in enumerate(sizes):
             transport.send(peer, b"h" * number, _pattern(size, transport.rank))
     for peer, frames in _collect(transport, len(sizes)).items():
         for number, frame in enumerate(frames):
-            assert frame.head == b"h" * number, f"rank {transport.rank}: message {number} from {peer} is out of order"
-            assert bytes(frame.bulk) == _pattern(sizes[number], peer), f"{sizes[number]} bytes from {peer} are damaged"
+            assert frame.head == b"h" * number, (
+                f"rank {transport.rank}: message {number} from {peer} is out of order"
+            )
+            assert bytes(frame.bulk) == _pattern(sizes[number], peer), (
+                f"{sizes[number]} bytes from {peer} are damaged"
+            )
 
 
 def _check_many_unreceived(transport: Transport) -> None:
@@ -175,22 +189,30 @@ def _check_wake(transport: Transport) -> None:
 
 
 def _check_reduce(transport: Transport) -> None:
-    """Sums of words modulo 2^64 reach rank 0 whole, in order, for several sets of members, and several at a time."""
+    """Sums of words modulo 2^64 reach rank 0 whole, in order, for several sets of members, and
+    several at a time.
+    """
     for members in (range(1, transport.size), [transport.size - 1, 1], [1]):
         if transport.rank and transport.rank not in members:
             continue
         sizes = [1, 1000, 1 << 18]
         given = [_numbers(size, number, transport.rank) for number, size in enumerate(sizes)]
         under_way = [transport.reduce(list(members), words) for words in given]
-        assert all(part.done(_SECONDS) for part in under_way), f"rank {transport.rank}: a sum did not end"
+        assert all(part.done(_SECONDS) for part in under_way), (
+            f"rank {transport.rank}: a sum did not end"
+        )
         if transport.rank == 0:
             for number, (size, words) in enumerate(zip(sizes, given, strict=True)):
                 expected = sum(_numbers(size, number, rank) for rank in (0, *members))
-                assert np.array_equal(words, expected), f"sum {number} of the ranks {list(members)} is wrong"
+                assert np.array_equal(words, expected), (
+                    f"sum {number} of the ranks {list(members)} is wrong"
+                )
 
 
 def _numbers(size: int, number: int, rank: int) -> NDArray[np.uint64]:
-    return (np.arange(size, dtype=np.uint64) + np.uint64(number)) * np.uint64((0x9E3779B97F4A7C15 * (rank + 1)) % 2**64)
+    return (np.arange(size, dtype=np.uint64) + np.uint64(number)) * np.uint64(
+        (0x9E3779B97F4A7C15 * (rank + 1)) % 2**64
+    )
 
 
 def _check_members_of_a_sum(transport: Transport) -> None:
@@ -205,7 +227,10 @@ def _check_members_of_a_sum(transport: Transport) -> None:
 
 
 def _check_unreadable_memory(transport: Transport) -> None:
-    """Everything still works between processes that may not read each other's memory. The last check: it cannot be undone."""
+    """Everything still works between processes that may not read each other's memory.
+
+    The last check: it cannot be undone.
+    """
     forbid_reading()
     _meet(transport)
     _check_sizes_both_ways(transport)

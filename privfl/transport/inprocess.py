@@ -1,4 +1,6 @@
-"""A transport between threads of one process: the twin of MPI, for tests and for running a federation without a launcher."""
+"""A transport between threads of one process: the twin of MPI, for tests and for running a
+federation without a launcher.
+"""
 
 from __future__ import annotations
 
@@ -45,7 +47,9 @@ class _Sum:
 class _Part:
     """One rank's part in a sum. A member's is over at once, because its words are copied."""
 
-    def __init__(self, total: _Sum | None, words: NDArray[np.uint64], forget: Callable[[], object]) -> None:
+    def __init__(
+        self, total: _Sum | None, words: NDArray[np.uint64], forget: Callable[[], object]
+    ) -> None:
         self._total, self._words, self._forget = total, words, forget
 
     def done(self, timeout: float) -> bool:
@@ -62,7 +66,12 @@ class _Part:
 class InProcess:
     """One rank of a world of threads. Frames are copied when sent, as on a wire."""
 
-    def __init__(self, rank: int, world: list[InProcess], sums: collections.defaultdict[tuple[object, ...], _Sum]) -> None:
+    def __init__(
+        self,
+        rank: int,
+        world: list[InProcess],
+        sums: collections.defaultdict[tuple[object, ...], _Sum],
+    ) -> None:
         self.rank = rank
         self._world = world
         self._sums = sums
@@ -138,7 +147,10 @@ class InProcess:
 
 
 class _ignoring_errors:  # noqa: N801  (reads as a statement)
-    """Leave out BlockingIOError: an empty or a full pipe are both fine here. contextlib.suppress costs twice as much."""
+    """Leave out BlockingIOError: an empty or a full pipe are both fine here.
+
+    contextlib.suppress costs twice as much.
+    """
 
     def __enter__(self) -> None:
         return None

@@ -12,7 +12,8 @@ _PR_GET_DUMPABLE, _PR_SET_DUMPABLE = 3, 4
 
 
 def forbid_reading() -> None:
-    """No core file of this process, and on Linux no reading of its memory by other processes of the same user (only by root).
+    """No core file of this process, and on Linux no reading of its memory by other processes of
+    the same user (only by root).
 
     Raises:
         InternalError: the system did not do it.
@@ -22,4 +23,6 @@ def forbid_reading() -> None:
         library = ctypes.CDLL(None, use_errno=True)
         library.prctl(_PR_SET_DUMPABLE, 0, 0, 0, 0)
         if library.prctl(_PR_GET_DUMPABLE, 0, 0, 0, 0) != 0:
-            raise InternalError("this process could not be made unreadable for others (PR_SET_DUMPABLE)")
+            raise InternalError(
+                "this process could not be made unreadable for others (PR_SET_DUMPABLE)"
+            )

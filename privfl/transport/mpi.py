@@ -1,9 +1,12 @@
-"""The transport over MPI: the only module that imports mpi4py, and only when :func:`start` is called.
+"""The transport over MPI: the only module that imports mpi4py, and only when :func:`start` is
+called.
 
-Facts it is built on (measured with MPICH 5.0 and Open MPI 5.0): a blocking receive burns a core and delays signals, so every receive
-is an Irecv polled with back-off; a request dropped before it completed corrupts messages on some networks, so requests and buffers
-are kept until they are done; counts beyond 2 GiB fail in some libraries, so nothing larger than a chunk is sent; MPICH copies large
-messages straight out of another process's memory, which fails where a site forbids that, so this way (CMA) is switched off.
+Facts it is built on (measured with MPICH 5.0 and Open MPI 5.0): a blocking receive burns a core and
+delays signals, so every receive is an Irecv polled with back-off; a request dropped before it
+completed corrupts messages on some networks, so requests and buffers are kept until they are done;
+counts beyond 2 GiB fail in some libraries, so nothing larger than a chunk is sent; MPICH copies
+large messages straight out of another process's memory, which fails where a site forbids that, so
+this way (CMA) is switched off.
 """
 
 from __future__ import annotations
@@ -25,14 +28,16 @@ from privfl.errors import PrivflError, ProtocolError
 from privfl.transport.base import CHUNK, HEAD_LIMIT, Frame, check_limits, check_members, check_peer
 
 _MAGIC = 0x70724D31
-# Magic, length of head, length of bulk, CRC-32 of head and bulk: it notices damage; what guards against forgery is in the payloads.
+# Magic, length of head, length of bulk, CRC-32 of head and bulk: it notices damage; what guards
+# against forgery is in the payloads.
 _ENVELOPE = struct.Struct("<IIQI")
 # A payload that fits here travels with its envelope in one message.
 _INLINE = 4096
 _ENVELOPE_BYTES = _ENVELOPE.size + HEAD_LIMIT + _INLINE
 _TAG_ENVELOPE, _TAG_BULK = 1, 2
 _FIRST_WAIT, _LONGEST_WAIT, _GROWTH = 50e-6, 2e-3, 1.5
-# Through shared memory MPICH moves 8 KiB each time it is let work, and its queues hold 64 such cells.
+# Through shared memory MPICH moves 8 KiB each time it is let work, and its queues hold 64 such
+# cells.
 _BURST = 64
 
 
@@ -48,7 +53,8 @@ def start() -> MPITransport:
     """
     import mpi4py
 
-    # The agent is a single thread that only moves bytes; some libraries are slower with more thread support.
+    # The agent is a single thread that only moves bytes; some libraries are slower with more thread
+    # support.
     mpi4py.rc.threads = False
     for name, value in WITHOUT_CMA.items():
         os.environ.setdefault(name, value)
@@ -56,7 +62,8 @@ def start() -> MPITransport:
         from mpi4py import MPI
     except (ImportError, RuntimeError) as error:
         raise PrivflError(
-            "no MPI library can be loaded: install one into this environment with `pip install 'privfl[mpich]'`, "
+            "no MPI library can be loaded: install one into this environment with `pip install "
+            "'privfl[mpich]'`, "
             "or load your cluster's MPI module first"
         ) from error
     return MPITransport(MPI, MPI.COMM_WORLD)
@@ -70,7 +77,9 @@ def over(comm: Any) -> MPITransport:
 
 
 def library() -> tuple[str, str]:
-    """(version line of the MPI library, path of the loaded shared object or '' where the system does not tell)."""
+    """(version line of the MPI library, path of the loaded shared object or '' where the system
+    does not tell).
+    """
     import mpi4py
 
     mpi4py.rc.threads = False
@@ -80,12 +89,16 @@ def library() -> tuple[str, str]:
     if os.path.exists("/proc/self/maps"):
         with open("/proc/self/maps") as maps:
             paths = [line.split(maxsplit=5)[5].strip() for line in maps if line.count("/")]
-        path = next((p for p in paths if os.path.basename(p).startswith(("libmpi.so", "libmpich.so"))), "")
+        path = next(
+            (p for p in paths if os.path.basename(p).startswith(("libmpi.so", "libmpich.so"))), ""
+        )
     return MPI.Get_library_version().split("\n")[0].strip(), path
 
 
 class _Incoming:
-    """The one receive that is posted for a peer: first an envelope, then, if the payload did not fit, the payload."""
+    """The one receive that is posted for a peer: first an envelope, then, if the payload did not
+    fit, the payload.
+    """
 
     def __init__(self, comm: Any, peer: int) -> None:
         self._comm = comm
@@ -100,7 +113,10 @@ class _Incoming:
         return self._expected is not None
 
     def completed(self) -> Frame | None:
-        """Take what has arrived, post the next receive; the frame if it is complete. After an error this peer is not heard any more."""
+        """Take what has arrived, post the next receive; the frame if it is complete.
+
+        After an error this peer is not heard any more.
+        """
         self.request = None
         if self._expected is None:
             head, digest, bulk = self._open_envelope()
@@ -118,10 +134,16 @@ class _Incoming:
         return frame
 
     def _open_envelope(self) -> tuple[bytes, int, bytes | NDArray[np.uint8]]:
-        """(head, digest, payload or an empty buffer of the announced size). Lengths are checked before anything is allocated."""
+        """(head, digest, payload or an empty buffer of the announced size).
+
+        Lengths are checked before anything is allocated.
+        """
         magic, head_length, bulk_length, digest = _ENVELOPE.unpack_from(self._envelope)
         if magic != _MAGIC or head_length > HEAD_LIMIT or bulk_length > CHUNK:
-            raise ProtocolError(f"rank {self.peer} sent something that is not a privfl message; do all ranks run one version?")
+            raise ProtocolError(
+                f"rank {self.peer} sent something that is not a privfl message; do all ranks run "
+                f"one version?"
+            )
         start = _ENVELOPE.size + head_length
         head = bytes(self._envelope[_ENVELOPE.size : start])
         if bulk_length > _INLINE:
@@ -148,7 +170,8 @@ class MPITransport:
 
     def __init__(self, mpi: Any, comm: Any) -> None:
         self._mpi = mpi
-        # A communicator of our own, so that no message of the user's program can meet ours. Collective, as the next lines.
+        # A communicator of our own, so that no message of the user's program can meet ours.
+        # Collective, as the next lines.
         self._comm = comm.Dup()
         self.rank: int = self._comm.Get_rank()
         self.size: int = self._comm.Get_size()
@@ -184,7 +207,9 @@ class MPITransport:
     def _progress(self) -> bool:
         """Let MPI work; True if anything was completed."""
         large = (
-            bool(self.reductions) or any(i.large for i in self._incoming) or any(s[2] > _ENVELOPE_BYTES for s in self._outgoing)
+            bool(self.reductions)
+            or any(i.large for i in self._incoming)
+            or any(s[2] > _ENVELOPE_BYTES for s in self._outgoing)
         )
         return any(self._progress_once() for _ in range(_BURST if large else 1))
 
@@ -207,7 +232,8 @@ class MPITransport:
     def receive(self, timeout: float | None, wake: int | None = None) -> Frame | None:
         deadline = None if timeout is None else time.monotonic() + timeout
         pause = _FIRST_WAIT
-        # What has arrived is used up before more is taken in: at most one frame of each peer waits here, the rest with its sender.
+        # What has arrived is used up before more is taken in: at most one frame of each peer waits
+        # here, the rest with its sender.
         while not self._inbox:
             moved = self._progress()
             if self._inbox:
@@ -226,7 +252,9 @@ class MPITransport:
     def reduce(self, members: Sequence[int], words: NDArray[np.uint64]) -> _Reduction:
         comm = self._comm_of(check_members(self.rank, self.size, members))
         kind = self._mpi.UINT64_T
-        ours, theirs = (self._mpi.IN_PLACE, [words, kind]) if self.rank == 0 else ([words, kind], None)
+        ours, theirs = (
+            (self._mpi.IN_PLACE, [words, kind]) if self.rank == 0 else ([words, kind], None)
+        )
         return _Reduction(self, comm.Ireduce(ours, theirs, op=self._mpi.SUM, root=0), words)
 
     def _comm_of(self, members: tuple[int, ...]) -> Any:
@@ -264,7 +292,8 @@ class MPITransport:
                 incoming.request.Cancel()
                 incoming.request.Wait()
         self._incoming.clear()
-        # What is still under way needs its communicator; a program that opens and closes many transports must not run out of them.
+        # What is still under way needs its communicator; a program that opens and closes many
+        # transports must not run out of them.
         if not self._outgoing and not self.reductions:
             for comm in [*self._among.values(), self._comm]:
                 comm.Free()

@@ -14,7 +14,9 @@ from privfl.transport.base import Frame, Reduction, Transport
 
 @dataclass(frozen=True)
 class Recorded:
-    """One frame as one rank saw it: ``sent`` by ``rank`` to ``peer``, or received from it; or its words in a sum (``summed``)."""
+    """One frame as one rank saw it: ``sent`` by ``rank`` to ``peer``, or received from it; or
+    its words in a sum (``summed``).
+    """
 
     rank: int
     peer: int

@@ -29,5 +29,7 @@ def history(rows: Iterable[tuple[float, float, int]]) -> list[PoissonGaussian]:
 
 
 def printed(text: str) -> float:
-    """Half a unit of the last digit of a published number, and a little: what it may be away from the truth."""
+    """Half a unit of the last digit of a published number, and a little: what it may be away
+    from the truth.
+    """
     return 0.51 * 10.0 ** -len(text.partition(".")[2])

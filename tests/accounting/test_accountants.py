@@ -1,4 +1,6 @@
-"""The accountants against published values, against other implementations, and the properties that every accountant must have."""
+"""The accountants against published values, against other implementations, and the properties
+that every accountant must have.
+"""
 
 from __future__ import annotations
 
@@ -24,12 +26,21 @@ from privfl.accounting import (
     epsilons,
     person_epsilon,
 )
-from tests.accounting.histories import WHOLE, counts, history, noises, printed, rates, segments, steps_of
+from tests.accounting.histories import (
+    WHOLE,
+    counts,
+    history,
+    noises,
+    printed,
+    rates,
+    segments,
+    steps_of,
+)
 
 FINE = 1e-4
 
-# The 12-case table (dp-accounting): (segments of (q, sigma, steps), delta, RDP, PLD). Case E is missing: it is '50 different rounds' of
-# which nobody wrote down the parameters.
+# The 12-case table (dp-accounting): (segments of (q, sigma, steps), delta, RDP, PLD). Case E is
+# missing: it is '50 different rounds' of which nobody wrote down the parameters.
 TABLE = {
     "A": ([(256 / 6e4, 1.1, 14062)], 1e-5, "2.5966", "2.3817"),
     "B": ([(0.01, 4.0, 10_000)], 1e-5, "1.0355", ".9470"),
@@ -44,7 +55,8 @@ TABLE = {
     "L": ([(1.0, 20.0, 5), (0.01, 1.0, 500), (0.01, 0.9, 500)], 1e-5, "2.5259", "2.1455"),
 }
 
-# The improved conversion's value for published configurations (Abadi et al. 2016; the tutorial of TensorFlow Privacy), at 1e-5.
+# The improved conversion's value for published configurations (Abadi et al. 2016; the tutorial of
+# TensorFlow Privacy), at 1e-5.
 PUBLISHED = [
     ("Abadi 2016", 0.01, 4.0, 10_000, 1.0355),
     ("TF Privacy 1.3/15", 256 / 60_000, 1.3, 15 * 60_000 // 256, 0.9544),
@@ -61,7 +73,8 @@ PLD = [
     (0.1, 9.66, 512, 1e-6, "1.0002"),
 ]
 
-# Microsoft's grid at 1e-6: (q, sigma, steps, their upper bound), which has their eps_error of 0.01 on top of the estimate.
+# Microsoft's grid at 1e-6: (q, sigma, steps, their upper bound), which has their eps_error of 0.01
+# on top of the estimate.
 MICROSOFT = [
     (0.001, 0.8, 1000, 0.477771),
     (0.05, 1.5, 1000, 6.209969),
@@ -71,19 +84,24 @@ MICROSOFT = [
 ]
 
 
-# -- published values ---------------------------------------------------------------------------------------------------
+# -- published values ------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("case", TABLE)
 def test_the_table(case: str):
     rows, delta, rdp, pld = TABLE[case]
     assert epsilon_of(history(rows), delta).upper == pytest.approx(float(rdp), abs=printed(rdp))
-    # Fourier transforms in double precision are off by 1e-12 or so of delta, and differ between processors: at 1e-10 that shows.
+    # Fourier transforms in double precision are off by 1e-12 or so of delta, and differ between
+    # processors: at 1e-10 that shows.
     noise = 1e-12 / delta
-    assert epsilon_of(history(rows), delta, "pld", FINE).upper == pytest.approx(float(pld), abs=max(printed(pld), noise))
+    assert epsilon_of(history(rows), delta, "pld", FINE).upper == pytest.approx(
+        float(pld), abs=max(printed(pld), noise)
+    )
 
 
-@pytest.mark.parametrize(("name", "q", "sigma", "steps", "epsilon"), PUBLISHED, ids=[row[0] for row in PUBLISHED])
+@pytest.mark.parametrize(
+    ("name", "q", "sigma", "steps", "epsilon"), PUBLISHED, ids=[row[0] for row in PUBLISHED]
+)
 def test_published_configurations(name: str, q: float, sigma: float, steps: int, epsilon: float):
     assert epsilon_of([steps_of(q, sigma, steps)], 1e-5).upper == pytest.approx(epsilon, abs=6e-5)
 
@@ -117,7 +135,7 @@ def test_the_exact_gaussian():
         assert found.upper == pytest.approx(exact, abs=1e-6)
 
 
-# -- properties ---------------------------------------------------------------------------------------------------------
+# -- properties ------------------------------------------------------------------------------------
 
 
 @settings(max_examples=12, deadline=None)
@@ -127,17 +145,21 @@ def test_rdp_is_monotone(q: float, sigma: float, steps: int, delta: float):
     epsilon = epsilon_of([steps_of(q, sigma, steps)], delta).upper
     assert epsilon_of([steps_of(q, sigma, steps + 1)], delta).upper >= epsilon
     assert epsilon_of([steps_of(q, sigma, steps)], delta * 2).upper <= epsilon
-    # At whole orders, where the divergence is exact. Between them it is a bound only (tests/accounting/test_renyi.py), and one that jumps: from the
-    # lower to the higher rate of the example, epsilon falls from 120.04 to 119.99.
+    # At whole orders, where the divergence is exact. Between them it is a bound only
+    # (tests/accounting/test_renyi.py), and one that jumps: from the lower to the higher rate of the
+    # example, epsilon falls from 120.04 to 119.99.
     stronger = divergences(steps_of(q, sigma))
     epsilon_of_whole_orders = epsilons(ORDERS, steps * stronger, delta)[WHOLE].min()
     for weaker in ((q * 0.9, sigma), (q, sigma * 1.1)):
         assert (divergences(steps_of(*weaker)) <= stronger * (1 + 1e-9))[WHOLE].all()
-        assert epsilon_of([steps_of(*weaker, steps)], delta).upper <= epsilon_of_whole_orders * (1 + 1e-9)
+        assert epsilon_of([steps_of(*weaker, steps)], delta).upper <= epsilon_of_whole_orders * (
+            1 + 1e-9
+        )
     assert epsilon >= 0.0
 
 
-# What the default discretisation of losses may be off by, in either of two values that are compared.
+# What the default discretisation of losses may be off by, in either of two values that are
+# compared.
 ROUNDING = 2e-3
 
 
@@ -156,9 +178,15 @@ def test_pld_is_monotone(q: float, sigma: float, steps: int, delta: float):
 
 @settings(max_examples=20, deadline=None)
 @given(segments, st.randoms())
-def test_order_and_splitting_change_nothing(rows: list[tuple[float, float, int]], rng: random.Random):
+def test_order_and_splitting_change_nothing(
+    rows: list[tuple[float, float, int]], rng: random.Random
+):
     events = history(rows)
-    pieces = [event.times(n) for event in events for n in (event.steps // 3, event.steps - event.steps // 3)]
+    pieces = [
+        event.times(n)
+        for event in events
+        for n in (event.steps // 3, event.steps - event.steps // 3)
+    ]
     rng.shuffle(pieces)
     epsilon = epsilon_of(events, 1e-5).upper
     assert epsilon_of(pieces, 1e-5).upper == pytest.approx(epsilon, rel=1e-12)
@@ -169,12 +197,23 @@ def test_order_and_splitting_change_nothing(rows: list[tuple[float, float, int]]
 
 
 @settings(max_examples=6, deadline=None)
-@given(st.lists(st.tuples(rates, st.floats(1.0, 20.0), st.integers(1, 200)), min_size=1, max_size=3), st.randoms())
-def test_order_and_splitting_change_nothing_of_pld(rows: list[tuple[float, float, int]], rng: random.Random):
+@given(
+    st.lists(st.tuples(rates, st.floats(1.0, 20.0), st.integers(1, 200)), min_size=1, max_size=3),
+    st.randoms(),
+)
+def test_order_and_splitting_change_nothing_of_pld(
+    rows: list[tuple[float, float, int]], rng: random.Random
+):
     events = history(rows)
-    pieces = [event.times(n) for event in events for n in (event.steps // 3, event.steps - event.steps // 3)]
+    pieces = [
+        event.times(n)
+        for event in events
+        for n in (event.steps // 3, event.steps - event.steps // 3)
+    ]
     rng.shuffle(pieces)
-    assert epsilon_of(pieces, 1e-5, "pld").upper == pytest.approx(epsilon_of(events, 1e-5, "pld").upper, abs=1e-6)
+    assert epsilon_of(pieces, 1e-5, "pld").upper == pytest.approx(
+        epsilon_of(events, 1e-5, "pld").upper, abs=1e-6
+    )
 
 
 @settings(max_examples=12, deadline=None)
@@ -189,7 +228,10 @@ def test_rdp_above_pld_above_the_exact_gaussian(sigma: float, steps: int, delta:
 
 
 @settings(max_examples=8, deadline=None)
-@given(st.lists(st.tuples(rates, st.floats(0.7, 20.0), st.integers(1, 300)), max_size=3), st.floats(1e-9, 0.1))
+@given(
+    st.lists(st.tuples(rates, st.floats(0.7, 20.0), st.integers(1, 300)), max_size=3),
+    st.floats(1e-9, 0.1),
+)
 def test_bounds_are_in_order(rows: list[tuple[float, float, int]], delta: float):
     rdp, pld = (epsilon_of(history(rows), delta, kind) for kind in ("rdp", "pld"))
     assert 0.0 == rdp.lower <= rdp.estimate <= rdp.upper
@@ -210,8 +252,12 @@ def test_names_of_the_same_mechanism_cost_the_same(sigma: float, steps: int):
 
 @settings(max_examples=6, deadline=None)
 @given(rates, st.floats(0.7, 20.0), st.integers(1, 300), st.floats(1.0, 2.0))
-def test_discrete_noise_costs_no_less_than_continuous(q: float, sigma: float, steps: int, sensitivity: float):
-    discrete = DiscreteGaussian(sampling_rate=q, noise_multiplier=sigma, sensitivity=sensitivity, steps=steps)
+def test_discrete_noise_costs_no_less_than_continuous(
+    q: float, sigma: float, steps: int, sensitivity: float
+):
+    discrete = DiscreteGaussian(
+        sampling_rate=q, noise_multiplier=sigma, sensitivity=sensitivity, steps=steps
+    )
     rdp = epsilon_of([discrete], 1e-5)
     assert rdp.upper >= epsilon_of([steps_of(q, sigma / sensitivity, steps)], 1e-5).upper
     # No bound follows from the losses of continuous noise: it is the Renyi one, also in company.
@@ -222,7 +268,7 @@ def test_discrete_noise_costs_no_less_than_continuous(q: float, sigma: float, st
     assert epsilon_of(mixed, 1e-5, "pld").upper == epsilon_of(mixed, 1e-5).upper
 
 
-# -- edges --------------------------------------------------------------------------------------------------------------
+# -- edges -----------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("kind", ["rdp", "pld"])
@@ -232,8 +278,16 @@ def test_edges(kind: str):
     assert epsilon_of([steps_of(0.1, 1.0, 0)], 1e-5, kind) == nothing
     assert epsilon_of([steps_of(0.1, 0.0, 0), NonPrivate(what="x", steps=0)], 1e-5, kind) == nothing
     assert epsilon_of([steps_of(0.1, 0.0, 1)], 1e-5, kind).upper == math.inf
-    assert epsilon_of([steps_of(0.1, 9.0, 1), NonPrivate(what="the names")], 1e-5, kind).upper == math.inf
-    assert epsilon_of([DiscreteGaussian(sampling_rate=0.1, noise_multiplier=0.0, sensitivity=1.0)], 0.5, kind).upper == math.inf
+    assert (
+        epsilon_of([steps_of(0.1, 9.0, 1), NonPrivate(what="the names")], 1e-5, kind).upper
+        == math.inf
+    )
+    assert (
+        epsilon_of(
+            [DiscreteGaussian(sampling_rate=0.1, noise_multiplier=0.0, sensitivity=1.0)], 0.5, kind
+        ).upper
+        == math.inf
+    )
     assert epsilon_of([steps_of(0.1, 50.0, 1)], 0.5, kind) == nothing
     for q, sigma, steps in ((1.0, 1.0, 1), (0.5, 0.6, 10), (0.01, 5.0, 1)):
         found = epsilon_of([steps_of(q, sigma, steps)], 0.9, kind)
@@ -247,7 +301,9 @@ def test_edges(kind: str):
                 person_epsilon(events, delta, 2)
 
 
-@pytest.mark.parametrize("row", [(0.3, 0.5, 1000), (0.5, 0.3, 2000), (1.0, 0.05, 10_000), (1.0, 1e-4, 1)])
+@pytest.mark.parametrize(
+    "row", [(0.3, 0.5, 1000), (0.5, 0.3, 2000), (1.0, 0.05, 10_000), (1.0, 1e-4, 1)]
+)
 def test_what_protects_little_is_answered_at_once(row: tuple[float, float, int]):
     started = time.process_time()
     rdp, pld = epsilon_of([steps_of(*row)], 1e-5), epsilon_of([steps_of(*row)], 1e-5, "pld")
@@ -262,14 +318,17 @@ def test_very_many_steps_have_an_answer(row: tuple[float, float, int]):
     assert 0.0 <= pld.lower <= pld.upper < rdp.upper
 
 
-# -- a person with several records --------------------------------------------------------------------------------------
+# -- a person with several records -----------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
-    ("records", "text"), [(1, "1.83"), (2, "3.98"), (5, "11.6"), pytest.param(10, "27.9", marks=pytest.mark.long)]
+    ("records", "text"),
+    [(1, "1.83"), (2, "3.98"), (5, "11.6"), pytest.param(10, "27.9", marks=pytest.mark.long)],
 )
 def test_a_person_with_several_records(records: int, text: str):
-    assert person_epsilon([steps_of(0.01, 1.0, 1000)], 1e-5, records) == pytest.approx(float(text), abs=printed(text))
+    assert person_epsilon([steps_of(0.01, 1.0, 1000)], 1e-5, records) == pytest.approx(
+        float(text), abs=printed(text)
+    )
 
 
 @pytest.mark.long
@@ -311,13 +370,16 @@ def test_a_person_without_a_known_bound():
             person_epsilon([], 1e-5, records)
 
 
-# -- against another implementation -------------------------------------------------------------------------------------
+# -- against another implementation ----------------------------------------------------------------
 
 
 def drawn(seed: int) -> list[tuple[float, float, int]]:
     """A history of up to five segments."""
     rng = random.Random(seed)
-    return [(10 ** rng.uniform(-3, 0), 0.6 * (20 / 0.6) ** rng.random(), rng.randint(1, 500)) for _ in range(rng.randint(1, 5))]
+    return [
+        (10 ** rng.uniform(-3, 0), 0.6 * (20 / 0.6) ** rng.random(), rng.randint(1, 500))
+        for _ in range(rng.randint(1, 5))
+    ]
 
 
 def against_prv(seeds: range) -> int:
@@ -337,7 +399,10 @@ def against_prv(seeds: range) -> int:
             with warnings.catch_warnings():
                 warnings.simplefilter("ignore")
                 other = PRVAccountant(
-                    [Mechanism(q, sigma) for q, sigma, _ in rows], eps_error=0.03, delta_error=1e-8, max_self_compositions=steps
+                    [Mechanism(q, sigma) for q, sigma, _ in rows],
+                    eps_error=0.03,
+                    delta_error=1e-8,
+                    max_self_compositions=steps,
                 )
                 lower, _, upper = other.compute_epsilon(1e-5, steps)
         except (RuntimeError, ValueError):

@@ -7,7 +7,8 @@ import pytest
 from privfl.accounting import adversaries, epsilon_of
 from tests.accounting.histories import printed, steps_of
 
-# PLD epsilons at 1e-5 for q = 0.02, sigma = 1, 1000 steps: of the public, of one other site, of two, ...
+# PLD epsilons at 1e-5 for q = 0.02, sigma = 1, 1000 steps: of the public, of one other site, of
+# two, ...
 DISTRIBUTED = {(4, 1): "2.98 3.90 6.11 15.7", (8, 1): "3.43 3.90 4.58 5.62 7.41 10.9 19.8 58.2"}
 
 

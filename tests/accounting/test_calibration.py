@@ -13,7 +13,8 @@ from tests.accounting.histories import steps_of
 
 
 @pytest.mark.parametrize(
-    ("target", "delta", "q", "steps"), [(2.0, 1e-5, 0.1, 100), (1.0, 1e-4, 0.5, 60), (0.1, 1e-4, 0.3, 60), (50.0, 1e-5, 1.0, 3)]
+    ("target", "delta", "q", "steps"),
+    [(2.0, 1e-5, 0.1, 100), (1.0, 1e-4, 0.5, 60), (0.1, 1e-4, 0.3, 60), (50.0, 1e-5, 1.0, 3)],
 )
 def test_calibration_is_tight_and_never_above(target: float, delta: float, q: float, steps: int):
     def epsilon(noise: float) -> float:
@@ -26,13 +27,19 @@ def test_calibration_is_tight_and_never_above(target: float, delta: float, q: fl
 
 def test_calibration_by_opacus():
     """Opacus needs 1.416 for epsilon 8 at q = 0.04 over 2249 steps."""
-    found = least_noise_multiplier(lambda noise: epsilon_of([steps_of(0.04, noise, 2249)], 1e-5).upper, 8.0)
+    found = least_noise_multiplier(
+        lambda noise: epsilon_of([steps_of(0.04, noise, 2249)], 1e-5).upper, 8.0
+    )
     assert found == pytest.approx(1.416, abs=1e-3)
 
 
 def test_calibration_of_the_exact_gaussian():
-    """The noise for epsilon 1 at 1e-5 is 3.7306316 (Balle and Wang 2018); ours is the next one up with four decimals."""
-    found = least_noise_multiplier(lambda noise: epsilon_of([steps_of(1.0, noise)], 1e-5, "pld", 1e-4).upper, 1.0)
+    """The noise for epsilon 1 at 1e-5 is 3.7306316 (Balle and Wang 2018); ours is the next one
+    up with four decimals.
+    """
+    found = least_noise_multiplier(
+        lambda noise: epsilon_of([steps_of(1.0, noise)], 1e-5, "pld", 1e-4).upper, 1.0
+    )
     assert found == 3.7307
 
 
@@ -47,14 +54,18 @@ def test_an_unreachable_target_is_none():
     assert asked[-1] == LARGEST_NOISE_MULTIPLIER
 
 
-@pytest.mark.parametrize("answer", [0.0001, 0.0002, 0.5, 0.9999, 1.0, 1.0001, 2.0, 1000.1234, LARGEST_NOISE_MULTIPLIER])
+@pytest.mark.parametrize(
+    "answer", [0.0001, 0.0002, 0.5, 0.9999, 1.0, 1.0001, 2.0, 1000.1234, LARGEST_NOISE_MULTIPLIER]
+)
 def test_every_answer_can_be_found(answer: float):
     assert least_noise_multiplier(lambda noise: 2.0 if noise < answer else 1.0, 1.0) == answer
 
 
 @given(st.floats(1e-3, 1e3), st.floats(0.2, 4.0), st.floats(1e-3, 1e3), st.floats(0.0, 2.0))
 def test_it_is_the_least_on_the_grid(scale: float, power: float, target: float, none_below: float):
-    """Of any curve that falls, also one that is infinite for a while and nothing from somewhere on."""
+    """Of any curve that falls, also one that is infinite for a while and nothing from somewhere
+    on.
+    """
 
     def epsilon(noise: float) -> float:
         return math.inf if noise < none_below else scale * noise**-power if noise < 5000.0 else 0.0

@@ -7,7 +7,15 @@ import math
 
 import pytest
 
-from privfl.accounting import DiscreteGaussian, Event, Gaussian, MetricRelease, NonPrivate, PoissonGaussian, event_from_dict
+from privfl.accounting import (
+    DiscreteGaussian,
+    Event,
+    Gaussian,
+    MetricRelease,
+    NonPrivate,
+    PoissonGaussian,
+    event_from_dict,
+)
 from privfl.accounting.events import KINDS
 
 EVENTS: list[Event] = [
@@ -51,7 +59,9 @@ def test_a_stored_event_of_other_fields_is_refused(event: Event):
             event_from_dict(broken)
 
 
-@pytest.mark.parametrize("event", [e for e in EVENTS if "noise_multiplier" in e.to_dict()], ids=lambda event: event.kind)
+@pytest.mark.parametrize(
+    "event", [e for e in EVENTS if "noise_multiplier" in e.to_dict()], ids=lambda event: event.kind
+)
 @pytest.mark.parametrize("value", ["1.0", None, True, [1.0], -1.0, math.nan, math.inf])
 def test_a_stored_number_that_is_none_is_refused(event: Event, value: object):
     for name in {"sampling_rate", "noise_multiplier", "sensitivity"} & set(event.to_dict()):
@@ -60,7 +70,15 @@ def test_a_stored_number_that_is_none_is_refused(event: Event, value: object):
 
 
 @pytest.mark.parametrize(
-    "fields", [(0.0, 1.0, 1), (1.1, 1.0, 1), (0.5, -1.0, 1), (0.5, math.inf, 1), (0.5, 1.0, -1), (math.nan, 1.0, 1)]
+    "fields",
+    [
+        (0.0, 1.0, 1),
+        (1.1, 1.0, 1),
+        (0.5, -1.0, 1),
+        (0.5, math.inf, 1),
+        (0.5, 1.0, -1),
+        (math.nan, 1.0, 1),
+    ],
 )
 @pytest.mark.parametrize("more", [{}, {"sensitivity": 1.5}])
 def test_impossible_events_are_refused(fields: tuple[float, float, int], more: dict[str, float]):

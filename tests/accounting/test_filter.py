@@ -1,4 +1,6 @@
-"""The filter: as generous as a plan fixed in advance allows, and never passed, whoever chooses the charges."""
+"""The filter: as generous as a plan fixed in advance allows, and never passed, whoever chooses
+the charges.
+"""
 
 from __future__ import annotations
 
@@ -12,11 +14,24 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from numpy.typing import NDArray
 
-from privfl.accounting import ORDERS, DiscreteGaussian, Event, Gaussian, NonPrivate, RenyiFilter, epsilon_of
+from privfl.accounting import (
+    ORDERS,
+    DiscreteGaussian,
+    Event,
+    Gaussian,
+    NonPrivate,
+    RenyiFilter,
+    epsilon_of,
+)
 from tests.accounting.histories import noises, rates, segments, steps_of
 
 # (q, sigma, epsilon, steps that Renyi accounting at a fixed order admits at 1e-5).
-LITERATURE = [(0.01, 1.0, 3.0, 2195), (0.02, 1.2, 4.0, 1664), (0.05, 2.0, 4.0, 989), (1.0, 20.0, 4.0, 298)]
+LITERATURE = [
+    (0.01, 1.0, 3.0, 2195),
+    (0.02, 1.2, 4.0, 1664),
+    (0.05, 2.0, 4.0, 989),
+    (1.0, 20.0, 4.0, 298),
+]
 
 
 @pytest.fixture(scope="module")
@@ -24,13 +39,19 @@ def limit() -> RenyiFilter:
     return RenyiFilter.planned(3.0, 1e-5, steps_of(0.01, 1.0))
 
 
-# -- how much fits ------------------------------------------------------------------------------------------------------
+# -- how much fits ---------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(("q", "sigma", "epsilon", "steps"), LITERATURE)
-def test_what_was_planned_costs_little_more_than_a_fixed_plan(q: float, sigma: float, epsilon: float, steps: int):
+def test_what_was_planned_costs_little_more_than_a_fixed_plan(
+    q: float, sigma: float, epsilon: float, steps: int
+):
     step = steps_of(q, sigma)
-    assert epsilon_of([step.times(steps)], 1e-5).upper <= epsilon < epsilon_of([step.times(steps + 1)], 1e-5).upper
+    assert (
+        epsilon_of([step.times(steps)], 1e-5).upper
+        <= epsilon
+        < epsilon_of([step.times(steps + 1)], 1e-5).upper
+    )
     limit = RenyiFilter.planned(epsilon, 1e-5, step)
     admitted = limit.times(limit.nothing(), limit.cost(step))
     assert 0.94 * steps <= admitted <= steps
@@ -42,7 +63,9 @@ def test_what_was_planned_costs_little_more_than_a_fixed_plan(q: float, sigma: f
 
 @settings(max_examples=25, deadline=None)
 @given(rates, noises, st.floats(0.1, 8.0), st.floats(1e-9, 0.01))
-def test_a_filter_is_never_more_generous_than_a_fixed_plan(q: float, sigma: float, epsilon: float, delta: float):
+def test_a_filter_is_never_more_generous_than_a_fixed_plan(
+    q: float, sigma: float, epsilon: float, delta: float
+):
     step = steps_of(q, sigma)
     limit = RenyiFilter.planned(epsilon, delta, step)
     admitted = limit.times(limit.nothing(), limit.cost(step), 10**6)
@@ -66,24 +89,36 @@ def test_a_plan_of_discrete_noise_takes_a_whole_order():
 
 @settings(max_examples=25, deadline=None)
 @given(rates, noises, st.integers(1, 500), st.floats(1e-9, 0.1))
-def test_a_filter_for_a_single_plan_charges_what_the_accountant_says(q: float, sigma: float, steps: int, delta: float):
+def test_a_filter_for_a_single_plan_charges_what_the_accountant_says(
+    q: float, sigma: float, steps: int, delta: float
+):
     plan = steps_of(q, sigma, steps)
     limit = RenyiFilter.single(5.0, delta, plan)
     assert sum(weight > 0.0 for weight in limit.weights) == 1
-    assert limit.epsilon_of(limit.cost(plan)) == pytest.approx(epsilon_of([plan], delta).upper, rel=1e-12)
+    assert limit.epsilon_of(limit.cost(plan)) == pytest.approx(
+        epsilon_of([plan], delta).upper, rel=1e-12
+    )
 
 
-# -- the rule -----------------------------------------------------------------------------------------------------------
+# -- the rule --------------------------------------------------------------------------------------
 
 
 @settings(max_examples=50, deadline=None)
 @given(st.integers(0, 2**32), st.floats(0.1, 20.0), st.floats(1e-9, 0.1))
-def test_the_running_epsilon_is_within_the_budget_exactly_while_the_filter_admits(seed: int, epsilon: float, delta: float):
+def test_the_running_epsilon_is_within_the_budget_exactly_while_the_filter_admits(
+    seed: int, epsilon: float, delta: float
+):
     limit = RenyiFilter.planned(epsilon, delta, steps_of(0.02, 1.0))
     rng = np.random.default_rng(seed)
     # Around the bounds, so that both answers come up; where there is none, anything.
-    totals = np.maximum(limit.bounds, 1e-3) * rng.uniform(0.9, 8.0, size=(40, 1)) * rng.uniform(0.3, 1.5, size=(40, len(ORDERS)))
-    totals[:, ~np.isfinite(limit.bounds)] = rng.uniform(1e-6, 10.0, size=(40, int((~np.isfinite(limit.bounds)).sum())))
+    totals = (
+        np.maximum(limit.bounds, 1e-3)
+        * rng.uniform(0.9, 8.0, size=(40, 1))
+        * rng.uniform(0.3, 1.5, size=(40, len(ORDERS)))
+    )
+    totals[:, ~np.isfinite(limit.bounds)] = rng.uniform(
+        1e-6, 10.0, size=(40, int((~np.isfinite(limit.bounds)).sum()))
+    )
     for total in totals:
         assert limit.admits(total) == (limit.epsilon_of(total) <= epsilon)
     assert limit.epsilons_of(totals).tolist() == [limit.epsilon_of(total) for total in totals]
@@ -128,7 +163,9 @@ def test_what_protects_nothing_is_never_admitted(limit: RenyiFilter):
 
 @settings(max_examples=20, deadline=None)
 @given(segments, rates, noises)
-def test_times_is_the_largest_number_that_is_admitted_as_a_plan(rows: list[tuple[float, float, int]], q: float, sigma: float):
+def test_times_is_the_largest_number_that_is_admitted_as_a_plan(
+    rows: list[tuple[float, float, int]], q: float, sigma: float
+):
     limit = RenyiFilter.planned(3.0, 1e-5, steps_of(0.01, 1.0))
     spent = sum((limit.cost(steps_of(*row)) for row in rows), limit.nothing())
     step = limit.cost(steps_of(q, sigma))
@@ -143,7 +180,9 @@ def test_a_plan_that_is_admitted_can_be_charged_in_any_order(limit: RenyiFilter)
     """Adding up in another order may round differently; what was promised must still fit."""
     rng = random.Random(1)
     for _ in range(8):
-        parts = [limit.cost(steps_of(rng.uniform(0.001, 0.1), rng.uniform(0.8, 5.0))) for _ in range(5)]
+        parts = [
+            limit.cost(steps_of(rng.uniform(0.001, 0.1), rng.uniform(0.8, 5.0))) for _ in range(5)
+        ]
         spent, charges = limit.nothing(), []
         while True:
             part = rng.choice(parts)
@@ -160,7 +199,7 @@ def test_a_plan_that_is_admitted_can_be_charged_in_any_order(limit: RenyiFilter)
             assert limit.admits(total)
 
 
-# -- stored and refused -------------------------------------------------------------------------------------------------
+# -- stored and refused ----------------------------------------------------------------------------
 
 
 def test_a_filter_survives_storage(limit: RenyiFilter):
@@ -197,20 +236,27 @@ def test_a_stored_filter_that_was_altered_is_refused(limit: RenyiFilter):
             RenyiFilter.from_dict({key: value for key, value in stored.items() if key != name})
 
 
-@pytest.mark.parametrize("weights", [(0.6, 0.6), (1.1, -0.1), (0.0, 0.0), (math.nan, 0.5), (1.0,), (0.5, 0.5, 0.0)])
+@pytest.mark.parametrize(
+    "weights", [(0.6, 0.6), (1.1, -0.1), (0.0, 0.0), (math.nan, 0.5), (1.0,), (0.5, 0.5, 0.0)]
+)
 def test_weights_that_are_no_shares_are_refused(weights: tuple[float, ...]):
     with pytest.raises(ValueError, match="weight"):
         RenyiFilter(1.0, 1e-5, (2.0, 3.0), weights)
 
 
-@pytest.mark.parametrize("budget", [(0.0, 1e-5), (-1.0, 1e-5), (math.inf, 1e-5), (math.nan, 1e-5), (1.0, 0.0), (1.0, 1.0)])
+@pytest.mark.parametrize(
+    "budget",
+    [(0.0, 1e-5), (-1.0, 1e-5), (math.inf, 1e-5), (math.nan, 1e-5), (1.0, 0.0), (1.0, 1.0)],
+)
 def test_a_budget_that_is_none_is_refused(budget: tuple[float, float]):
     with pytest.raises(ValueError, match="a budget needs"):
         RenyiFilter(*budget, (2.0, 3.0), (0.5, 0.5))
 
 
 @pytest.mark.parametrize("epsilon", [0.01, 0.5, 3.0, 20.0])
-@pytest.mark.parametrize("plan", [steps_of(0.01, 1.0), steps_of(1.0, 20.0), steps_of(0.001, 0.5), steps_of(0.5, 100.0)])
+@pytest.mark.parametrize(
+    "plan", [steps_of(0.01, 1.0), steps_of(1.0, 20.0), steps_of(0.001, 0.5), steps_of(0.5, 100.0)]
+)
 def test_the_shares_of_a_planned_filter_are_at_most_all(epsilon: float, plan: Event):
     limit = RenyiFilter.planned(epsilon, 1e-5, plan)
     assert 0.95 < math.fsum(limit.weights) <= 1.0
@@ -218,12 +264,17 @@ def test_the_shares_of_a_planned_filter_are_at_most_all(epsilon: float, plan: Ev
     assert limit.weights[ORDERS.index(limit.planned_order)] == max(limit.weights)
 
 
-# -- against an adversary -----------------------------------------------------------------------------------------------
+# -- against an adversary --------------------------------------------------------------------------
 
 # Large enough that a few thousand runs can tell a delta that is passed from one that is not.
 EPSILON, DELTA = 3.0, 0.05
 POOL: list[Event] = [
-    *(steps_of(q, sigma, steps) for q in (1.0, 0.6, 0.3) for sigma in (1.5, 2.5, 4.0, 8.0) for steps in (1, 3)),
+    *(
+        steps_of(q, sigma, steps)
+        for q in (1.0, 0.6, 0.3)
+        for sigma in (1.5, 2.5, 4.0, 8.0)
+        for steps in (1, 3)
+    ),
     *(Gaussian(noise_multiplier=sigma) for sigma in (2.0, 3.0, 5.0, 6.0, 10.0, 15.0)),
 ]
 # A strategy ends when it was refused so often in a row.
@@ -233,17 +284,22 @@ PATIENCE = 6
 def played(
     limit: RenyiFilter, strategies: int, *, present: bool, seed: int = 1
 ) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
-    """Let random strategies charge while ``limit`` admits, each choosing by what it has learnt about whether a record is there.
+    """Let random strategies charge while ``limit`` admits, each choosing by what it has learnt
+    about whether a record is there.
 
-    A strategy takes from one handful of mechanisms while its evidence is above a threshold, and from another while it is below; all three are
-    drawn. What it takes is simulated with the record present, or absent.
+    A strategy takes from one handful of mechanisms while its evidence is above a threshold, and
+    from another while it is below; all three are drawn. What it takes is simulated with the record
+    present, or absent.
 
     Returns:
-        The privacy loss of each transcript, towards the world that was simulated; and the totals, added up apart from the filter.
+        The privacy loss of each transcript, towards the world that was simulated; and the totals,
+        added up apart from the filter.
     """
     rng = np.random.default_rng(seed)
     costs = np.array([limit.cost(event) for event in POOL])
-    q, sigma, steps = (np.array([getattr(event, name) for event in POOL]) for name in ("rate", "sigma", "steps"))
+    q, sigma, steps = (
+        np.array([getattr(event, name) for event in POOL]) for name in ("rate", "sigma", "steps")
+    )
     spent, evidence = np.zeros((strategies, len(limit.orders))), np.zeros(strategies)
     taken = np.zeros((strategies, len(POOL)))
     refused = np.zeros(strategies, dtype=int)
@@ -270,7 +326,9 @@ def played(
 
 
 def passes_delta(loss: NDArray[np.float64]) -> bool:
-    """Whether these losses show, beyond chance (four standard errors), that (EPSILON, DELTA) does not hold."""
+    """Whether these losses show, beyond chance (four standard errors), that (EPSILON, DELTA)
+    does not hold.
+    """
     beyond = np.maximum(0.0, 1.0 - np.exp(EPSILON - loss))
     return float(beyond.mean()) > DELTA + 4.0 * float(beyond.std()) / math.sqrt(len(loss))
 
@@ -306,6 +364,8 @@ def test_no_strategy_of_many_passes_the_filter():
 @pytest.mark.parametrize("present", [True, False])
 def test_a_wrong_filter_is_caught_by_the_same_strategies(present: bool):
     limit = RenyiFilter.planned(EPSILON, DELTA, steps_of(1.0, 4.0))
-    loss, totals = played(Doubled.planned(EPSILON, DELTA, steps_of(1.0, 4.0)), 2000, present=present)
+    loss, totals = played(
+        Doubled.planned(EPSILON, DELTA, steps_of(1.0, 4.0)), 2000, present=present
+    )
     assert passes_delta(loss)
     assert not (totals <= limit.bounds).any(axis=1).all()

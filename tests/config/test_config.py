@@ -2,13 +2,21 @@
 
 from __future__ import annotations
 
+import time
 from pathlib import Path
 
 import pytest
 from pydantic import TypeAdapter
 
 from privfl.accounting import LARGEST_NOISE_MULTIPLIER, LEAST_NOISE_MULTIPLIER
-from privfl.config import Experiment, check_functions, demo_path, load_experiment, load_function, load_site
+from privfl.config import (
+    Experiment,
+    check_functions,
+    demo_path,
+    load_experiment,
+    load_function,
+    load_site,
+)
 from privfl.config.values import Noise
 from privfl.errors import PrivflError
 from tests.conftest import edit
@@ -25,12 +33,18 @@ def refused(path: Path, *settings: str) -> str:
 @pytest.mark.parametrize(
     ("setting", "sentence"),
     [
-        ("privacy.target_epsilom=1", "unknown key 'privacy.target_epsilom'; did you mean 'target_epsilon'?"),
+        (
+            "privacy.target_epsilom=1",
+            "unknown key 'privacy.target_epsilom'; did you mean 'target_epsilon'?",
+        ),
         ("sampling_rat=0.1", "unknown key 'sampling_rat'; did you mean 'sampling_rate'?"),
         ("evaluation.metric={}", "unknown key 'evaluation.metric'; did you mean 'metrics'?"),
         ("zzz=1", "unknown key 'zzz'"),
         ("rounds=0", "rounds must be greater than or equal to 1, got 0"),
-        ("rounds=many", "rounds must be a valid integer, unable to parse string as an integer, got 'many'"),
+        (
+            "rounds=many",
+            "rounds must be a valid integer, unable to parse string as an integer, got 'many'",
+        ),
         ("rounds=yes", "rounds must be a number, got true"),
         ("sampling_rate=1.5", "sampling_rate must be less than or equal to 1, got 1.5"),
         ("sampling_rate=0", "sampling_rate must be greater than 0, got 0"),
@@ -42,18 +56,36 @@ def refused(path: Path, *settings: str) -> str:
         ("sites=[aa, no]", "sites.1 must be a valid string, got False"),
         ("privacy.delta=1", "privacy.delta must be less than 1, got 1"),
         ("privacy.delta=0", "privacy.delta must be greater than 0, got 0"),
-        ("privacy.noise_multiplier=0", "privacy.noise_multiplier must be greater than or equal to 0.01, got 0"),
-        ("privacy.noise_multiplier=.inf", "privacy.noise_multiplier must be less than or equal to 16384, got inf"),
-        ("privacy.target_epsilon=1", "privacy needs exactly one of target_epsilon and noise_multiplier"),
+        (
+            "privacy.noise_multiplier=0",
+            "privacy.noise_multiplier must be greater than or equal to 0.01, got 0",
+        ),
+        (
+            "privacy.noise_multiplier=.inf",
+            "privacy.noise_multiplier must be less than or equal to 16384, got inf",
+        ),
+        (
+            "privacy.target_epsilon=1",
+            "privacy needs exactly one of target_epsilon and noise_multiplier",
+        ),
         ("privacy.noise=none", "privacy.noise must be 'site' or 'distributed', got 'none'"),
         ("algorithm=fedprox", "algorithm must be 'fedavg' or 'fedsgd', got 'fedprox'"),
         ("optimizer.lr=-1", "optimizer.lr must be greater than 0, got -1"),
-        ("optimizer={name: adam, lr: 1, momentum: 0.9}", "optimizer has momentum, which only sgd takes"),
+        (
+            "optimizer={name: adam, lr: 1, momentum: 0.9}",
+            "optimizer has momentum, which only sgd takes",
+        ),
         ("optimizer.name=lion", "optimizer.name must be 'sgd', 'adam' or 'adamw', got 'lion'"),
         ("model=task.py", "model must look like file.py:function or package.module:function"),
-        ("evaluation.records=secret", "evaluation.records must be 'private' or 'public', got 'secret'"),
+        (
+            "evaluation.records=secret",
+            "evaluation.records must be 'private' or 'public', got 'secret'",
+        ),
         ("evaluation.metrics={a b: 'task.py:accuracy'}", "evaluation.metrics.a b"),
-        ("evaluation.metrics={x_mean_over_sites: 'task.py:accuracy'}", "must not end in _mean_over_sites"),
+        (
+            "evaluation.metrics={x_mean_over_sites: 'task.py:accuracy'}",
+            "must not end in _mean_over_sites",
+        ),
         ("data_options={day: 2020-02-03}", "data_options.day"),
         ("data_options={labels: {0: absent}}", "data_options.labels"),
         ("rounds", "--set rounds: write it as key.path=value"),
@@ -94,9 +126,65 @@ def test_files_that_are_none(tmp_path: Path):
     assert "not valid YAML" in refused(tmp_path / "unsafe.yaml")
 
 
+def options(small: Path, text: str) -> Path:
+    """The experiment with these data_options."""
+    edit(small, "\nmodel:", f"\ndata_options: {text}\nmodel:")
+    return small
+
+
+def nested_aliases(levels: int) -> str:
+    """Ten lists of ten lists of ten ..., written with aliases."""
+    lines = ["a0: &a0 [1, 1, 1, 1, 1, 1, 1, 1, 1, 1]"]
+    lines += [f"a{i}: &a{i} [{', '.join([f'*a{i - 1}'] * 10)}]" for i in range(1, levels)]
+    return f"{{{', '.join(lines)}}}"
+
+
+def test_aliases_are_written_out(small: Path):
+    experiment = load_experiment(options(small, "{a: &a [1, 2], b: {c: *a}, d: *a}"))
+    assert experiment.data_options == {"a": [1, 2], "b": {"c": [1, 2]}, "d": [1, 2]}
+
+
+@pytest.mark.timeout(30)
+@pytest.mark.parametrize(
+    ("text", "sentence"),
+    [
+        (nested_aliases(12), "aliases repeat more than 100000 values"),
+        ("{a: &a [*a]}", "an alias stands inside of what it repeats"),
+        ("{a: &a {b: {c: *a}}}", "an alias stands inside of what it repeats"),
+    ],
+)
+def test_aliases_without_end(small: Path, text: str, sentence: str):
+    assert sentence in refused(options(small, text))
+
+
+@pytest.mark.parametrize("text", [r'{x: "\ud800"}', r'{x: [{y: "a\udfff"}]}', r'{"\ud800": 1}'])
+def test_half_a_character(small: Path, text: str):
+    """The trainer gets the experiment as JSON in UTF-8, which cannot hold it."""
+    assert "half of a character" in refused(options(small, text))
+    assert "not valid YAML" in refused(small, f"data_options={text}")
+
+
+def test_large_mappings_take_no_longer_than_large_lists(small: Path):
+    def seconds(text: str) -> float:
+        start = time.process_time()
+        load_experiment(small, [f"data_options={text}"])
+        return time.process_time() - start
+
+    numbers = range(8000)
+    mapping = "{" + ", ".join(f"k{i}: v" for i in numbers) + "}"
+    pairs = "{x: [" + ", ".join(f"k{i}, v" for i in numbers) + "]}"
+    assert seconds(mapping) < 2.0 * seconds(pairs) + 0.2
+
+
 def test_settings_go_over_the_file(small: Path):
-    experiment = load_experiment(small, ["rounds=7", "privacy.noise_multiplier=3", "data_options.shift=0.5"])
-    assert (experiment.rounds, experiment.privacy.noise_multiplier, experiment.data_options) == (7, 3.0, {"shift": 0.5})
+    experiment = load_experiment(
+        small, ["rounds=7", "privacy.noise_multiplier=3", "data_options.shift=0.5"]
+    )
+    assert (experiment.rounds, experiment.privacy.noise_multiplier, experiment.data_options) == (
+        7,
+        3.0,
+        {"shift": 0.5},
+    )
     assert experiment.privacy.delta == 1e-5, "YAML reads 1e-5 as a string"
 
 
@@ -110,7 +198,14 @@ def test_the_digest_covers_everything_but_where_outputs_go(small: Path):
         return load_experiment(small, settings).digest()
 
     assert digest() == digest() == digest("output=elsewhere")
-    others = ["rounds=3", "privacy.delta=1e-6", "data_options.x=1", "optimizer.lr=0.3", "insecure_test_seed=1", "sites=[bbb, aa]"]
+    others = [
+        "rounds=3",
+        "privacy.delta=1e-6",
+        "data_options.x=1",
+        "optimizer.lr=0.3",
+        "insecure_test_seed=1",
+        "sites=[bbb, aa]",
+    ]
     assert len({digest(), *map(digest, others)}) == len(others) + 1
 
 
@@ -128,11 +223,13 @@ def test_the_demo_is_a_valid_experiment():
     assert experiment.evaluation.records == "public"
 
 
-# -- site files -----------------------------------------------------------------------------------------------------------
+# -- site files --------------------------------------------------------
 
 
 def test_site_files_have_their_own_paths(tmp_path: Path):
-    (tmp_path / "aa.yaml").write_text("data_options: {folder: /data}\ndevice: cuda:1\noutput: out\nlog: /var/log/aa.log\n")
+    (tmp_path / "aa.yaml").write_text(
+        "data_options: {folder: /data}\ndevice: cuda:1\noutput: out\nlog: /var/log/aa.log\n"
+    )
     found = load_site(tmp_path, "aa")
     assert found.data_options == {"folder": "/data"}
     assert found.device == "cuda:1"
@@ -162,7 +259,7 @@ def test_a_missing_site_file_is_an_error(tmp_path: Path):
         load_site(tmp_path, "aa")
 
 
-# -- user functions -------------------------------------------------------------------------------------------------------
+# -- user functions --------------------------------------------------------
 
 
 @pytest.mark.parametrize(
@@ -170,11 +267,16 @@ def test_a_missing_site_file_is_an_error(tmp_path: Path):
     [
         ("model=task.py:modle", r"model: .*task\.py defines no 'modle'; did you mean 'model'\?"),
         ("loss=tusk.py:loss", r"loss: cannot read .*tusk\.py: No such file"),
-        ("evaluation.metrics.accuracy=task.py:acuracy", r"evaluation\.metrics\.accuracy: .*did you mean 'accuracy'\?"),
+        (
+            "evaluation.metrics.accuracy=task.py:acuracy",
+            r"evaluation\.metrics\.accuracy: .*did you mean 'accuracy'\?",
+        ),
     ],
 )
 def test_functions_are_checked_without_running_code(small: Path, setting: str, sentence: str):
-    (small.parent / "task.py").write_text((small.parent / "task.py").read_text() + "\nraise SystemExit('must not run')\n")
+    (small.parent / "task.py").write_text(
+        (small.parent / "task.py").read_text() + "\nraise SystemExit('must not run')\n"
+    )
     experiment = load_experiment(small, [setting])
     with pytest.raises(PrivflError, match=sentence):
         check_functions(experiment, small.parent)

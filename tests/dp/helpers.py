@@ -40,10 +40,15 @@ def zero_linear(features: int = 5, classes: int = 2) -> nn.Module:
 
 
 def local(
-    model: nn.Module | None = None, train: Any = None, loss: Any = nn.functional.cross_entropy, **changes: Any
+    model: nn.Module | None = None,
+    train: Any = None,
+    loss: Any = nn.functional.cross_entropy,
+    **changes: Any,
 ) -> LocalTraining:
     data = records() if train is None else train
-    return LocalTraining(model or zero_linear(), loss, data, recipe(**changes), SystemRandomness(), CPU)
+    return LocalTraining(
+        model or zero_linear(), loss, data, recipe(**changes), SystemRandomness(), CPU
+    )
 
 
 def train_once(trainer: LocalTraining) -> None:

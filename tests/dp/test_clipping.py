@@ -1,4 +1,7 @@
-"""What one record can add to a sum, and the noise on it. Where a defence can be taken out, the test shows that it then fails."""
+"""What one record can add to a sum, and the noise on it.
+
+Where a defence can be taken out, the test shows that it then fails.
+"""
 
 from __future__ import annotations
 
@@ -20,7 +23,7 @@ from privfl.noise.distributed import CLIP_MARGIN
 from privfl.noise.randomness import SystemRandomness
 from tests.dp.helpers import local, records, train_once, zero_linear
 
-# -- clipping and noise ---------------------------------------------------------------------------------------------------
+# -- clipping and noise ----------------------------------------------------------------------------
 
 
 def test_noise_has_the_accounted_standard_deviation():
@@ -56,7 +59,11 @@ def _sums(optimizer_class: Any, x: torch.Tensor, **kwargs: Any) -> torch.Tensor:
     """The clipped sum over the rows of x, whose gradients are the rows themselves."""
     model = GradSampleModule(Weights(x.shape[1]))
     optimizer = optimizer_class(
-        torch.optim.SGD(model.parameters(), lr=1.0), noise_multiplier=0.0, max_grad_norm=1.0, expected_batch_size=1, **kwargs
+        torch.optim.SGD(model.parameters(), lr=1.0),
+        noise_multiplier=0.0,
+        max_grad_norm=1.0,
+        expected_batch_size=1,
+        **kwargs,
     )
     model(x).sum().backward()
     optimizer.clip_and_accumulate()
@@ -76,20 +83,31 @@ HOSTILE = [
 
 @pytest.mark.parametrize("row", HOSTILE)
 def test_no_example_contributes_more_than_the_clipping_norm(row: list[float]):
-    total = _sums(SystemNoiseOptimizer, torch.tensor([row], dtype=torch.float32), randomness=SystemRandomness())
+    total = _sums(
+        SystemNoiseOptimizer,
+        torch.tensor([row], dtype=torch.float32),
+        randomness=SystemRandomness(),
+    )
     assert torch.isfinite(total).all()
     assert total.norm().item() <= 1.0 + CLIP_MARGIN
 
 
 def test_random_examples_never_exceed_the_margin():
     rows = torch.randn(300, 40) * 10 ** torch.empty(300, 1).uniform_(-3, 6)
-    worst = max(_sums(SystemNoiseOptimizer, row[None], randomness=SystemRandomness()).norm().item() for row in rows)
+    worst = max(
+        _sums(SystemNoiseOptimizer, row[None], randomness=SystemRandomness()).norm().item()
+        for row in rows
+    )
     assert worst <= 1.0 + CLIP_MARGIN
 
 
-@pytest.mark.parametrize("row", [torch.full((1, 10_000_000), 0.1), torch.randn(1, 10_000_000)], ids=["equal", "random"])
+@pytest.mark.parametrize(
+    "row", [torch.full((1, 10_000_000), 0.1), torch.randn(1, 10_000_000)], ids=["equal", "random"]
+)
 def test_norms_of_large_gradients_are_not_understated(row: torch.Tensor):
-    """In float32 the norm of 10^7 equal entries comes out 8e-3 too small, and the clipped gradient as much too long."""
+    """In float32 the norm of 10^7 equal entries comes out 8e-3 too small, and the clipped
+    gradient as much too long.
+    """
     ours = _sums(SystemNoiseOptimizer, row, randomness=SystemRandomness()).double().norm().item()
     assert ours <= 1.0 + 1e-5
     if row[0, 0] == row[0, 1]:
@@ -104,7 +122,9 @@ def test_a_broken_record_does_not_touch_the_others():
     clean = _sums(SystemNoiseOptimizer, good, randomness=SystemRandomness())
     guarded = _sums(SystemNoiseOptimizer, poisoned, randomness=SystemRandomness())
     assert torch.allclose(clean, guarded)
-    assert not torch.isfinite(_sums(DPOptimizer, poisoned)).all(), "Opacus now guards by itself; ours may be superfluous"
+    assert not torch.isfinite(_sums(DPOptimizer, poisoned)).all(), (
+        "Opacus now guards by itself; ours may be superfluous"
+    )
 
 
 def test_one_infinite_record_does_not_stop_or_poison_a_run():
@@ -139,7 +159,9 @@ def test_an_interrupted_batch_does_not_double_the_next_sum(monkeypatch: pytest.M
     assert _interrupted_then_next_step(fresh()) == pytest.approx(alone, rel=1e-3)
     sabotaged = fresh()
     monkeypatch.setattr(SystemNoiseOptimizer, "forget_unfinished_step", lambda self: None)
-    assert _interrupted_then_next_step(sabotaged) > 1.5 * alone, "the trap is gone; the defence may be superfluous"
+    assert _interrupted_then_next_step(sabotaged) > 1.5 * alone, (
+        "the trap is gone; the defence may be superfluous"
+    )
 
 
 def test_a_second_step_hook_does_not_switch_counting_off():
@@ -167,18 +189,25 @@ def test_it_is_opacus_own_sum():
     update = ours.train_round(ours.flat())
     model = GradSampleModule(zero_linear())
     theirs = DPOptimizer(
-        torch.optim.SGD(model.parameters(), lr=1.0), noise_multiplier=0.0, max_grad_norm=1.0, expected_batch_size=100
+        torch.optim.SGD(model.parameters(), lr=1.0),
+        noise_multiplier=0.0,
+        max_grad_norm=1.0,
+        expected_batch_size=100,
     )
     x, y = records().tensors
     for _ in range(3):
         nn.functional.cross_entropy(model(x), y).backward()
         theirs.step()
         theirs.zero_grad()
-    assert np.allclose(update, torch.cat([p.detach().reshape(-1) for p in model.parameters()]).numpy(), atol=1e-6)
+    assert np.allclose(
+        update, torch.cat([p.detach().reshape(-1) for p in model.parameters()]).numpy(), atol=1e-6
+    )
 
 
 def test_few_broken_records_never_stop_a_round():
-    """A round may see a single record; if that one is broken, stopping would tell everybody about it."""
+    """A round may see a single record; if that one is broken, stopping would tell everybody
+    about it.
+    """
     x, y = records().tensors
     x[3] = math.inf
     trainer = local(train=TensorDataset(x, y), sampling_rate=0.01, local_steps=1)

@@ -1,4 +1,6 @@
-"""Samples of the discrete Gaussian against its exact probabilities, the tables they come from, and where the bits come from."""
+"""Samples of the discrete Gaussian against its exact probabilities, the tables they come from,
+and where the bits come from.
+"""
 
 from __future__ import annotations
 
@@ -23,14 +25,16 @@ from privfl.noise.randomness import SeededRandomness, SystemRandomness
 
 # Of tests that compare what is random with what is exact: they fail by chance once in ten million.
 RARE = 1e-7
-# All shapes of the tables: bins of one integer, the first of two, the edges of powers of two, the widest.
+# All shapes of the tables: bins of one integer, the first of two, the edges of powers of two, the
+# widest.
 DEVIATIONS = [0.5, 0.51, 3.0, 31.999, 32.0, 1e4, 2.0**24 + 0.3, 2.0**40]
 
 
 def exact(deviation: float, reach: int) -> NDArray[np.float64]:
     """The probabilities of -reach .. reach."""
     with mpmath.workdps(40):
-        # exp(-(x + 1)^2 c) is exp(-x^2 c) times exp(-(2 x + 1) c), and that falls by exp(-2 c) in every step.
+        # exp(-(x + 1)^2 c) is exp(-x^2 c) times exp(-(2 x + 1) c), and that falls by exp(-2 c) in
+        # every step.
         step = mpmath.exp(-1 / mpmath.mpf(deviation) ** 2)
         half, ratio = [mpmath.mpf(1)], mpmath.sqrt(step)
         for _ in range(reach):
@@ -40,8 +44,13 @@ def exact(deviation: float, reach: int) -> NDArray[np.float64]:
         return np.array([float(h / total) for h in half[:0:-1] + half])
 
 
-def chi_square(samples: NDArray[np.int64], probabilities: NDArray[np.float64], cell: int = 1) -> float:
-    """The p-value of samples whose exact probabilities at -reach .. reach are given, in cells of ``cell`` integers."""
+def chi_square(
+    samples: NDArray[np.int64], probabilities: NDArray[np.float64], cell: int = 1
+) -> float:
+    """The p-value of samples whose exact probabilities at -reach ..
+
+    reach are given, in cells of ``cell`` integers.
+    """
     reach = len(probabilities) // 2
     assert np.abs(samples).max() <= reach
     starts = np.arange(0, len(probabilities), cell)
@@ -54,12 +63,20 @@ def chi_square(samples: NDArray[np.int64], probabilities: NDArray[np.float64], c
     expected = [expected[:first].sum(), *expected[first:last], expected[last:].sum()]
     # A tail in which hardly anything is expected joins its neighbour.
     for end, neighbour in ((0, 1), (-1, -2)):
-        counts[neighbour], expected[neighbour] = counts[neighbour] + counts[end], expected[neighbour] + expected[end]
-    return float(stats.chisquare(counts[1:-1], np.array(expected[1:-1]) / np.sum(expected[1:-1]) * len(samples)).pvalue)
+        counts[neighbour], expected[neighbour] = (
+            counts[neighbour] + counts[end],
+            expected[neighbour] + expected[end],
+        )
+    return float(
+        stats.chisquare(
+            counts[1:-1], np.array(expected[1:-1]) / np.sum(expected[1:-1]) * len(samples)
+        ).pvalue
+    )
 
 
 def convolution_distance(deviation: float, members: int) -> mpmath.mpf:
-    """At most how far the log-probabilities of a sum of ``members`` samples are from those of a discrete Gaussian of variance members deviation^2.
+    """At most how far the log-probabilities of a sum of ``members`` samples are from those of a
+    discrete Gaussian of variance members deviation^2.
 
     Kairouz, Liu, Steinke 2021, arXiv 2102.06387; for a deviation of at least 1/2.
     """
@@ -67,7 +84,7 @@ def convolution_distance(deviation: float, members: int) -> mpmath.mpf:
     return 10 * mpmath.fsum(mpmath.exp(-square * k / (k + 1)) for k in range(1, members))
 
 
-# -- what comes out -------------------------------------------------------------------------------------------------------
+# -- what comes out --------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(("deviation", "cell"), [(0.7, 1), (3.0, 1), (50.0, 1), (1e4, 37)])
@@ -79,7 +96,9 @@ def test_samples_have_the_exact_probabilities(deviation: float, cell: int):
 
 
 def test_places_within_a_bin_have_the_exact_probabilities():
-    """At a deviation of 10^4 a bin is 512 wide; what all samples are modulo that is uniform but for less than 10^-1000."""
+    """At a deviation of 10^4 a bin is 512 wide; what all samples are modulo that is uniform but
+    for less than 10^-1000.
+    """
     noise = DiscreteGaussian(1e4, SystemRandomness())
     assert noise.starts[1] - noise.starts[0] == 512
     for modulus in (512, 7):
@@ -91,7 +110,8 @@ def test_places_within_a_bin_have_the_exact_probabilities():
 def test_moments_of_wide_noise(deviation: float):
     count = 2_000_000
     scaled = DiscreteGaussian(deviation, SystemRandomness()).draw(count) / deviation
-    # Standard errors of the first four moments of the normal distribution, from which this one is not to be told.
+    # Standard errors of the first four moments of the normal distribution, from which this one is
+    # not to be told.
     for power, moment, error in ((1, 0.0, 1.0), (2, 1.0, 2.0), (3, 0.0, 15.0), (4, 3.0, 96.0)):
         assert abs((scaled**power).mean() - moment) < 5.5 * math.sqrt(error / count), power
     assert stats.kstest(scaled[:500_000], stats.norm.cdf).pvalue > RARE
@@ -129,7 +149,7 @@ def test_deviations_out_of_range_are_refused(deviation: float):
         DiscreteGaussian(deviation, SystemRandomness())
 
 
-# -- the tables -----------------------------------------------------------------------------------------------------------
+# -- the tables ------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("deviation", DEVIATIONS)
@@ -149,9 +169,16 @@ def test_the_table_gives_every_bin_exactly_its_weight(deviation: float):
 
 def test_the_threshold_of_a_column_is_the_first_that_is_not_its_own():
     noise = DiscreteGaussian(1e4, SystemRandomness())
-    for column in np.flatnonzero((noise._thresholds > 0) & (noise._thresholds < 1 << 54))[:50].tolist():
+    for column in np.flatnonzero((noise._thresholds > 0) & (noise._thresholds < 1 << 54))[
+        :50
+    ].tolist():
         own = int(noise._thresholds[column])
-        for rest, entry in ((0, column), (own - 1, column), (own, 1024 + column), ((1 << 54) - 1, 1024 + column)):
+        for rest, entry in (
+            (0, column),
+            (own - 1, column),
+            (own, 1024 + column),
+            ((1 << 54) - 1, 1024 + column),
+        ):
             noise._randomness = _Given(column << 54 | rest)
             assert noise._candidates(1).tolist() == [int(noise._offsets[entry])]
 
@@ -168,7 +195,10 @@ def test_the_staircase_covers_the_range_and_lies_above_the_curve(deviation: floa
     accepted = mpmath.mpf(0)
     with mpmath.workdps(60):
         for start, weight in zip(noise.starts, noise.weights, strict=True):
-            ends = [mpmath.exp(-(mpmath.mpf(x) ** 2) / (2 * mpmath.mpf(deviation) ** 2)) for x in (start, start + width - 1)]
+            ends = [
+                mpmath.exp(-(mpmath.mpf(x) ** 2) / (2 * mpmath.mpf(deviation) ** 2))
+                for x in (start, start + width - 1)
+            ]
             # Monotone within a bin, as none has integers of both signs.
             assert start >= 0 or start + width - 1 < 0
             assert noise.scale * max(ends) < weight
@@ -178,22 +208,28 @@ def test_the_staircase_covers_the_range_and_lies_above_the_curve(deviation: floa
 
 @pytest.mark.parametrize("deviation", DEVIATIONS)
 def test_the_float_of_the_acceptance_is_within_its_bound(deviation: float):
-    """Places everywhere in bins everywhere; the proof says below 2^-43, the sampler relies on 2^-40."""
+    """Places everywhere in bins everywhere; the proof says below 2^-43, the sampler relies on
+    2^-40.
+    """
     noise = DiscreteGaussian(deviation, SystemRandomness())
     generator = np.random.default_rng(1)
     # A row of the table for each bin.
-    entries = np.array([int(np.flatnonzero(noise._bins == i)[0]) for i in range(len(noise.weights))])
+    entries = np.array(
+        [int(np.flatnonzero(noise._bins == i)[0]) for i in range(len(noise.weights))]
+    )
     entries = np.concatenate([entries, entries])
     x = noise._offsets[entries] + generator.integers(0, 1 << noise._bits, len(entries))
     chances = noise._chances(x, entries)
     with mpmath.workdps(60):
-        for place, entry, chance in zip(x.tolist(), entries.tolist(), chances.tolist(), strict=True):
+        for place, entry, chance in zip(
+            x.tolist(), entries.tolist(), chances.tolist(), strict=True
+        ):
             height = mpmath.exp(-(mpmath.mpf(place) ** 2) / (2 * mpmath.mpf(deviation) ** 2))
             assert abs(noise.scale * height / noise.weights[noise._bins[entry]] - chance) < 2.0**-43
     assert noise._tolerance >= 2.0**-40 + 2.0**-noise._fine_bits
 
 
-# -- where the float does not decide --------------------------------------------------------------------------------------
+# -- where the float does not decide ---------------------------------------------------------------
 
 
 @pytest.fixture
@@ -216,7 +252,9 @@ def test_a_coarse_staircase_gives_the_same_distribution(undecided: bool):
 @pytest.mark.usefixtures("coarse")
 @pytest.mark.parametrize("deviation", [0.7, 3.0, 1e4, 2.0**36])
 def test_float_and_exact_arithmetic_decide_alike(deviation: float):
-    """The same candidates, once by floats and once all by 128 more bits: they differ for one in 2^24 at most."""
+    """The same candidates, once by floats and once all by 128 more bits: they differ for one in
+    2^24 at most.
+    """
     by_floats, exactly = (DiscreteGaussian(deviation, SeededRandomness(3, "a")) for _ in range(2))
     exactly._tolerance = 2.0
     assert np.array_equal(by_floats._candidates(1500), exactly._candidates(1500))
@@ -240,7 +278,11 @@ def test_the_last_of_128_bits_decides(deviation: float):
     place = len(noise.weights) // 2 + 20
     x = noise.starts[place] + (1 << noise._bits) - 1
     with mpmath.workdps(90):
-        chance = noise.scale * mpmath.exp(-(mpmath.mpf(x) ** 2) / (2 * mpmath.mpf(deviation) ** 2)) / noise.weights[place]
+        chance = (
+            noise.scale
+            * mpmath.exp(-(mpmath.mpf(x) ** 2) / (2 * mpmath.mpf(deviation) ** 2))
+            / noise.weights[place]
+        )
         boundary = int(mpmath.floor(chance * 2 ** (noise._fine_bits + 128)))
     first, rest = divmod(boundary, 1 << 128)
     assert 0 < rest < (1 << 128) - 1
@@ -280,7 +322,7 @@ def test_floats_decide_only_where_their_error_cannot_matter(
     assert found == ([] if expected == "rejects" else [x])
 
 
-# -- sums of shares -------------------------------------------------------------------------------------------------------
+# -- sums of shares --------------------------------------------------------------------------------
 
 
 def test_the_sum_of_shares_is_a_discrete_gaussian_of_their_variance():
@@ -319,25 +361,36 @@ def test_the_convolution_bound_holds(deviation: float, members: int):
 
 
 def test_shares_that_are_not_refused_add_up_to_discrete_gaussian_noise():
-    """For sums of d coordinates the distance counts 2 d times in epsilon: below 10^-260 for d = 10^9."""
+    """For sums of d coordinates the distance counts 2 d times in epsilon: below 10^-260 for d =
+    10^9.
+    """
     assert convolution_distance(_LEAST_DEVIATION, 128) < mpmath.mpf(10) ** -270
 
 
-# -- the bits -------------------------------------------------------------------------------------------------------------
+# -- the bits --------------------------------------------------------------------------------------
 
 
 def test_two_instances_and_two_processes_differ():
     code = (
-        "from privfl.noise.randomness import SystemRandomness as R; from privfl.noise.discrete_gaussian import DiscreteGaussian as D\n"
+        "from privfl.noise.randomness import SystemRandomness as R; from "
+        "privfl.noise.discrete_gaussian import DiscreteGaussian as D\n"
         "print(*[D(1e6, R()).draw(20).tolist() for _ in range(2)], sep='\\n')"
     )
-    run = [subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout for _ in range(2)]
+    run = [
+        subprocess.run(
+            [sys.executable, "-c", code], capture_output=True, text=True, check=True
+        ).stdout
+        for _ in range(2)
+    ]
     lines = [line for out in run for line in out.splitlines()]
     assert len(lines) == len(set(lines)) == 4
 
 
 def test_a_source_needs_no_torch_and_neither_does_the_noise():
-    code = "import sys, privfl.noise.discrete_gaussian, privfl.noise.randomness; sys.exit('torch' in sys.modules)"
+    code = (
+        "import sys, privfl.noise.discrete_gaussian, privfl.noise.randomness; sys.exit('torch' "
+        "in sys.modules)"
+    )
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
 
 
@@ -380,7 +433,10 @@ def test_every_key_comes_from_the_system_and_serves_for_so_much(monkeypatch: pyt
     source = SystemRandomness()
     given = b"".join(source.bytes(count) for count in (7, 100, 0, 1500, 1393))
     assert [len(key) for key in keys] == [32, 32, 32]
-    expected = [Cipher(algorithms.AES256(key), modes.CTR(bytes(16))).encryptor().update(bytes(1000)) for key in keys]
+    expected = [
+        Cipher(algorithms.AES256(key), modes.CTR(bytes(16))).encryptor().update(bytes(1000))
+        for key in keys
+    ]
     assert given == b"".join(expected)
 
 

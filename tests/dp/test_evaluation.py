@@ -1,4 +1,6 @@
-"""Held-out metrics of private records: what one record can change is bounded, whatever the metric returns."""
+"""Held-out metrics of private records: what one record can change is bounded, whatever the
+metric returns.
+"""
 
 from __future__ import annotations
 
@@ -16,7 +18,10 @@ from privfl.errors import PrivflError
 from privfl.noise.randomness import SystemRandomness
 from tests.dp.helpers import CPU, recipe, records, zero_linear
 
-OUTPUT, TARGET = torch.randn(40, 3, generator=torch.Generator().manual_seed(1)), torch.arange(40) % 3
+OUTPUT, TARGET = (
+    torch.randn(40, 3, generator=torch.Generator().manual_seed(1)),
+    torch.arange(40) % 3,
+)
 
 
 def accuracy(output: torch.Tensor, target: torch.Tensor) -> tuple[Any, Any]:
@@ -25,7 +30,9 @@ def accuracy(output: torch.Tensor, target: torch.Tensor) -> tuple[Any, Any]:
 
 def by_class(output: torch.Tensor, target: torch.Tensor) -> tuple[Any, Any]:
     right = output.argmax(dim=1) == target
-    return [(right & (target == c)).sum() for c in range(3)], [(target == c).sum() for c in range(3)]
+    return [(right & (target == c)).sum() for c in range(3)], [
+        (target == c).sum() for c in range(3)
+    ]
 
 
 def auc(output: torch.Tensor, target: torch.Tensor) -> tuple[Any, Any]:
@@ -41,13 +48,19 @@ def test_bounded_metrics_are_what_they_were():
     """Counts of single records have length 1 already, so cutting changes nothing."""
     metrics = {"accuracy": accuracy, "by_class": by_class}
     for name, pair in measure(metrics, OUTPUT, TARGET).items():
-        assert measure_each(metrics, OUTPUT, TARGET)[name] == (pytest.approx(pair[0]), pytest.approx(pair[1]))
+        assert measure_each(metrics, OUTPUT, TARGET)[name] == (
+            pytest.approx(pair[0]),
+            pytest.approx(pair[1]),
+        )
 
 
 def _change(metric: Any, output: torch.Tensor, target: torch.Tensor, record: int) -> list[float]:
     """How far sums and counts move when one record is taken out."""
     kept = [i for i in range(len(output)) if i != record]
-    whole, less = measure_each({"m": metric}, output, target)["m"], measure_each({"m": metric}, output[kept], target[kept])["m"]
+    whole, less = (
+        measure_each({"m": metric}, output, target)["m"],
+        measure_each({"m": metric}, output[kept], target[kept])["m"],
+    )
     return [float(np.linalg.norm(np.subtract(a, b))) for a, b in zip(whole, less, strict=True)]
 
 
@@ -74,7 +87,9 @@ def test_a_record_that_breaks_the_metric_counts_as_zero(bad: float):
 
 
 def test_pairs_of_records_are_refused():
-    with pytest.raises(PrivflError, match=r"evaluation.metrics.auc of several records is not the sum over them"):
+    with pytest.raises(
+        PrivflError, match=r"evaluation.metrics.auc of several records is not the sum over them"
+    ):
         measure_each({"auc": auc}, OUTPUT, TARGET)
 
 
@@ -84,7 +99,9 @@ def test_a_metric_that_returns_no_pair_is_refused():
 
 
 class CoupledWhenUsed(nn.Module):
-    """Looks at its batch only when it does not train, where the probe of gradients cannot see it."""
+    """Looks at its batch only when it does not train, where the probe of gradients cannot see
+    it.
+    """
 
     def __init__(self) -> None:
         super().__init__()
@@ -96,7 +113,9 @@ class CoupledWhenUsed(nn.Module):
 
 def test_a_model_that_couples_records_only_when_it_is_used_is_refused():
     def trainer(model: nn.Module) -> LocalTraining:
-        return LocalTraining(model, nn.functional.cross_entropy, records(), recipe(), SystemRandomness(), CPU)
+        return LocalTraining(
+            model, nn.functional.cross_entropy, records(), recipe(), SystemRandomness(), CPU
+        )
 
     trainer(zero_linear()).check_outputs(records(30))
     with pytest.raises(PrivflError, match="depends on the other records of its batch"):
@@ -134,6 +153,8 @@ class Augmented(torch.utils.data.Dataset):  # type: ignore[type-arg]
 
 
 def test_held_out_records_are_one_row_each():
-    trainer = LocalTraining(zero_linear(), nn.functional.cross_entropy, records(), recipe(), SystemRandomness(), CPU)
+    trainer = LocalTraining(
+        zero_linear(), nn.functional.cross_entropy, records(), recipe(), SystemRandomness(), CPU
+    )
     with pytest.raises(PrivflError, match="20 held-out records gave"):
         trainer.outputs(Augmented())

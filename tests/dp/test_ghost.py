@@ -1,4 +1,6 @@
-"""Ghost clipping against per-example gradients: the same sums, and no record that adds more than the clipping norm."""
+"""Ghost clipping against per-example gradients: the same sums, and no record that adds more than
+the clipping norm.
+"""
 
 from __future__ import annotations
 
@@ -15,7 +17,9 @@ from privfl.dp.ghost import GhostModule, Piece, clipped_sums
 from privfl.dp.optimizer import SecureSumGhostOptimizer, SecureSumOptimizer
 from privfl.errors import PrivflError
 
-WORDS = torch.tensor([[1, 2, 2, 3], [0, 0, 0, 0], [4, 1, 4, 1], [2, 3, 4, 5], [5, 5, 1, 2], [3, 3, 3, 1]])
+WORDS = torch.tensor(
+    [[1, 2, 2, 3], [0, 0, 0, 0], [4, 1, 4, 1], [2, 3, 4, 5], [5, 5, 1, 2], [3, 3, 3, 1]]
+)
 NUMBERS = torch.randn(6, 8, generator=torch.Generator().manual_seed(1))
 
 
@@ -44,7 +48,11 @@ class Twice(nn.Module):
 class Words(nn.Module):
     def __init__(self) -> None:
         super().__init__()
-        self.embedding, self.each, self.out = nn.Embedding(6, 4, padding_idx=0), nn.Linear(4, 4), nn.Linear(4, 3)
+        self.embedding, self.each, self.out = (
+            nn.Embedding(6, 4, padding_idx=0),
+            nn.Linear(4, 4),
+            nn.Linear(4, 3),
+        )
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         return self.out(torch.tanh(self.each(self.embedding(x))).sum(dim=1))
@@ -72,14 +80,26 @@ class Own(nn.Module):
 
 MODELS: dict[str, tuple[Callable[[], nn.Module], torch.Tensor]] = {
     "linear": (lambda: nn.Linear(8, 3), NUMBERS),
-    "no bias, frozen": (lambda: nn.Sequential(nn.Linear(8, 8).requires_grad_(False), nn.Linear(8, 3, bias=False)), NUMBERS),
-    "norms": (lambda: nn.Sequential(nn.Linear(8, 8), nn.LayerNorm(8), nn.GroupNorm(2, 8), nn.Linear(8, 3)), NUMBERS),
+    "no bias, frozen": (
+        lambda: nn.Sequential(nn.Linear(8, 8).requires_grad_(False), nn.Linear(8, 3, bias=False)),
+        NUMBERS,
+    ),
+    "norms": (
+        lambda: nn.Sequential(
+            nn.Linear(8, 8), nn.LayerNorm(8), nn.GroupNorm(2, 8), nn.Linear(8, 3)
+        ),
+        NUMBERS,
+    ),
     "images": (
-        lambda: nn.Sequential(nn.Unflatten(1, (1, 2, 4)), nn.Conv2d(1, 2, 2), nn.Flatten(), nn.Linear(6, 3)),
+        lambda: nn.Sequential(
+            nn.Unflatten(1, (1, 2, 4)), nn.Conv2d(1, 2, 2), nn.Flatten(), nn.Linear(6, 3)
+        ),
         NUMBERS,
     ),
     "4-D linear": (
-        lambda: nn.Sequential(nn.Unflatten(1, (2, 2, 2)), nn.Linear(2, 3), nn.Flatten(), nn.Linear(12, 3)),
+        lambda: nn.Sequential(
+            nn.Unflatten(1, (2, 2, 2)), nn.Linear(2, 3), nn.Flatten(), nn.Linear(12, 3)
+        ),
         NUMBERS,
     ),
     "words": (Words, WORDS),
@@ -90,9 +110,17 @@ MODELS: dict[str, tuple[Callable[[], nn.Module], torch.Tensor]] = {
 }
 
 
-def collected(kind: str, model: nn.Module, x: torch.Tensor, clip: float, reduction: str = "mean") -> Any:
-    wrapped = (GhostModule if kind == "ghost" else GradSampleModule)(model, loss_reduction=reduction)
-    common: dict[str, Any] = {"noise_multiplier": 0.0, "max_grad_norm": clip, "expected_batch_size": 6}
+def collected(
+    kind: str, model: nn.Module, x: torch.Tensor, clip: float, reduction: str = "mean"
+) -> Any:
+    wrapped = (GhostModule if kind == "ghost" else GradSampleModule)(
+        model, loss_reduction=reduction
+    )
+    common: dict[str, Any] = {
+        "noise_multiplier": 0.0,
+        "max_grad_norm": clip,
+        "expected_batch_size": 6,
+    }
     parameters = [p for p in model.parameters() if p.requires_grad]
     inner = torch.optim.SGD(parameters, lr=1.0)
     if kind == "ghost":
@@ -135,7 +163,9 @@ def test_a_batch_without_records_adds_nothing(reduction: str):
 @pytest.mark.filterwarnings("ignore:Full backward hook")
 @pytest.mark.parametrize("value", [float("inf"), float("nan"), 1e25])
 @pytest.mark.parametrize("name", ["linear", "norms", "images", "4-D linear", "twice", "own"])
-def test_a_record_that_is_not_finite_counts_as_zero_and_a_huge_one_is_clipped(name: str, value: float):
+def test_a_record_that_is_not_finite_counts_as_zero_and_a_huge_one_is_clipped(
+    name: str, value: float
+):
     torch.manual_seed(0)
     model, x = MODELS[name][0](), NUMBERS.clone()
     without, _ = collected("ghost", model, x[1:], 0.5, "sum")
@@ -158,7 +188,9 @@ def test_terms_of_a_sequence_that_nearly_cancel_keep_to_the_clipping_norm(scale:
         ghost = GhostModule(layer, loss_reduction="sum")
         x = torch.randn(1, 40, 5) * scale
         x[0, 1::2] = -x[0, ::2] * (1 + gap)
-        nn.functional.cross_entropy(ghost(x).sum(dim=1), torch.zeros(1, dtype=torch.long), reduction="sum").backward()
+        nn.functional.cross_entropy(
+            ghost(x).sum(dim=1), torch.zeros(1, dtype=torch.long), reduction="sum"
+        ).backward()
         (total,), _, _ = clipped_sums(ghost.take(), [layer.weight], 1e-2)
         ghost.remove_hooks()
         assert float(total.norm()) <= 1e-2 * (1 + 2**-10)
@@ -166,10 +198,14 @@ def test_terms_of_a_sequence_that_nearly_cancel_keep_to_the_clipping_norm(scale:
 
 @pytest.mark.parametrize("features", [1, 3])
 def test_terms_whose_sum_is_below_the_rounding_of_their_squares_are_clipped(features: int):
-    """1 + 2^-30 - 1: the square of the sum, 2^-60, is nothing beside the squares that it is computed from."""
+    """1 + 2^-30 - 1: the square of the sum, 2^-60, is nothing beside the squares that it is
+    computed from.
+    """
     layer = nn.Linear(features, 3, bias=False)
     x = torch.tensor([1.0, 2.0**-30, -1.0]).view(1, 3, 1).expand(1, 3, features)
-    (total,), _, _ = clipped_sums([Piece(layer, [x], torch.full((1, 3, 3), 1e12))], [layer.weight], 1e-2)
+    (total,), _, _ = clipped_sums(
+        [Piece(layer, [x], torch.full((1, 3, 3), 1e12))], [layer.weight], 1e-2
+    )
     assert 0 < float(total.norm()) <= 1e-2 * (1 + 2**-10)
 
 

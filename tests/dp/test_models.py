@@ -1,4 +1,6 @@
-"""Models, losses and data sets that would break the guarantee, or the run, are refused with one sentence; others train."""
+"""Models, losses and data sets that would break the guarantee, or the run, are refused with one
+sentence; others train.
+"""
 
 from __future__ import annotations
 
@@ -16,7 +18,7 @@ from privfl.dp.evaluation import measure
 from privfl.errors import PrivflError
 from tests.dp.helpers import local, records, train_once, zero_linear
 
-# -- models, records and functions that do not fit -------------------------------------------------------------------------
+# -- models, records and functions that do not fit -------------------------------------------------
 
 
 @pytest.mark.parametrize(
@@ -30,7 +32,9 @@ from tests.dp.helpers import local, records, train_once, zero_linear
     ids=["plain", "affine=False", "sync", "without statistics"],
 )
 def test_batch_norm_is_refused(layer: nn.Module):
-    with pytest.raises(PrivflError, match=r"layer '0' of model\(\) is a .*BatchNorm.*use GroupNorm or LayerNorm"):
+    with pytest.raises(
+        PrivflError, match=r"layer '0' of model\(\) is a .*BatchNorm.*use GroupNorm or LayerNorm"
+    ):
         check_model(nn.Sequential(layer, nn.Linear(5, 2)))
 
 
@@ -66,7 +70,9 @@ def test_running_statistics_are_refused_wherever_they_hide():
 
 
 class Centred(nn.Module):
-    """Keeps the mean of the first batch it sees, in a frozen parameter or a buffer, whichever mode it is in."""
+    """Keeps the mean of the first batch it sees, in a frozen parameter or a buffer, whichever
+    mode it is in.
+    """
 
     def __init__(self, kind: str) -> None:
         super().__init__()
@@ -113,7 +119,9 @@ def test_what_a_forward_pass_does_to_trained_weights_is_refused():
 
     model = Centred()
     tokens = TensorDataset(torch.randint(0, 6, (50, 3)), torch.randint(0, 2, (50,)))
-    with pytest.raises(PrivflError, match=r"changes parameter 'words\.weight' without clipping or noise"):
+    with pytest.raises(
+        PrivflError, match=r"changes parameter 'words\.weight' without clipping or noise"
+    ):
         local(model, tokens)
 
 
@@ -159,13 +167,22 @@ class Mixed(nn.Module):
 @pytest.mark.parametrize(
     ("model", "loss"),
     [
-        (zero_linear(), lambda o, t: nn.functional.cross_entropy(o, t, weight=torch.tensor([0.05, 5.0]))),
+        (
+            zero_linear(),
+            lambda o, t: nn.functional.cross_entropy(o, t, weight=torch.tensor([0.05, 5.0])),
+        ),
         (zero_linear(5, 1), lambda o, t: nn.functional.mse_loss(o, t.float())),
         (Mixed(), nn.functional.cross_entropy),
         (Mixed(0.5), nn.functional.cross_entropy),
         (zero_linear(), lambda o, t: nn.functional.cross_entropy(o, t) * len(o)),
     ],
-    ids=["weighted mean", "broadcast", "batch statistics", "behind dropout", "a sum instead of a mean"],
+    ids=[
+        "weighted mean",
+        "broadcast",
+        "batch statistics",
+        "behind dropout",
+        "a sum instead of a mean",
+    ],
 )
 @pytest.mark.filterwarnings("ignore:Using a target size")
 def test_records_that_lean_on_their_neighbours_are_refused(model: nn.Module, loss: Any):
@@ -205,7 +222,12 @@ def test_models_that_work():
     frozen[0].weight.requires_grad = False
     tokens = TensorDataset(torch.randint(0, 6, (50, 3)), torch.randint(0, 6, (50,)))
     for model, data in [
-        (nn.Sequential(nn.Linear(5, 8), nn.GroupNorm(2, 8), nn.ReLU(), nn.Dropout(0.3), nn.Linear(8, 2)), records()),
+        (
+            nn.Sequential(
+                nn.Linear(5, 8), nn.GroupNorm(2, 8), nn.ReLU(), nn.Dropout(0.3), nn.Linear(8, 2)
+            ),
+            records(),
+        ),
         (frozen, records()),
         (Tied(), tokens),
     ]:
@@ -231,7 +253,15 @@ def test_models_that_work():
         (lambda: local(nn.Linear(5, 2).double()), "not float32"),
         (lambda: local(nn.Sequential(nn.LSTM(5, 2))), "cannot be trained with DP-SGD"),
     ],
-    ids=["no records", "too few for q", "iterable", "nothing to train", "no module", "double", "LSTM"],
+    ids=[
+        "no records",
+        "too few for q",
+        "iterable",
+        "nothing to train",
+        "no module",
+        "double",
+        "LSTM",
+    ],
 )
 def test_refused_before_a_record_is_touched(make: Any, sentence: str):
     with pytest.raises(PrivflError, match=sentence):
@@ -259,8 +289,14 @@ class Unused(nn.Module):
     ("make", "sentence"),
     [
         (lambda: local(loss=lambda o, t: o.sum() * math.nan), "NaN or infinite for every record"),
-        (lambda: local(optimizer_options={"lr": 3e38}, sampling_rate=0.01, local_steps=20), "NaN or infinite"),
-        (lambda: local(loss=lambda o, t: nn.functional.cross_entropy(o, t, reduction="none")), "single number"),
+        (
+            lambda: local(optimizer_options={"lr": 3e38}, sampling_rate=0.01, local_steps=20),
+            "NaN or infinite",
+        ),
+        (
+            lambda: local(loss=lambda o, t: nn.functional.cross_entropy(o, t, reduction="none")),
+            "single number",
+        ),
         (lambda: local(Unused()), "'unused.weight' .* took no part"),
         (lambda: local(train=Triples(), sampling_rate=1.0), r"pair \(input, target\)"),
     ],
@@ -272,8 +308,12 @@ def test_stopped_before_or_while_training(make: Any, sentence: str):
 
 
 def test_optimizer_state_starts_anew_each_round():
-    """The update depends on the replica and this round only: with no noise, two rounds from one replica are equal."""
-    trainer = local(noise_multiplier=1e-12, sampling_rate=1.0, optimizer="adam", optimizer_options={"lr": 0.1})
+    """The update depends on the replica and this round only: with no noise, two rounds from one
+    replica are equal.
+    """
+    trainer = local(
+        noise_multiplier=1e-12, sampling_rate=1.0, optimizer="adam", optimizer_options={"lr": 0.1}
+    )
     start = trainer.flat()
     assert np.allclose(trainer.train_round(start), trainer.train_round(start), atol=1e-6)
 
@@ -292,9 +332,9 @@ def test_any_map_style_data_set():
 
 def test_metrics_are_checked():
     output, target = torch.zeros(4, 2), torch.zeros(4)
-    assert measure({"m": lambda o, t: (torch.tensor([1, 2]), torch.tensor([3, 4]))}, output, target) == {
-        "m": ([1.0, 2.0], [3.0, 4.0])
-    }
+    assert measure(
+        {"m": lambda o, t: (torch.tensor([1, 2]), torch.tensor([3, 4]))}, output, target
+    ) == {"m": ([1.0, 2.0], [3.0, 4.0])}
     for bad in (
         lambda o, t: 1.0,
         lambda o, t: ([1], [1, 2]),

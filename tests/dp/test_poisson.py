@@ -1,4 +1,6 @@
-"""The batches that are really trained on: every record takes part by itself, at its rate, in every step anew."""
+"""The batches that are really trained on: every record takes part by itself, at its rate, in
+every step anew.
+"""
 
 from __future__ import annotations
 
@@ -35,9 +37,18 @@ class Weights(nn.Module):
 
 
 def from_sums(steps: int = STEPS, rate: float = RATE) -> NDArray[np.bool_]:
-    """Of records that are the unit vectors, a sum of gradients is the list of who took part; shape (steps, records)."""
+    """Of records that are the unit vectors, a sum of gradients is the list of who took part;
+    shape (steps, records).
+    """
     data = TensorDataset(torch.eye(RECORDS), torch.zeros(RECORDS))
-    trainer = local(Weights(), data, lambda out, _: out.mean(), sampling_rate=rate, noise_multiplier=None, local_steps=1)
+    trainer = local(
+        Weights(),
+        data,
+        lambda out, _: out.mean(),
+        sampling_rate=rate,
+        noise_multiplier=None,
+        local_steps=1,
+    )
     sums = np.array([trainer.sum_gradients(trainer.flat()) for _ in range(steps)])
     assert trainer.draws == steps
     assert set(np.unique(sums)) <= {0.0, 1.0}, "nobody takes part twice"
@@ -59,7 +70,9 @@ def from_batches(steps: int = STEPS, rate: float = RATE) -> NDArray[np.bool_]:
     return taken == 1
 
 
-WAYS = pytest.mark.parametrize("taken_of", [from_sums, from_batches], ids=["sums of gradients", "a user's loop"])
+WAYS = pytest.mark.parametrize(
+    "taken_of", [from_sums, from_batches], ids=["sums of gradients", "a user's loop"]
+)
 Way = Callable[..., NDArray[np.bool_]]
 
 
@@ -98,7 +111,8 @@ def test_who_takes_part_is_independent_across_sites_steps_and_records(taken_of: 
         assert correlation(first[:-lag], first[lag:]) < 5.5
     for lag in (1, 2, RECORDS // 2):
         assert correlation(first[:, :-lag], first[:, lag:]) < 5.5
-    # Sizes of batches too: at one site small where at the other large would not show record by record.
+    # Sizes of batches too: at one site small where at the other large would not show record by
+    # record.
     sizes, others = (taken.sum(axis=1).astype(np.float64) for taken in (first, second))
     assert abs(np.corrcoef(sizes, others)[0, 1]) < 5.5 / math.sqrt(STEPS)
 

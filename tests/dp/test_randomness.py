@@ -1,4 +1,6 @@
-"""Noise and samples come from the operating system, in every process anew, and a step is a step also without records."""
+"""Noise and samples come from the operating system, in every process anew, and a step is a step
+also without records.
+"""
 
 from __future__ import annotations
 
@@ -15,7 +17,7 @@ from torch import nn
 from privfl.noise.randomness import SeededRandomness, SystemRandomness, gaussian, poisson_sample
 from tests.dp.helpers import local, records
 
-# -- where the randomness comes from --------------------------------------------------------------------------------------
+# -- where the randomness comes from ---------------------------------------------------------------
 
 # Two fresh processes that do what users do: seed torch's global generator, the same everywhere.
 _NOISE = """
@@ -32,7 +34,8 @@ if sys.argv[1] in ("our noise", "our samples"):
 else:
     model = GradSampleModule(zero_linear())
     generator = torch.Generator() if sys.argv[1] == "unseeded generator" else None
-    opt = DPOptimizer(torch.optim.SGD(model.parameters(), lr=1.0), noise_multiplier=1.0, max_grad_norm=1.0, expected_batch_size=10,
+    opt = DPOptimizer(torch.optim.SGD(model.parameters(), lr=1.0), noise_multiplier=1.0,
+                      max_grad_norm=1.0, expected_batch_size=10,
                       generator=generator)
     x, y = records().tensors
     nn.functional.cross_entropy(model(x), y).backward()
@@ -43,13 +46,18 @@ else:
 
 def _two_processes(which: str) -> list[str]:
     return [
-        subprocess.run([sys.executable, "-c", _NOISE, which], capture_output=True, text=True, check=True).stdout for _ in range(2)
+        subprocess.run(
+            [sys.executable, "-c", _NOISE, which], capture_output=True, text=True, check=True
+        ).stdout
+        for _ in range(2)
     ]
 
 
 @pytest.mark.parametrize("what", ["our noise", "our samples"])
 def test_two_processes_with_the_same_torch_seed_differ(what: str):
-    first, second = (np.frombuffer(bytes.fromhex(out), dtype=np.float32) for out in _two_processes(what))
+    first, second = (
+        np.frombuffer(bytes.fromhex(out), dtype=np.float32) for out in _two_processes(what)
+    )
     # Not by rounding: by as much as the noise, or another sample, makes.
     assert np.abs(first - second).max() > 1e-3
 
@@ -75,7 +83,7 @@ def test_seeded_randomness_repeats_and_says_so():
     assert (one.private, SystemRandomness().private) == (False, True)
 
 
-# -- sampling -------------------------------------------------------------------------------------------------------------
+# -- sampling --------------------------------------------------------------------------------------
 
 
 def test_batches_are_binomial_with_the_q_that_was_given():
@@ -112,5 +120,6 @@ def test_empty_batches_are_steps_with_noise_that_user_code_never_sees():
     trainer = local(train=records(20), loss=loss, sampling_rate=0.05, local_steps=200)
     update = trainer.train_round(trainer.flat())
     assert trainer.optimizer.noise_draws == 200
-    # P(batch empty) = 0.95^20 = 0.36: if only batches with records were steps, about 128 would be counted.
+    # P(batch empty) = 0.95^20 = 0.36: if only batches with records were steps, about 128 would be
+    # counted.
     assert np.isfinite(update).all()

@@ -1,4 +1,6 @@
-"""The coordinator's state machine: whole runs in any order of arrival, and every message it must not accept."""
+"""The coordinator's state machine: whole runs in any order of arrival, and every message it must
+not accept.
+"""
 
 from __future__ import annotations
 
@@ -12,6 +14,7 @@ from privfl.errors import PrivflError, ProtocolError
 from privfl.federation import coordinator as lead
 from privfl.federation import messages
 from privfl.federation.messages import Kind, Message
+from privfl.federation.news import Greeted, RoundDone, RunFailed, RunFinished, Started
 from tests.federation.world import BLOCKS, RUN, SITES, World, hello, plan, prepared
 
 
@@ -20,8 +23,16 @@ def test_a_whole_run_in_any_order_of_arrival(seed: int):
     world = World(plan())
     world.run(random.Random(seed).randrange)
     assert world.code == 0
-    assert [t.what for t in world.told] == ["greeted", "started", "round", "round", "finished"]
-    assert [t.facts["metrics"] for t in world.told if t.what == "round"] == [{"accuracy": 0.5}] * 2
+    assert [type(news) for news in world.news] == [
+        Greeted,
+        Started,
+        RoundDone,
+        RoundDone,
+        RunFinished,
+    ]
+    assert [news.metrics for news in world.news if isinstance(news, RoundDone)] == [
+        {"accuracy": 0.5}
+    ] * 2
     # Two sums a round, each of BLOCKS blocks from every site.
     assert len(world.folded) == 2 * 2 * BLOCKS * len(SITES)
     attempts = [(m.round, m.attempt) for _, to, m in world.wire if m.kind is Kind.SUM and to == 1]
@@ -31,14 +42,22 @@ def test_a_whole_run_in_any_order_of_arrival(seed: int):
 def test_metrics_are_summed_only_when_due():
     world = World(plan(rounds=5, evaluate_every=2))
     world.run()
-    assert [bool(t.facts["metrics"]) for t in world.told if t.what == "round"] == [False, True, False, True, True]
+    assert [bool(news.metrics) for news in world.news if isinstance(news, RoundDone)] == [
+        False,
+        True,
+        False,
+        True,
+        True,
+    ]
     world = World(plan(evaluate_every=0))
     world.run()
     assert not any(m.kind is Kind.SUM and m.body.vector == "metrics" for _, _, m in world.wire)
 
 
 def at(kind: Kind) -> tuple[World, int, Message]:
-    """A world stopped before the first message of this kind reaches the coordinator, and that message."""
+    """A world stopped before the first message of this kind reaches the coordinator, and that
+    message.
+    """
     world = World(plan())
     original = world.to_lead
 
@@ -71,16 +90,26 @@ def test_where_the_transport_adds_contributions_are_one_empty_message_each():
 def test_ranges_are_relayed_with_the_sum_of_updates_only():
     world = World(plan())
     world.run()
-    spans = {(m.body.vector, tuple(sorted(m.body.spans.items()))) for _, _, m in world.wire if m.kind is Kind.SUM}
-    assert spans == {("update", (("a", "s"), ("b", "s"), ("c", "s"))), ("metrics", ())}
+    sealed_ranges = {
+        (m.body.vector, tuple(sorted(m.body.sealed_ranges.items())))
+        for _, _, m in world.wire
+        if m.kind is Kind.SUM
+    }
+    assert sealed_ranges == {("update", (("a", "s"), ("b", "s"), ("c", "s"))), ("metrics", ())}
 
 
-@pytest.mark.parametrize(("proven", "expected"), [((True, True, True), True), ((True, False, True), False)])
-def test_words_are_added_only_where_every_site_has_proven_it(proven: tuple[bool, ...], expected: bool):
+@pytest.mark.parametrize(
+    ("proven", "expected"), [((True, True, True), True), ((True, False, True), False)]
+)
+def test_words_are_added_only_where_every_site_has_proven_it(
+    proven: tuple[bool, ...], expected: bool
+):
     world, _, _ = at(Kind.PREPARED)
     state = world.state
     for rank, words_add in enumerate(proven, 1):
-        state, outputs = lead.step(world.plan, state, rank, Message.of(prepared(words_add=words_add), RUN))
+        state, outputs = lead.step(
+            world.plan, state, rank, Message.of(prepared(words_add=words_add), RUN)
+        )
     assert [o.words_add for o in outputs if isinstance(o, lead.SetAdder)] == [expected]
 
 
@@ -117,7 +146,12 @@ def test_the_coordinator_refuses_what_is_not_due(kind: Kind):
             continue
         _, _, early = at(other)
         with pytest.raises(ProtocolError):
-            lead.step(world.plan, before, rank, replace(early, round=message.round, attempt=message.attempt))
+            lead.step(
+                world.plan,
+                before,
+                rank,
+                replace(early, round=message.round, attempt=message.attempt),
+            )
     assert world.state == before
     # What is late is dropped without a word.
     if message.round:
@@ -135,7 +169,11 @@ def test_nothing_counts_twice(kind: Kind):
 
 def test_parts_of_a_contribution_come_in_order():
     world, rank, message = at(Kind.CONTRIBUTION)
-    for wrong in (replace(message, part=1), replace(message, parts=3), replace(message, part=0, parts=1)):
+    for wrong in (
+        replace(message, part=1),
+        replace(message, parts=3),
+        replace(message, part=0, parts=1),
+    ):
         with pytest.raises(ProtocolError, match="expected part 0 of 2"):
             lead.step(world.plan, world.state, rank, wrong)
 
@@ -172,7 +210,10 @@ def test_sites_that_do_not_fit_together(hellos: tuple[Message, ...], sentence: s
 @pytest.mark.parametrize(
     ("different", "sentence"),
     [
-        ({"parameters": 8}, r"another number of trainable parameters at some sites \(a 7, b 8, c 7\)"),
+        (
+            {"parameters": 8},
+            r"another number of trainable parameters at some sites \(a 7, b 8, c 7\)",
+        ),
         ({"tag": "u"}, "different initial parameters"),
         ({"layout": {"accuracy": 2}}, "another number of ratios"),
     ],
@@ -189,16 +230,26 @@ def test_differing_replicas_stop_the_run():
     world, _, _ = at(Kind.APPLIED)
     state = world.state
     for rank, tag in ((1, "x"), (2, "x")):
-        state, _ = lead.step(world.plan, state, rank, Message.of(messages.Applied(tag=tag), RUN, state.round, state.attempt))
+        state, _ = lead.step(
+            world.plan,
+            state,
+            rank,
+            Message.of(messages.Applied(tag=tag), RUN, state.round, state.attempt),
+        )
     with pytest.raises(PrivflError, match="replicas differ after round 1"):
-        lead.step(world.plan, state, 3, Message.of(messages.Applied(tag="y"), RUN, state.round, state.attempt))
+        lead.step(
+            world.plan,
+            state,
+            3,
+            Message.of(messages.Applied(tag="y"), RUN, state.round, state.attempt),
+        )
 
 
 def test_a_failure_of_a_site_ends_the_run_with_its_sentence_and_code():
     world, _rank, _ = at(Kind.TRAINED)
     failed = Message.of(messages.Failed(error="it broke", exit_code=2))
     state, outputs = lead.step(world.plan, world.state, 2, failed)
-    assert outputs == (lead.Tell("failed", {"error": "site b: it broke", "round": 1}), lead.Dismiss(2))
+    assert outputs == (lead.Tell(RunFailed("site b: it broke", 1)), lead.Dismiss(2))
     assert lead.step(world.plan, state, 3, failed) == (state, ()), "one error per job"
 
 
@@ -207,7 +258,10 @@ def test_weights_by_records():
     sizes = iter([10, 20, 70])
     answer = world.answer
     world.answer = lambda rank, body: answer(
-        rank, body.model_copy(update={"records": next(sizes)}) if isinstance(body, messages.Prepared) else body
+        rank,
+        body.model_copy(update={"records": next(sizes)})
+        if isinstance(body, messages.Prepared)
+        else body,
     )
     world.run()
     begin = next(m.body for _, _, m in world.wire if m.kind is Kind.BEGIN)

@@ -1,4 +1,6 @@
-"""A site's state machine against a relay that misbehaves: nothing is taken early, twice, or for others."""
+"""A site's state machine against a relay that misbehaves: nothing is taken early, twice, or for
+others.
+"""
 
 from __future__ import annotations
 
@@ -30,8 +32,17 @@ def member_at(kind: Kind) -> tuple[member.State, Message]:
     return found[0]
 
 
-FROM_LEAD = [Kind.WELCOME, Kind.AGREED, Kind.SEALED_KEY, Kind.BEGIN, Kind.ROUND, Kind.SUM, Kind.TOTAL, Kind.FINISH]
-TWO = {"update": BLOCKS, "metrics": BLOCKS}
+FROM_LEAD = [
+    Kind.WELCOME,
+    Kind.AGREED,
+    Kind.SEALED_KEY,
+    Kind.BEGIN,
+    Kind.ROUND,
+    Kind.SUM,
+    Kind.TOTAL,
+    Kind.FINISH,
+]
+TWO = {"update": BLOCKS, "metrics": BLOCKS}.__getitem__
 
 
 @pytest.mark.parametrize("kind", FROM_LEAD)
@@ -51,8 +62,13 @@ def test_a_member_refuses_what_is_not_due(kind: Kind):
 def test_a_member_takes_no_message_twice(kind: Kind):
     state, message = member_at(kind)
     after, _ = member.step(state, message, TWO)
-    # Even in a phase that would allow a newer message of this kind. (An end may be announced whenever a round is over.)
-    phases = {after.phase} if kind is Kind.FINISH else {after.phase, member.Phase.IDLE, member.Phase.TRAINED}
+    # Even in a phase that would allow a newer message of this kind. (An end may be announced
+    # whenever a round is over.)
+    phases = (
+        {after.phase}
+        if kind is Kind.FINISH
+        else {after.phase, member.Phase.IDLE, member.Phase.TRAINED}
+    )
     for phase in phases:
         with pytest.raises(ProtocolError):
             member.step(replace(after, phase=phase), message, TWO)
@@ -62,27 +78,51 @@ def test_a_member_contributes_only_to_sums_of_all_members():
     state, message = member_at(Kind.SUM)
     for members in (("a", "b"), ("b",), ("a", "b", "c", "d"), ("c", "b", "a"), ("b", "b", "b")):
         with pytest.raises(ProtocolError, match="other members"):
-            member.step(state, replace(message, body=messages.Sum(vector="update", members=members, spans={}, heads={})), TWO)
+            member.step(
+                state,
+                replace(
+                    message,
+                    body=messages.Sum(vector="update", members=members, sealed_ranges={}, heads={}),
+                ),
+                TWO,
+            )
 
 
 def test_a_member_takes_no_ranges_of_strangers():
     state, message = member_at(Kind.SUM)
-    for spans in ({"a": "s"}, {"a": "s", "b": "s", "z": "s"}):
+    for sealed_ranges in ({"a": "s"}, {"a": "s", "b": "s", "z": "s"}):
         with pytest.raises(ProtocolError, match="ranges of other sites"):
-            member.step(state, replace(message, body=message.body.model_copy(update={"spans": spans})), TWO)
+            member.step(
+                state,
+                replace(
+                    message, body=message.body.model_copy(update={"sealed_ranges": sealed_ranges})
+                ),
+                TWO,
+            )
 
 
 def test_a_member_without_public_records_sums_no_metrics():
     state, message = member_at(Kind.SUM)
     assert state.begin is not None
-    state = replace(state, phase=member.Phase.IDLE, begin=state.begin.model_copy(update={"layout": {}}))
+    state = replace(
+        state, phase=member.Phase.IDLE, begin=state.begin.model_copy(update={"layout": {}})
+    )
     with pytest.raises(ProtocolError, match="none may leave"):
-        member.step(state, replace(message, body=messages.Sum(vector="metrics", members=SITES, spans={}, heads={})), TWO)
+        member.step(
+            state,
+            replace(
+                message,
+                body=messages.Sum(vector="metrics", members=SITES, sealed_ranges={}, heads={}),
+            ),
+            TWO,
+        )
 
 
 @pytest.mark.parametrize("kind", [Kind.TOTAL, Kind.ROUND, Kind.SUM, Kind.FINISH])
 def test_nothing_is_taken_before_the_own_contribution_is_sent(kind: Kind):
-    """A total that comes first would be added to what is left of the last one, and its decryption told."""
+    """A total that comes first would be added to what is left of the last one, and its
+    decryption told.
+    """
     state, message = member_at(Kind.SUM)
     contributing, _ = member.step(state, message, TWO)
     assert contributing.phase is member.Phase.CONTRIBUTING
@@ -122,7 +162,9 @@ def test_a_member_takes_part_only_with_exactly_the_sites_of_its_experiment():
     body = message.body
     for members in (body.members[1:2], body.members[::-1], (*body.members, body.members[0])):
         with pytest.raises(ProtocolError, match="for other sites"):
-            member.step(state, replace(message, body=body.model_copy(update={"members": members})), TWO)
+            member.step(
+                state, replace(message, body=body.model_copy(update={"members": members})), TWO
+            )
     for run in ("", "00" * 16, "ab", "zz" * 16):
         with pytest.raises(ProtocolError, match="no valid run"):
             member.step(state, replace(message, body=body.model_copy(update={"run": run})), TWO)
@@ -145,12 +187,20 @@ def test_sizes_that_a_coordinator_may_announce_are_bounded():
 
 
 def test_every_mutation_of_a_message_is_refused_or_understood():
-    """10^5 mutated messages, each at the decoder and then at the state it was meant for: a named error or a new state, never a crash."""
+    """10^5 mutated messages, each at the decoder and then at the state it was meant for: a named
+    error or a new state, never a crash.
+    """
     world = World(plan())
     before: list[tuple[int, int, Message, object]] = []
     to_lead, to_member = world.to_lead, world.to_member
-    world.to_lead = lambda rank, message: (before.append((rank, 0, message, world.state)), to_lead(rank, message))[1]
-    world.to_member = lambda rank, message: (before.append((0, rank, message, world.members[rank])), to_member(rank, message))[1]
+    world.to_lead = lambda rank, message: (
+        before.append((rank, 0, message, world.state)),
+        to_lead(rank, message),
+    )[1]
+    world.to_member = lambda rank, message: (
+        before.append((0, rank, message, world.members[rank])),
+        to_member(rank, message),
+    )[1]
     world.run()
     chance = random.Random(0)
     understood = taken = 0

@@ -1,4 +1,6 @@
-"""Metrics as a vector that adds up: pooled values, means over sites, and sites that have nothing to say."""
+"""Metrics as a vector that adds up: pooled values, means over sites, and sites that have nothing
+to say.
+"""
 
 from __future__ import annotations
 

@@ -8,6 +8,7 @@ from typing import Any
 from privfl.federation import coordinator as lead
 from privfl.federation import member, messages
 from privfl.federation.messages import Kind, Message, decode
+from privfl.federation.news import News
 
 RUN = bytes(range(16))
 SITES = ("a", "b", "c")
@@ -33,7 +34,13 @@ def plan(**changes: Any) -> lead.Plan:
 def hello(site: str, **changes: Any) -> Message:
     return Message.of(
         messages.Hello(
-            **{"site": site, "digest": "d", "versions": {"privfl": "1"}, "exchange_key": site * 8, "identity": f"id {site}"}
+            **{
+                "site": site,
+                "digest": "d",
+                "versions": {"privfl": "1"},
+                "exchange_key": site * 8,
+                "identity": f"id {site}",
+            }
             | changes
         )
     )
@@ -50,7 +57,7 @@ def prepared(**changes: Any) -> messages.Prepared:
         "evaluation_epsilon": 0.0,
         "metrics_noise": 0.0,
         "accountant": "rdp",
-        "book": "none",
+        "ledger": "none",
         "tag": "t",
         "pinned": False,
         "words_add": True,
@@ -60,19 +67,22 @@ def prepared(**changes: Any) -> messages.Prepared:
 
 
 HEAD = messages.SignedHead(attempt=0, ledger="l", rows=1, hash="h", signature="s")
-TRAINED = messages.Trained(event={"kind": "x"}, steps=3, epsilon=0.5, head=HEAD, span="s")
+TRAINED = messages.Trained(event={"kind": "x"}, steps=3, epsilon=0.5, head=HEAD, sealed_range="s")
 
 
 class World:
-    """A coordinator and members that exchange encoded bytes; the heavy work is replaced by fixed answers."""
+    """A coordinator and members that exchange encoded bytes; the heavy work is replaced by fixed
+    answers.
+    """
 
     def __init__(self, p: lead.Plan) -> None:
         self.plan = p
         self.state = lead.State()
         self.members = {
-            rank: member.State(site, "d", p.sites, p.rounds, p.evaluate_every) for rank, site in enumerate(p.sites, 1)
+            rank: member.State(site, "d", p.sites, p.rounds, p.evaluate_every)
+            for rank, site in enumerate(p.sites, 1)
         }
-        self.told: list[lead.Tell] = []
+        self.news: list[News] = []
         self.folded: list[int] = []
         self.wire: list[tuple[int, int, Message]] = []
         self.code: int | None = None
@@ -92,16 +102,23 @@ class World:
                 case lead.Release():
                     for rank in output.ranks:
                         for part in range(output.blocks):
-                            self.to_member(rank, replace(output.message, part=part, parts=output.blocks, bulk=b"sum"))
+                            self.to_member(
+                                rank,
+                                replace(
+                                    output.message, part=part, parts=output.blocks, bulk=b"sum"
+                                ),
+                            )
                 case lead.Tell():
-                    self.told.append(output)
+                    self.news.append(output.news)
                 case lead.Dismiss():
                     self.code = output.exit_code
 
     def to_member(self, rank: int, message: Message) -> None:
         self.wire.append((0, rank, message))
         blocks = {"update": BLOCKS, "metrics": BLOCKS}
-        self.members[rank], actions = member.step(self.members[rank], decode(*message.encode()), blocks)
+        self.members[rank], actions = member.step(
+            self.members[rank], decode(*message.encode()), blocks.__getitem__
+        )
         for action in actions:
             self.act(rank, action)
 
@@ -116,7 +133,10 @@ class World:
                 self.answer(rank, messages.Signed(signature=f"s{rank}"))
             case member.Verify():
                 if action.make_key:
-                    self.queue += [(rank, Message(Kind.SEALED_KEY, RUN, part=i, parts=len(SITES), bulk=b"key")) for i in (1, 2)]
+                    self.queue += [
+                        (rank, Message(Kind.SEALED_KEY, RUN, part=i, parts=len(SITES), bulk=b"key"))
+                        for i in (1, 2)
+                    ]
                     self.answer(rank, prepared())
             case member.Unseal():
                 self.answer(rank, prepared())
@@ -125,13 +145,20 @@ class World:
             case member.Contribute():
                 parts = BLOCKS if self.plan.path == "star" else 1
                 for part in range(parts):
-                    message = Message(Kind.CONTRIBUTION, RUN, state.round, state.attempt, part, parts, bulk=b"c")
+                    message = Message(
+                        Kind.CONTRIBUTION, RUN, state.round, state.attempt, part, parts, bulk=b"c"
+                    )
                     self.queue.append((rank, message))
                 self.members[rank] = member.contributed(state)
             case member.Combine(vector="update"):
                 self.answer(rank, messages.Applied(tag=f"t{state.round}"))
             case member.Combine(vector="metrics"):
-                self.answer(rank, messages.Measured(metrics={"accuracy": 0.5}, event=None, epsilon=0.0, head=HEAD))
+                self.answer(
+                    rank,
+                    messages.Measured(
+                        metrics={"accuracy": 0.5}, event=None, epsilon=0.0, head=HEAD
+                    ),
+                )
             case member.Write():
                 self.answer(rank, messages.Finished(model="m", log="l"))
 

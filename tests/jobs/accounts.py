@@ -1,4 +1,6 @@
-"""Run under mpiexec: `privfl train` as if every rank ran under an account of its own, which one mpiexec of one user cannot show."""
+"""Run under mpiexec: `privfl train` as if every rank ran under an account of its own, which one
+mpiexec of one user cannot show.
+"""
 
 import os
 import sys

@@ -1,4 +1,6 @@
-"""Run under mpiexec with 2 ranks: rank 1 sends envelopes that rank 0 must refuse, each before it allocates or uses anything."""
+"""Run under mpiexec with 2 ranks: rank 1 sends envelopes that rank 0 must refuse, each before it
+allocates or uses anything.
+"""
 
 import json
 import sys
@@ -27,7 +29,8 @@ for name, envelope in CASES.items():
         transport.receive(10)
     except ProtocolError:
         refused.append(name)
-    # The refusing side leaves no receive posted; a real job ends here, this test goes on with a new one.
+    # The refusing side leaves no receive posted; a real job ends here, this test goes on with a new
+    # one.
     transport._incoming = [mpi._Incoming(transport._comm, 1)]
     transport.send(1, b"next")
 if transport.rank == 0:

@@ -1,7 +1,8 @@
 """Run under mpiexec: `privfl train`, with two changes for the test that searches memories.
 
-The site that makes the run's keys leaves all of them in a file; rank 0 stops (SIGSTOP) after each thing it does, until the test has
-looked at it. Arguments: the file for the keys, then those of `privfl train`.
+The site that makes the run's keys leaves all of them in a file; rank 0 stops (SIGSTOP) after each
+thing it does, until the test has looked at it. Arguments: the file for the keys, then those of
+`privfl train`.
 """
 
 import os

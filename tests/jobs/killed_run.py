@@ -1,9 +1,10 @@
-"""A whole federation in one process that kills itself at the N-th point around what site aa writes into its ledger and sends.
+"""A whole federation in one process that kills itself at the N-th point around what site aa
+writes into its ledger and sends.
 
     python -m tests.jobs.killed_run EXPERIMENT SITES OUTPUT LEFT N
 
-LEFT is a file to which every message of aa that depends on its records is noted, on the disk, just before it leaves. With N = 0 nothing
-is killed, and the number of points is printed.
+LEFT is a file to which every message of aa that depends on its records is noted, on the disk, just
+before it leaves. With N = 0 nothing is killed, and the number of points is printed.
 """
 
 from __future__ import annotations
@@ -69,7 +70,9 @@ class Noted:
         self._points.pass_()
         # The second attempt of a round is the sum of metrics.
         account = "evaluation" if message.attempt == 2 else "training"
-        os.write(self._left, (json.dumps([message.run.hex(), message.round, account]) + "\n").encode())
+        os.write(
+            self._left, (json.dumps([message.run.hex(), message.round, account]) + "\n").encode()
+        )
         os.fsync(self._left)
         self._points.pass_()
         self._inner.send(to, head, bulk)
@@ -86,7 +89,10 @@ def main(experiment: str, sites: str, output: str, left: str, last: str) -> None
         add(self, rows)
 
     Storage.add = watched
-    settings = ("evaluation={metrics: {accuracy: 'task.py:accuracy'}, target_epsilon: 1, every: 1}", "secure_aggregation.range=4")
+    settings = (
+        "evaluation={metrics: {accuracy: 'task.py:accuracy'}, target_epsilon: 1, every: 1}",
+        "secure_aggregation.range=4",
+    )
     twin = run_twin(
         Path(experiment),
         *settings,
@@ -95,7 +101,11 @@ def main(experiment: str, sites: str, output: str, left: str, last: str) -> None
         sites=Path(sites),
         wrap=lambda transport: Noted(transport, descriptor, points),
     )
-    sys.stdout.write(json.dumps({"codes": [str(code) for code in twin.codes], "points": points.count, "err": twin.err}))
+    sys.stdout.write(
+        json.dumps(
+            {"codes": [str(code) for code in twin.codes], "points": points.count, "err": twin.err}
+        )
+    )
 
 
 if __name__ == "__main__":

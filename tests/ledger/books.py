@@ -7,7 +7,14 @@ from collections.abc import Callable, Iterable
 from contextlib import closing
 from pathlib import Path
 
-from privfl.accounting import DiscreteGaussian, Event, Gaussian, MetricRelease, PoissonGaussian, RenyiFilter
+from privfl.accounting import (
+    DiscreteGaussian,
+    Event,
+    Gaussian,
+    MetricRelease,
+    PoissonGaussian,
+    RenyiFilter,
+)
 from privfl.ledger import Ledger
 from privfl.ledger.rows import INSERT, SELECT, START, chained
 
@@ -25,7 +32,9 @@ def limit(epsilon: float = 3.0, plan: Event = STEP) -> RenyiFilter:
 
 def open_book(path: Path, epsilon: float = 3.0) -> Ledger:
     """The book of site 'north', with the same budget for both accounts."""
-    return Ledger.write(path, "north", {"training": limit(epsilon), "evaluation": limit(epsilon, METRICS)})
+    return Ledger.write(
+        path, "north", {"training": limit(epsilon), "evaluation": limit(epsilon, METRICS)}
+    )
 
 
 def a_dozen_rows(path: Path) -> Ledger:
@@ -46,11 +55,19 @@ def by_sql(path: Path, *statements: tuple[str, Iterable[object]] | str) -> None:
     """Change a book behind its back."""
     with closing(sqlite3.connect(path, isolation_level=None)) as connection:
         for statement in statements:
-            connection.execute(*((statement,) if isinstance(statement, str) else (statement[0], tuple(statement[1]))))
+            connection.execute(
+                *(
+                    (statement,)
+                    if isinstance(statement, str)
+                    else (statement[0], tuple(statement[1]))
+                )
+            )
 
 
 def rewrite(path: Path, change: Callable[[list[list[object]]], object]) -> None:
-    """Change the columns of the rows as ``change`` does in place, number them again, and make the chain fit."""
+    """Change the columns of the rows as ``change`` does in place, number them again, and make
+    the chain fit.
+    """
     with closing(sqlite3.connect(path, isolation_level=None)) as connection:
         rows = [list(row) for row in connection.execute(SELECT)]
         change(rows)

@@ -1,4 +1,6 @@
-"""Whatever ends the process: what was released was charged before, and the book goes on where it stopped."""
+"""Whatever ends the process: what was released was charged before, and the book goes on where it
+stopped.
+"""
 
 from __future__ import annotations
 
@@ -27,7 +29,9 @@ ROUNDS = 16
 
 
 def child(part: Callable[[], object]) -> int:
-    """Run ``part`` in a process of its own; how that ended, as `waitstatus`: 0, or less than 0 for a signal."""
+    """Run ``part`` in a process of its own; how that ended, as `waitstatus`: 0, or less than 0
+    for a signal.
+    """
     process = started(part)
     return os.waitstatus_to_exitcode(os.waitpid(process, 0)[1])
 
@@ -52,7 +56,15 @@ def started(part: Callable[[], object]) -> int:
 
 def meaning(row: Row) -> tuple[object, ...]:
     """All of a row but when it was written and what depends on that."""
-    return (row.kind, row.run, row.round, row.account, row.mechanism, row.steps, row.kind == "opened" or row.body)
+    return (
+        row.kind,
+        row.run,
+        row.round,
+        row.account,
+        row.mechanism,
+        row.steps,
+        row.kind == "opened" or row.body,
+    )
 
 
 def released_in(file: Path) -> list[int]:
@@ -60,7 +72,10 @@ def released_in(file: Path) -> list[int]:
 
 
 def check(path: Path, released: Path, whole: list[tuple[object, ...]] | None = None) -> int:
-    """What must hold after any end; how many rows were left. ``whole``: the rows of an undisturbed run, of which these are the first."""
+    """What must hold after any end; how many rows were left.
+
+    ``whole``: the rows of an undisturbed run, of which these are the first.
+    """
     seen = released_in(released)
     try:
         with Ledger.read(path) as book:
@@ -98,7 +113,9 @@ def check(path: Path, released: Path, whole: list[tuple[object, ...]] | None = N
 
 
 def undisturbed(folder: Path) -> tuple[list[tuple[object, ...]], int]:
-    """The rows of a run that nothing disturbs, and how many points it passes at which it could be killed."""
+    """The rows of a run that nothing disturbs, and how many points it passes at which it could
+    be killed.
+    """
     counter = itertools.count()
     work(folder / "whole", folder / "whole.released", ROUNDS, lambda: next(counter) and None)
     with Ledger.read(folder / "whole") as book:
@@ -107,7 +124,9 @@ def undisturbed(folder: Path) -> tuple[list[tuple[object, ...]], int]:
     return rows, next(counter)
 
 
-def killed_at_each(folder: Path, points: Iterable[int], whole: list[tuple[object, ...]]) -> set[int]:
+def killed_at_each(
+    folder: Path, points: Iterable[int], whole: list[tuple[object, ...]]
+) -> set[int]:
     """Kill a fresh run at each of these points; how many rows were left, of all."""
     left = set()
     for point in points:
@@ -120,7 +139,12 @@ def killed_at_each(folder: Path, points: Iterable[int], whole: list[tuple[object
                 os.kill(os.getpid(), signal.SIGKILL)
 
         path, released = place / "north.ledger", place / "released"
-        assert child(lambda path=path, released=released, tick=tick: work(path, released, ROUNDS, tick)) == -signal.SIGKILL
+        assert (
+            child(
+                lambda path=path, released=released, tick=tick: work(path, released, ROUNDS, tick)
+            )
+            == -signal.SIGKILL
+        )
         left.add(check(path, released, whole))
     return left
 
@@ -142,11 +166,13 @@ def test_killed_at_every_point(tmp_path: Path):
     assert left == set(range(len(whole) + 1)) - set(together)
 
 
-# -- in the middle of what SQLite does ----------------------------------------------------------------------------------
+# -- in the middle of what SQLite does -------------------------------------------------------------
 
 
 def killed_by_parent(folder: Path, times: int, seed: int) -> None:
-    """Kill process after process that works on the same book, each at a random instant after a few releases."""
+    """Kill process after process that works on the same book, each at a random instant after a
+    few releases.
+    """
     rng = random.Random(seed)
     path, released = folder / "north.ledger", folder / "released"
     progress = []
@@ -175,7 +201,9 @@ def test_killed_at_random_instants(tmp_path: Path):
 
 
 def out_of_room(path: Path, released: Path, size: int, action: signal.Handlers) -> int:
-    """A run of which no file may grow beyond ``size``: whoever writes further is killed in the middle of a write, or refused it."""
+    """A run of which no file may grow beyond ``size``: whoever writes further is killed in the
+    middle of a write, or refused it.
+    """
 
     def part() -> None:
         signal.signal(signal.SIGXFSZ, action)
@@ -214,8 +242,13 @@ def test_no_room_at_all_is_one_sentence(tmp_path: Path):
     check(path, released)
 
 
-# The system calls that change a file, and how many rows of two rounds may be left after one of them never came.
-CALLS = {"pwrite64": {0, 1, 2, 4, 6, 7}, "fdatasync": {0, 1, 2, 4, 6, 7, 8}, "unlink": {0, 1, 2, 4, 6, 7}}
+# The system calls that change a file, and how many rows of two rounds may be left after one of them
+# never came.
+CALLS = {
+    "pwrite64": {0, 1, 2, 4, 6, 7},
+    "fdatasync": {0, 1, 2, 4, 6, 7, 8},
+    "unlink": {0, 1, 2, 4, 6, 7},
+}
 
 
 @pytest.mark.long
@@ -229,9 +262,18 @@ def test_killed_before_each_system_call_of_sqlite(tmp_path: Path, call: str):
         place = tmp_path / str(number)
         place.mkdir()
         path, released = place / "north.ledger", place / "released"
-        command = ["strace", "-f", "-o", "/dev/null", "-e", f"inject={call}:signal=KILL:when={number}"]
+        command = [
+            "strace",
+            "-f",
+            "-o",
+            "/dev/null",
+            "-e",
+            f"inject={call}:signal=KILL:when={number}",
+        ]
         done = subprocess.run(
-            [*command, sys.executable, "-m", "tests.ledger.worker", path, released, "2"], cwd=ROOT, capture_output=True
+            [*command, sys.executable, "-m", "tests.ledger.worker", path, released, "2"],
+            cwd=ROOT,
+            capture_output=True,
         )
         if done.returncode == 0:
             break

@@ -1,4 +1,6 @@
-"""A book that the disk, or a hand, has changed: it is found damaged, or what it says is the same."""
+"""A book that the disk, or a hand, has changed: it is found damaged, or what it says is the
+same.
+"""
 
 from __future__ import annotations
 
@@ -12,8 +14,8 @@ import numpy as np
 import pytest
 
 from privfl.accounting import ACCOUNTS
-from privfl.errors import PrivflError
-from privfl.ledger import DamagedError, Ledger
+from privfl.errors import DamagedError, PrivflError
+from privfl.ledger import Ledger
 from privfl.ledger.rows import chained
 from tests.ledger.books import RUN, STEP, a_dozen_rows, by_sql, open_book
 
@@ -25,9 +27,15 @@ def path(tmp_path: Path) -> Path:
 
 
 def flipped(path: Path, places: Iterable[int], seed: int) -> tuple[int, int]:
-    """Flip a random bit of each byte in turn, in a fresh copy each; how often that was found, and how often it changed nothing."""
+    """Flip a random bit of each byte in turn, in a fresh copy each; how often that was found,
+    and how often it changed nothing.
+    """
     with Ledger.read(path) as book:
-        rows, spent, filters = book.rows, [book.spent(account) for account in ACCOUNTS], book.filters
+        rows, spent, filters = (
+            book.rows,
+            [book.spent(account) for account in ACCOUNTS],
+            book.filters,
+        )
     good, copy, rng = path.read_bytes(), path.with_name("copy.ledger"), random.Random(seed)
     found = same = 0
     for place in places:
@@ -97,7 +105,7 @@ def test_a_page_of_zeros_is_found_or_changes_nothing(path: Path, page: int):
         pass
 
 
-# -- stored values ------------------------------------------------------------------------------------------------------
+# -- stored values ---------------------------------------------------------------------------------
 
 
 def texts_near(text: str) -> Iterable[str]:
@@ -130,7 +138,9 @@ def assert_damaged(path: Path, what: object) -> None:
     said = f"not found: {what}"
     with contextlib.suppress(DamagedError), Ledger.read(path):
         pytest.fail(said)
-    with pytest.raises(DamagedError, match=r"^the ledger [^\n]* is damaged: [^\n]*; restore a copy"):
+    with pytest.raises(
+        DamagedError, match=r"^the ledger [^\n]* is damaged: [^\n]*; restore a copy"
+    ):
         Ledger.read(path)
 
 
@@ -158,7 +168,8 @@ def test_every_changed_number_of_a_mechanism_and_of_the_limits_is_found(path: Pa
         bodies = {row.number: row.body for row in book.rows if row.kind in ("opened", "mechanism")}
     assert sorted(bodies) == [1, 3, 5, 9]
     for number, body in bodies.items():
-        # Every digit in turn, of a sample of them: exponents, signs and the last place of a double are among them.
+        # Every digit in turn, of a sample of them: exponents, signs and the last place of a double
+        # are among them.
         digits = [place for place, character in enumerate(body) if character.isdigit()]
         for place in random.Random(number).sample(digits, 60):
             other = body[:place] + str((int(body[place]) + 1) % 10) + body[place + 1 :]
@@ -172,12 +183,30 @@ def test_every_changed_number_of_a_mechanism_and_of_the_limits_is_found(path: Pa
     [
         ["DELETE FROM rows WHERE number = 5"],
         ["DELETE FROM rows WHERE number = 1"],
-        ["DELETE FROM rows WHERE number = 5", "UPDATE rows SET number = number - 1 WHERE number > 5"],
-        ["UPDATE rows SET number = 100 WHERE number = 11", "UPDATE rows SET number = 11 WHERE number = 12"],
-        ["UPDATE rows SET number = -number WHERE number IN (7, 8)", "UPDATE rows SET number = 15 + number WHERE number < 0"],
-        ["INSERT INTO rows SELECT 13, time, kind, run, round, account, mechanism, steps, body, hash FROM rows WHERE number = 8"],
-        ["INSERT INTO rows SELECT 0, time, kind, run, round, account, mechanism, steps, body, hash FROM rows WHERE number = 8"],
-        ["INSERT INTO rows SELECT 14, time, kind, run, round, account, mechanism, steps, body, hash FROM rows WHERE number = 8"],
+        [
+            "DELETE FROM rows WHERE number = 5",
+            "UPDATE rows SET number = number - 1 WHERE number > 5",
+        ],
+        [
+            "UPDATE rows SET number = 100 WHERE number = 11",
+            "UPDATE rows SET number = 11 WHERE number = 12",
+        ],
+        [
+            "UPDATE rows SET number = -number WHERE number IN (7, 8)",
+            "UPDATE rows SET number = 15 + number WHERE number < 0",
+        ],
+        [
+            "INSERT INTO rows SELECT 13, time, kind, run, round, account, mechanism, steps, body, "
+            "hash FROM rows WHERE number = 8"
+        ],
+        [
+            "INSERT INTO rows SELECT 0, time, kind, run, round, account, mechanism, steps, body, "
+            "hash FROM rows WHERE number = 8"
+        ],
+        [
+            "INSERT INTO rows SELECT 14, time, kind, run, round, account, mechanism, steps, body, "
+            "hash FROM rows WHERE number = 8"
+        ],
         ["ALTER TABLE rows RENAME COLUMN body TO corpse"],
         ["ALTER TABLE rows DROP COLUMN body"],
         ["UPDATE rows SET run = x'6162' || run WHERE number = 4"],
@@ -199,13 +228,21 @@ def test_a_row_with_a_hash_of_its_own_breaks_the_next(path: Path):
     with Ledger.read(path) as book:
         rows = book.rows
     forged = rows[9]._replace(steps=1)
-    by_sql(path, ("UPDATE rows SET steps = 1, hash = ? WHERE number = 10", (chained(rows[8].hash, tuple(forged[:9])),)))
+    by_sql(
+        path,
+        (
+            "UPDATE rows SET steps = 1, hash = ? WHERE number = 10",
+            (chained(rows[8].hash, tuple(forged[:9])),),
+        ),
+    )
     with pytest.raises(DamagedError, match="row 11 was changed"):
         Ledger.read(path)
 
 
 def test_a_row_of_another_history_does_not_fit(path: Path):
-    """Two copies of one book that went on apart, as after a backup: rows of one are no rows of the other."""
+    """Two copies of one book that went on apart, as after a backup: rows of one are no rows of
+    the other.
+    """
     other = path.with_name("other.ledger")
     other.write_bytes(path.read_bytes())
     for copy, steps in ((path, 5), (other, 1)):

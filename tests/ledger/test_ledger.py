@@ -1,4 +1,6 @@
-"""The book: what was charged is there after reopening, to the last bit, and nothing is charged that the budget does not admit."""
+"""The book: what was charged is there after reopening, to the last bit, and nothing is charged
+that the budget does not admit.
+"""
 
 from __future__ import annotations
 
@@ -12,11 +14,11 @@ import numpy as np
 import pytest
 
 from privfl.accounting import ACCOUNTS, Event, Gaussian, NonPrivate, epsilon_of
-from privfl.errors import InternalError, PrivflError
-from privfl.ledger import BudgetError, Head, Ledger, head_bytes
+from privfl.errors import BudgetError, InternalError, PrivflError
+from privfl.ledger import Head, Ledger, head_bytes
 from tests.ledger.books import METRICS, OTHER, RUN, STEP, a_dozen_rows, limit, open_book, rewrite
 
-# -- writing and reading ------------------------------------------------------------------------------------------------
+# -- writing and reading ---------------------------------------------------------------------------
 
 
 def test_a_reopened_book_says_the_same(path: Path):
@@ -38,12 +40,22 @@ def test_a_reopened_book_says_the_same(path: Path):
 
 def test_what_is_spent_is_what_was_charged(path: Path):
     with a_dozen_rows(path) as book:
-        for account, events in (("training", [STEP.times(17), OTHER.times(2)]), ("evaluation", [METRICS.times(3)])):
+        for account, events in (
+            ("training", [STEP.times(17), OTHER.times(2)]),
+            ("evaluation", [METRICS.times(3)]),
+        ):
             expected = sum(book.filters[account].cost(event) for event in events)
             np.testing.assert_allclose(book.spent(account), expected, rtol=1e-12)
-            charged = [book.events[number].times(count) for number, count in book.steps(account).items() if count]
+            charged = [
+                book.events[number].times(count)
+                for number, count in book.steps(account).items()
+                if count
+            ]
             assert sorted(charged, key=repr) == sorted(events, key=repr)
-            assert book.filters[account].epsilon_of(book.spent(account)) >= epsilon_of(events, 1e-5).upper
+            assert (
+                book.filters[account].epsilon_of(book.spent(account))
+                >= epsilon_of(events, 1e-5).upper
+            )
 
 
 def test_each_mechanism_is_described_once(path: Path):
@@ -95,7 +107,9 @@ def test_a_book_may_have_no_limit(path: Path):
 def test_another_sites_book_is_refused(path: Path):
     a_dozen_rows(path).close()
     before = path.read_bytes()
-    with pytest.raises(PrivflError, match=r"is the book of site north, not of south; name another file"):
+    with pytest.raises(
+        PrivflError, match=r"is the book of site north, not of south; name another file"
+    ):
         Ledger.write(path, "south", {})
     assert path.read_bytes() == before
     open_book(path).close()
@@ -107,7 +121,7 @@ def test_the_first_row_decides_on_the_budget(path: Path):
         assert book.filters["training"].epsilon == 3.0
 
 
-# -- the budget ---------------------------------------------------------------------------------------------------------
+# -- the budget ------------------------------------------------------------------------------------
 
 
 def test_a_budget_admits_exactly_so_many_charges(path: Path):
@@ -130,13 +144,23 @@ def test_a_budget_admits_exactly_so_many_charges(path: Path):
 
 
 @pytest.mark.parametrize(
-    "event", [STEP.times(100_000), OTHER.times(100_000), NonPrivate(what="x"), Gaussian(noise_multiplier=0.0)]
+    "event",
+    [
+        STEP.times(100_000),
+        OTHER.times(100_000),
+        NonPrivate(what="x"),
+        Gaussian(noise_multiplier=0.0),
+    ],
 )
 def test_a_refused_charge_leaves_nothing(path: Path, event: Event):
     with open_book(path) as book:
         before, file = list(book.rows), path.read_bytes()
         with pytest.raises(
-            BudgetError, match=r"budget of site north for its training records \(epsilon 3 at delta 1e-05, ledger "
+            BudgetError,
+            match=(
+                r"budget of site north for its training records \(epsilon 3 at delta 1e-05, "
+                r"ledger "
+            ),
         ):
             book.charge("training", event, RUN, 1)
         assert book.rows == before
@@ -164,7 +188,7 @@ def test_a_charge_of_no_steps_costs_nothing(path: Path):
         np.testing.assert_array_equal(book.spent("training"), 0.0)
 
 
-# -- refunds ------------------------------------------------------------------------------------------------------------
+# -- refunds ---------------------------------------------------------------------------------------
 
 
 def test_a_refund_restores_what_was_spent_to_the_last_bit(path: Path):
@@ -203,7 +227,7 @@ def test_a_charge_is_refunded_once(path: Path):
 def test_what_left_is_not_refunded(path: Path):
     with open_book(path) as book:
         charge, other = book.charge("training", STEP, RUN, 1), book.charge("training", STEP, RUN, 2)
-        book.leaves(charge)
+        book.make_final(charge)
         with pytest.raises(InternalError, match="may not be refunded"):
             book.refund(charge, "peer")
         book.refund(other, "peer")
@@ -221,7 +245,7 @@ def test_a_charge_from_before_is_not_refunded(path: Path):
         assert len(book.rows) == 3
 
 
-# -- heads --------------------------------------------------------------------------------------------------------------
+# -- heads -----------------------------------------------------------------------------------------
 
 
 def heads_of(path: Path) -> list[Head]:
@@ -250,7 +274,10 @@ def test_a_cut_tail_is_named(path: Path):
     with Ledger.read(path) as book:
         assert book.problems() == []
         assert [book.compare(head) for head in heads[:9]] == [None] * 9
-        assert book.compare(heads[11]) == "rows 10 to 12 are missing at the end, although its head was shown"
+        assert (
+            book.compare(heads[11])
+            == "rows 10 to 12 are missing at the end, although its head was shown"
+        )
         assert "row 10 is missing" in str(book.compare(heads[9]))
 
 
@@ -298,7 +325,10 @@ def test_a_signed_head_is_of_one_moment_of_one_run():
 
 
 def test_a_run_has_a_name_of_its_own(path: Path):
-    with a_dozen_rows(path) as book, pytest.raises(PrivflError, match="a run must have a name of its own"):
+    with (
+        a_dozen_rows(path) as book,
+        pytest.raises(PrivflError, match="a run must have a name of its own"),
+    ):
         book.begin_run(RUN, {})
 
 
@@ -326,13 +356,15 @@ class Interrupted(sqlite3.Connection):
 
 @pytest.fixture
 def interrupted(path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[[Event], Ledger]:
-    """Python runs signal handlers between any two instructions: also between the commit and the object's own notes of it. A book that this
-    befell when it charged an event for round 1.
+    """Python runs signal handlers between any two instructions: also between the commit and the
+    object's own notes of it. A book that this befell when it charged an event for round 1.
     """
 
     def charged(event: Event) -> Ledger:
         with monkeypatch.context() as patch:
-            patch.setattr(sqlite3, "connect", functools.partial(sqlite3.connect, factory=Interrupted))
+            patch.setattr(
+                sqlite3, "connect", functools.partial(sqlite3.connect, factory=Interrupted)
+            )
             book = open_book(path)
         with monkeypatch.context() as patch:
             patch.setattr(Interrupted, "armed", True)
@@ -344,17 +376,24 @@ def interrupted(path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[[Event]
 
 
 @pytest.mark.parametrize("event", [STEP, OTHER], ids=["the same", "another"])
-def test_a_charge_after_an_interrupted_one(path: Path, interrupted: Callable[[Event], Ledger], event: Event):
+def test_a_charge_after_an_interrupted_one(
+    path: Path, interrupted: Callable[[Event], Ledger], event: Event
+):
     with interrupted(STEP.times(3)) as book:
         book.charge("training", event.times(2), RUN, 2)
     with Ledger.read(path) as book:
-        assert [book.events[row.mechanism].times(row.steps) for row in book.charges()] == [STEP.times(3), event.times(2)]
+        assert [book.events[row.mechanism].times(row.steps) for row in book.charges()] == [
+            STEP.times(3),
+            event.times(2),
+        ]
         expected = 3 * limit().cost(STEP) + 2 * limit().cost(event)
         np.testing.assert_allclose(book.spent("training"), expected, rtol=1e-12)
         assert book.problems() == []
 
 
-def test_an_interrupted_charge_counts_against_the_budget(path: Path, interrupted: Callable[[Event], Ledger]):
+def test_an_interrupted_charge_counts_against_the_budget(
+    path: Path, interrupted: Callable[[Event], Ledger]
+):
     fits = limit().times(limit().nothing(), limit().cost(STEP))
     with interrupted(STEP.times(fits)) as book, pytest.raises(BudgetError, match="0 would fit"):
         book.charge("training", STEP.times(fits), RUN, 2)

@@ -1,4 +1,6 @@
-"""Books that a hand changed and whose chain fits all the same: opening one, or a fresh look, finds what no run would have written."""
+"""Books that a hand changed and whose chain fits all the same: opening one, or a fresh look,
+finds what no run would have written.
+"""
 
 from __future__ import annotations
 
@@ -6,17 +8,22 @@ from pathlib import Path
 
 import pytest
 
-from privfl.ledger import DamagedError, Ledger
+from privfl.errors import DamagedError
+from privfl.ledger import Ledger
 from tests.ledger.books import RUN, STEP, a_dozen_rows, by_sql, limit, open_book, rewrite
 
 
 def test_a_refund_after_its_run_is_found(path: Path):
-    """Whoever can write the file could else take back old charges under a chain and heads that fit."""
+    """Whoever can write the file could else take back old charges under a chain and heads that
+    fit.
+    """
     a_dozen_rows(path).close()
 
     def refund(rows: list[list[object]]) -> None:
         rows.append([13, rows[1][1], "run", "cd" * 16, 0, "", 0, 0, "{}", ""])
-        rows.append([14, *rows[11][1:2], "refund", *rows[11][3:8], '{"cause": "peer", "charge": 12}', ""])
+        rows.append(
+            [14, *rows[11][1:2], "refund", *rows[11][3:8], '{"cause": "peer", "charge": 12}', ""]
+        )
 
     rewrite(path, refund)
     with pytest.raises(DamagedError, match="would not have written"):
@@ -25,12 +32,16 @@ def test_a_refund_after_its_run_is_found(path: Path):
 
 def test_triggers_are_refused(path: Path):
     a_dozen_rows(path).close()
-    by_sql(path, "CREATE TRIGGER eat AFTER INSERT ON rows BEGIN DELETE FROM rows WHERE number = new.number; END")
+    by_sql(
+        path,
+        "CREATE TRIGGER eat AFTER INSERT ON rows BEGIN DELETE FROM rows WHERE number = new.number; "
+        "END",
+    )
     with pytest.raises(DamagedError, match="triggers or views"):
         open_book(path)
 
 
-# -- a rewritten book whose chain fits ----------------------------------------------------------------------------------
+# -- a rewritten book whose chain fits -------------------------------------------------------------
 
 
 def found_by_a_look(path: Path) -> list[str]:
@@ -61,7 +72,9 @@ def test_a_charge_beyond_the_budget_is_found(path: Path):
         rows[9][7] = 10**6
 
     rewrite(path, more)
-    assert found_by_a_look(path) == [f"the charge in row {number} is beyond the budget" for number in (10, 12)]
+    assert found_by_a_look(path) == [
+        f"the charge in row {number} is beyond the budget" for number in (10, 12)
+    ]
 
 
 def test_a_budget_that_was_filled_exactly_is_no_problem(path: Path):

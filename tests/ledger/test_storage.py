@@ -1,4 +1,6 @@
-"""The file under a book: one writer, its owner's only, on a local disk, and never a file that is somebody else's."""
+"""The file under a book: one writer, its owner's only, on a local disk, and never a file that is
+somebody else's.
+"""
 
 from __future__ import annotations
 
@@ -14,14 +16,16 @@ from pathlib import Path
 
 import pytest
 
-from privfl.errors import PrivflError
-from privfl.ledger import DamagedError, Ledger, storage
+from privfl.errors import DamagedError, PrivflError
+from privfl.ledger import Ledger, storage
 from privfl.ledger.storage import APPLICATION, Storage, file_system
 from tests.conftest import ROOT
 from tests.ledger.books import RUN, STEP, a_dozen_rows, by_sql, open_book
 
 
-def refused(action: Callable[[], object], *parts: str, kind: type[PrivflError] = PrivflError) -> None:
+def refused(
+    action: Callable[[], object], *parts: str, kind: type[PrivflError] = PrivflError
+) -> None:
     """``action`` ends with one sentence that has all of ``parts``."""
     with pytest.raises(PrivflError) as found:
         action()
@@ -32,7 +36,7 @@ def refused(action: Callable[[], object], *parts: str, kind: type[PrivflError] =
         assert part in said
 
 
-# -- one writer ---------------------------------------------------------------------------------------------------------
+# -- one writer ------------------------------------------------------------------------------------
 
 HOLDER = """
 import sys, time
@@ -45,11 +49,18 @@ time.sleep(600)
 
 
 def test_a_second_writer_is_refused_until_the_first_is_killed(path: Path):
-    holder = subprocess.Popen([sys.executable, "-c", HOLDER, str(path)], stdout=subprocess.PIPE, cwd=ROOT)
+    holder = subprocess.Popen(
+        [sys.executable, "-c", HOLDER, str(path)], stdout=subprocess.PIPE, cwd=ROOT
+    )
     try:
         assert holder.stdout is not None
         assert holder.stdout.readline() == b"1\n"
-        refused(lambda: open_book(path), "is in use by another run", f"process {holder.pid} on {os.uname().nodename}", "wait")
+        refused(
+            lambda: open_book(path),
+            "is in use by another run",
+            f"process {holder.pid} on {os.uname().nodename}",
+            "wait",
+        )
         with Ledger.read(path) as book:
             assert len(book.rows) == 1
     finally:
@@ -119,7 +130,7 @@ def test_a_reader_works_beside_a_writer(path: Path):
                 assert look.head == other.head != book.head
 
 
-# -- the file itself ----------------------------------------------------------------------------------------------------
+# -- the file itself -------------------------------------------------------------------------------
 
 
 def test_it_is_for_its_owner_only(path: Path):
@@ -152,7 +163,12 @@ def test_a_full_disk_is_one_sentence_and_adds_nothing(path: Path):
         pages = book._storage._connection.execute("PRAGMA page_count").fetchone()[0]
         book._storage._connection.execute(f"PRAGMA max_page_count = {pages}")
         spent = book.spent("training")
-        refused(lambda: book.begin_run("cd" * 16, {"long": "x" * 100_000}), "cannot use the ledger", "full", "look at its disk")
+        refused(
+            lambda: book.begin_run("cd" * 16, {"long": "x" * 100_000}),
+            "cannot use the ledger",
+            "full",
+            "look at its disk",
+        )
         assert book.rows == rows
         assert (book.spent("training") == spent).all()
         assert path.read_bytes() == before
@@ -163,11 +179,16 @@ def test_a_full_disk_is_one_sentence_and_adds_nothing(path: Path):
         assert book.problems() == []
 
 
-# -- not a book ---------------------------------------------------------------------------------------------------------
+# -- not a book ------------------------------------------------------------------------------------
 
 
 def foreign(path: Path, *, wal: bool = False) -> None:
-    by_sql(path, *(["PRAGMA journal_mode=WAL"] if wal else []), "CREATE TABLE notes (text)", "INSERT INTO notes VALUES ('mine')")
+    by_sql(
+        path,
+        *(["PRAGMA journal_mode=WAL"] if wal else []),
+        "CREATE TABLE notes (text)",
+        "INSERT INTO notes VALUES ('mine')",
+    )
 
 
 def newer(path: Path) -> None:
@@ -197,7 +218,10 @@ NOT_BOOKS = {
     "database with such a table": (foreign_rows, "is not a ledger of privfl"),
     "cut": (cut_short, "is damaged"),
     "newer": (newer, "written by a newer privfl (format 2); install that one"),
-    "newer with an index": (newer_with_an_index, "written by a newer privfl (format 2); install that one"),
+    "newer with an index": (
+        newer_with_an_index,
+        "written by a newer privfl (format 2); install that one",
+    ),
 }
 
 
@@ -225,7 +249,11 @@ def test_a_folder_is_refused(path: Path):
 
 
 def test_a_folder_that_does_not_exist_is_named(path: Path):
-    refused(lambda: open_book(path / "deeper" / "x"), f"cannot use the ledger {path}/deeper/x", "No such file")
+    refused(
+        lambda: open_book(path / "deeper" / "x"),
+        f"cannot use the ledger {path}/deeper/x",
+        "No such file",
+    )
     refused(lambda: Ledger.read(path), f"there is no ledger {path}")
     assert not path.exists()
 
@@ -239,7 +267,7 @@ def test_an_empty_file_begins_a_book(path: Path):
         assert len(book.rows) == 3
 
 
-# -- older files --------------------------------------------------------------------------------------------------------
+# -- older files -----------------------------------------------------------------------------------
 
 
 def test_an_older_file_is_brought_up_to_date(path: Path, monkeypatch: pytest.MonkeyPatch):
@@ -286,13 +314,17 @@ def test_a_migration_that_fails_changes_nothing(path: Path, monkeypatch: pytest.
 def test_a_migration_may_add_to_the_file(path: Path, monkeypatch: pytest.MonkeyPatch):
     a_dozen_rows(path).close()
     monkeypatch.setattr(storage, "VERSION", 2)
-    monkeypatch.setattr(storage, "MIGRATIONS", {1: lambda connection: connection.execute("CREATE INDEX runs ON rows (run)")})
+    monkeypatch.setattr(
+        storage,
+        "MIGRATIONS",
+        {1: lambda connection: connection.execute("CREATE INDEX runs ON rows (run)")},
+    )
     for _ in range(2):
         with open_book(path) as book:
             assert len(book.rows) == 12
 
 
-# -- network file systems -----------------------------------------------------------------------------------------------
+# -- network file systems --------------------------------------------------------------------------
 
 MOUNTS = r"""
 21 1 254:0 / / rw,relatime - ext4 /dev/vda rw
@@ -338,7 +370,9 @@ def test_the_file_system_of_a_place(tmp_path: Path, place: str, kind: str):
 
 def test_the_file_system_behind_a_link(tmp_path: Path):
     mounts = tmp_path / "mountinfo"
-    mounts.write_text(f"21 1 254:0 / / rw - ext4 /dev/vda rw\n22 21 0:1 / {tmp_path}/far rw - nfs server:/ rw\n")
+    mounts.write_text(
+        f"21 1 254:0 / / rw - ext4 /dev/vda rw\n22 21 0:1 / {tmp_path}/far rw - nfs server:/ rw\n"
+    )
     (tmp_path / "far").mkdir()
     (tmp_path / "near").symlink_to(tmp_path / "far")
     assert file_system(tmp_path / "near" / "x", mounts=str(mounts)) == "nfs"
@@ -351,10 +385,16 @@ def test_a_system_that_does_not_say(tmp_path: Path):
     assert file_system(tmp_path / "x") != ""
 
 
-@pytest.mark.parametrize("kind", ["nfs", "nfs4", "cifs", "lustre", "sshfs", "gpfs", "beegfs", "ceph"])
+@pytest.mark.parametrize(
+    "kind", ["nfs", "nfs4", "cifs", "lustre", "sshfs", "gpfs", "beegfs", "ceph"]
+)
 def test_a_network_file_system_needs_leave(path: Path, monkeypatch: pytest.MonkeyPatch, kind: str):
     monkeypatch.setattr(storage, "file_system", lambda _: kind)
-    refused(lambda: Ledger.write(path, "north", {}), f"network file system ({kind})", "network_file_system: true")
+    refused(
+        lambda: Ledger.write(path, "north", {}),
+        f"network file system ({kind})",
+        "network_file_system: true",
+    )
     assert list(path.parent.iterdir()) == []
     with Ledger.write(path, "north", {}, network=True) as book:
         book.charge("training", STEP, RUN, 1)

@@ -1,6 +1,8 @@
-"""A process that charges and releases, as a site does, until it ends or is ended: `python -m tests.ledger.worker BOOK RELEASED ROUNDS`.
+"""A process that charges and releases, as a site does, until it ends or is ended: `python -m
+tests.ledger.worker BOOK RELEASED ROUNDS`.
 
-Everything it does to the book and to the outside is announced to `tick`, just before and just after, so that it can be killed there.
+Everything it does to the book and to the outside is announced to `tick`, just before and just
+after, so that it can be killed there.
 """
 
 from __future__ import annotations
@@ -26,7 +28,9 @@ def release(released: Path, charge: int) -> None:
 
 
 def work(path: Path, released: Path, rounds: int, tick: Callable[[], None] = lambda: None) -> None:
-    """Open the book and run: every third round a new mechanism until there are no more, some rounds with metrics, some taken back."""
+    """Open the book and run: every third round a new mechanism until there are no more, some
+    rounds with metrics, some taken back.
+    """
 
     class Announcing(sqlite3.Connection):
         def execute(self, *arguments: Any) -> sqlite3.Cursor:
@@ -42,7 +46,9 @@ def work(path: Path, released: Path, rounds: int, tick: Callable[[], None] = lam
         tick()
 
     with (
-        mock.patch.object(sqlite3, "connect", functools.partial(sqlite3.connect, factory=Announcing)),
+        mock.patch.object(
+            sqlite3, "connect", functools.partial(sqlite3.connect, factory=Announcing)
+        ),
         open_book(path) as book,
     ):
         run = f"{len(book.rows):032x}"
@@ -52,11 +58,11 @@ def work(path: Path, released: Path, rounds: int, tick: Callable[[], None] = lam
             if round_ % 4 == 2:
                 book.refund(charge, "peer")
                 continue
-            book.leaves(charge)
+            book.make_final(charge)
             leave(charge.number)
             if round_ % 5 == 1:
                 charge = book.charge("evaluation", METRICS, run, round_)
-                book.leaves(charge)
+                book.make_final(charge)
                 leave(charge.number)
 
 

@@ -1,4 +1,6 @@
-"""A headless Chromium, spoken to over two pipes in its DevTools protocol; nothing but the standard library."""
+"""A headless Chromium, spoken to over two pipes in its DevTools protocol; nothing but the
+standard library.
+"""
 
 from __future__ import annotations
 
@@ -16,7 +18,14 @@ import time
 from pathlib import Path
 from typing import Any
 
-PROGRAM = next((found for name in ("chromium", "chromium-browser", "google-chrome") if (found := shutil.which(name))), None)
+PROGRAM = next(
+    (
+        found
+        for name in ("chromium", "chromium-browser", "google-chrome")
+        if (found := shutil.which(name))
+    ),
+    None,
+)
 _FLAGS = (
     "--headless=new",
     "--remote-debugging-pipe",
@@ -26,7 +35,12 @@ _FLAGS = (
     "--disable-extensions",
 )
 # What Chromium itself would like to fetch.
-_QUIET = ("--disable-background-networking", "--disable-component-update", "--disable-sync", "--no-default-browser-check")
+_QUIET = (
+    "--disable-background-networking",
+    "--disable-component-update",
+    "--disable-sync",
+    "--no-default-browser-check",
+)
 
 
 class Browser:
@@ -45,7 +59,14 @@ class Browser:
 
         sandbox = ("--no-sandbox",) if os.getuid() == 0 else ()
         self._process = subprocess.Popen(
-            [PROGRAM, *_FLAGS, *_QUIET, *sandbox, f"--user-data-dir={self._folder.name}", "about:blank"],
+            [
+                PROGRAM,
+                *_FLAGS,
+                *_QUIET,
+                *sandbox,
+                f"--user-data-dir={self._folder.name}",
+                "about:blank",
+            ],
             stdin=subprocess.DEVNULL,
             stdout=subprocess.DEVNULL,
             stderr=subprocess.DEVNULL,
@@ -57,8 +78,14 @@ class Browser:
             os.close(end)
         self._rest, self._number, self._session = b"", 0, ""
         self.events: list[dict[str, Any]] = []
-        pages = [target for target in self.ask("Target.getTargets")["targetInfos"] if target["type"] == "page"]
-        self._session = self.ask("Target.attachToTarget", targetId=pages[0]["targetId"], flatten=True)["sessionId"]
+        pages = [
+            target
+            for target in self.ask("Target.getTargets")["targetInfos"]
+            if target["type"] == "page"
+        ]
+        self._session = self.ask(
+            "Target.attachToTarget", targetId=pages[0]["targetId"], flatten=True
+        )["sessionId"]
         for domain in ("Page", "Network", "Log", "Runtime"):
             self.ask(f"{domain}.enable")
 
@@ -102,10 +129,24 @@ class Browser:
         line, self._rest = self._rest.split(b"\0", 1)
         return json.loads(line)
 
-    def open(self, file: Path, *, width: int, height: int = 900, media: str = "screen", dark: bool = False) -> None:
+    def open(
+        self,
+        file: Path,
+        *,
+        width: int,
+        height: int = 900,
+        media: str = "screen",
+        dark: bool = False,
+    ) -> None:
         """Load a file in a window of this width, and wait until nothing more happens."""
         self.events.clear()
-        self.ask("Emulation.setDeviceMetricsOverride", width=width, height=height, deviceScaleFactor=1, mobile=width < 600)
+        self.ask(
+            "Emulation.setDeviceMetricsOverride",
+            width=width,
+            height=height,
+            deviceScaleFactor=1,
+            mobile=width < 600,
+        )
         features = [{"name": "prefers-color-scheme", "value": "dark" if dark else "light"}]
         self.ask("Emulation.setEmulatedMedia", media=media, features=features)
         self.ask("Page.navigate", url=file.as_uri())
@@ -125,8 +166,12 @@ class Browser:
     def pdf(self) -> bytes:
         """The page on paper, as its style sheet asks."""
         self.ask("Emulation.setEmulatedMedia", media="print")
-        return base64.b64decode(self.ask("Page.printToPDF", preferCSSPageSize=True, printBackground=True)["data"])
+        return base64.b64decode(
+            self.ask("Page.printToPDF", preferCSSPageSize=True, printBackground=True)["data"]
+        )
 
     def picture(self) -> bytes:
         """The whole page as PNG."""
-        return base64.b64decode(self.ask("Page.captureScreenshot", captureBeyondViewport=True)["data"])
+        return base64.b64decode(
+            self.ask("Page.captureScreenshot", captureBeyondViewport=True)["data"]
+        )

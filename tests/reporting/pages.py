@@ -8,7 +8,6 @@ from privfl.reporting.schema import (
     FORMAT,
     Account,
     Adversary,
-    Book,
     Budget,
     Charge,
     Check,
@@ -18,16 +17,26 @@ from privfl.reporting.schema import (
     Point,
     Report,
     Run,
+    SiteReport,
 )
 
 HOSTILE = "<script>alert(1)</script>\"'&{{ 7*7 }}$x_2$\u202e\x00"
-FINE = [Check(what="chain", ok=True, detail="the hashes of all 71 rows fit"), Check(what="heads", ok=True, detail="9 heads fit")]
+FINE = [
+    Check(what="chain", ok=True, detail="the hashes of all 71 rows fit"),
+    Check(what="heads", ok=True, detail="9 heads fit"),
+]
 BROKEN = [FINE[0], Check(what="heads", ok=False, detail="rows were cut off")]
 UNSEEN = [FINE[0], Check(what="heads", ok=None, detail="no head was given")]
 LONG = "universitaetsklinikum-am-anderen-ende-des-langen-tales-abteilung-fuer-herz-und-gefaesse"
 
 
-def cost(epsilon: Epsilon = 1.23456, *, kept: bool = True, kind: str = "poisson_gaussian", persons: bool = True) -> Cost:
+def cost(
+    epsilon: Epsilon = 1.23456,
+    *,
+    kept: bool = True,
+    kind: str = "poisson_gaussian",
+    persons: bool = True,
+) -> Cost:
     person = Person(records=3, epsilon=4.00011, delta=2e-5) if persons else None
     return Cost(
         mechanism=kind,
@@ -44,10 +53,16 @@ def cost(epsilon: Epsilon = 1.23456, *, kept: bool = True, kind: str = "poisson_
     )
 
 
-def book(
-    site: str = "zurich", *, runs: int | list[Run] = 2, kept: bool = True, points: int = 20, members: int = 3, **changes: object
-) -> Book:
-    """A book with so many points on its curve, in which run i is 'f00i...'."""
+def site_report(
+    site: str = "zurich",
+    *,
+    runs: int | list[Run] = 2,
+    kept: bool = True,
+    points: int = 20,
+    members: int = 3,
+    **changes: object,
+) -> SiteReport:
+    """A report on one site with so many points on its curve, in which run i is 'f00i...'."""
     text = str(changes.pop("text", "heart.py:model"))
     spent = changes.pop("spent", 1.9718810197)
     private = bool(changes.pop("private", True))
@@ -57,7 +72,10 @@ def book(
     stamps = [f"2026-03-{1 + i % 28:02d}T10:{i % 60:02d}:07Z" for i in range(points)]
     run_at = [names[i * runs // points] for i in range(points)]
     infinite = spent == "infinite"
-    values: list[Epsilon] = ["infinite" if infinite else 0.5 + (float(spent) - 0.5) * i / (points - 1) for i in range(points)]
+    values: list[Epsilon] = [
+        "infinite" if infinite else 0.5 + (float(spent) - 0.5) * i / (points - 1)
+        for i in range(points)
+    ]
 
     def account(name: str) -> Account:
         charges = [
@@ -78,7 +96,11 @@ def book(
         ]
         curve = [
             Point(
-                charge=i + 1, time=stamps[i], run=run_at[i], round=i + 1, epsilon=value if name == "training" else 0.1 + i / 100
+                charge=i + 1,
+                time=stamps[i],
+                run=run_at[i],
+                round=i + 1,
+                epsilon=value if name == "training" else 0.1 + i / 100,
             )
             for i, value in enumerate(values)
         ]
@@ -95,9 +117,21 @@ def book(
         )
 
     def run(name: str) -> Run:
-        found = [Adversary(who="the coordinator alone", sees="masked updates", epsilon=None, because="encryption: it has no key")]
+        found = [
+            Adversary(
+                who="the coordinator alone",
+                sees="masked updates",
+                epsilon=None,
+                because="encryption: it has no key",
+            )
+        ]
         found += [
-            Adversary(who=f"{k} other sites together", sees=text, epsilon="infinite" if infinite else 1.23456, because="noise")
+            Adversary(
+                who=f"{k} other sites together",
+                sees=text,
+                epsilon="infinite" if infinite else 1.23456,
+                because="noise",
+            )
             for k in range(1, members)
         ]
         return Run(
@@ -129,10 +163,10 @@ def book(
         "accounts": [account("training"), account("evaluation")],
         "runs": [run(name) for name in names],
     }
-    return Book.model_validate(fields | changes)
+    return SiteReport.model_validate(fields | changes)
 
 
-def report(*books: Book, title: str = "Privacy budget") -> Report:
+def report(*sites: SiteReport, title: str = "Privacy budget") -> Report:
     return Report(
         format=FORMAT,
         made="2026-11-25T20:59:36Z",
@@ -141,20 +175,20 @@ def report(*books: Book, title: str = "Privacy budget") -> Report:
         unit="one record",
         adjacency="zero-out of one record (numerically add/remove)",
         sampling="Poisson: every record enters a step independently of all others",
-        books=list(books),
+        sites=list(sites),
     )
 
 
 VARIANTS = {
-    "usual": report(book("basel", checks=UNSEEN), book("zurich")),
-    "not kept": report(book(kept=False, checks=[], ledger=None, rows=None, head=None)),
-    "failed": report(book(checks=BROKEN)),
-    "infinite": report(book(spent="infinite", private=False)),
-    "alone": report(book(members=1, runs=1)),
-    "hostile": report(book(HOSTILE, text=HOSTILE, source=HOSTILE), title=HOSTILE),
-    "long names": report(book(LONG, text=LONG * 2, members=10)),
-    "many runs": report(book(runs=100, points=400)),
-    "nothing": report(book(runs=[], accounts=[]), book("bern", accounts=[])),
+    "usual": report(site_report("basel", checks=UNSEEN), site_report("zurich")),
+    "not kept": report(site_report(kept=False, checks=[], ledger=None, rows=None, head=None)),
+    "failed": report(site_report(checks=BROKEN)),
+    "infinite": report(site_report(spent="infinite", private=False)),
+    "alone": report(site_report(members=1, runs=1)),
+    "hostile": report(site_report(HOSTILE, text=HOSTILE, source=HOSTILE), title=HOSTILE),
+    "long names": report(site_report(LONG, text=LONG * 2, members=10)),
+    "many runs": report(site_report(runs=100, points=400)),
+    "nothing": report(site_report(runs=[], accounts=[]), site_report("bern", accounts=[])),
     "empty": report(),
 }
 every_page = pytest.mark.parametrize("name", VARIANTS)

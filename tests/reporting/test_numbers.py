@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from privfl.reporting.html import share, times, within
 from privfl.reporting.numbers import plain, up
 from privfl.reporting.plots import after_runs
-from tests.reporting.pages import book
+from tests.reporting.pages import site_report
 
 
 @given(st.floats(min_value=1e-300, max_value=1e300))
@@ -58,8 +58,16 @@ def test_the_odds_are_an_upper_bound(epsilon: float):
 
 
 def test_where_a_curve_is_thinned_out_a_run_ends_at_the_next_point():
-    account = book(runs=2, points=4).accounts[0]
+    account = site_report(runs=2, points=4).accounts[0]
     numbers = {charge.run: i for i, charge in enumerate(account.charges, 1)}
-    assert [epsilon for _, epsilon in after_runs(account, numbers)] == [account.curve[1].epsilon, account.curve[3].epsilon]
-    wide = account.model_copy(update={"curve": [p.model_copy(update={"charge": 5 * p.charge}) for p in account.curve]})
-    assert [epsilon for _, epsilon in after_runs(wide, numbers)] == [account.curve[2].epsilon, account.curve[3].epsilon]
+    assert [epsilon for _, epsilon in after_runs(account, numbers)] == [
+        account.curve[1].epsilon,
+        account.curve[3].epsilon,
+    ]
+    wide = account.model_copy(
+        update={"curve": [p.model_copy(update={"charge": 5 * p.charge}) for p in account.curve]}
+    )
+    assert [epsilon for _, epsilon in after_runs(wide, numbers)] == [
+        account.curve[2].epsilon,
+        account.curve[3].epsilon,
+    ]

@@ -1,4 +1,6 @@
-"""The encryption: exact with certainty, an error as predicted, nothing for other keys, nothing on a disk."""
+"""The encryption: exact with certainty, an error as predicted, nothing for other keys, nothing
+on a disk.
+"""
 
 from __future__ import annotations
 
@@ -29,11 +31,15 @@ def encrypted(integers: np.ndarray, key: SumKey = KEY) -> np.ndarray:
 @pytest.mark.parametrize(("members", "bits"), [(2, 24), (4, 22), (16, 18), (64, 14), (1024, 23)])
 @pytest.mark.parametrize("integer", ["least", "most", "random"])
 def test_sums_of_masked_integers_are_exact_at_the_extremes(members: int, bits: int, integer: str):
-    """As many ciphertexts as there are members, each with the same integer: the largest sum there can be."""
+    """As many ciphertexts as there are members, each with the same integer: the largest sum
+    there can be.
+    """
     key = SumKey(derive(members, bits))
     half = 1 << (key.parameters.word_bits - 1)
     random = np.random.default_rng(0).integers(-half, half, DEGREE)
-    r = {"least": np.full(DEGREE, -half), "most": np.full(DEGREE, half - 1), "random": random}[integer]
+    r = {"least": np.full(DEGREE, -half), "most": np.full(DEGREE, half - 1), "random": random}[
+        integer
+    ]
     words = [encrypted(r.view(np.uint64), key) for _ in range(min(members, 64))]
     copies = members // len(words)
     total = np.zeros(CIPHERTEXT_WORDS, dtype=object)
@@ -54,7 +60,12 @@ def test_predicted_against_measured_error_of_the_encryption(members: int, bits: 
     key = SumKey(derive(members, bits))
     errors = []
     for _ in range(4):
-        words = np.sum([encrypted(np.zeros(DEGREE), key).astype(object) for _ in range(members)], axis=0) % key.parameters.prime
+        words = (
+            np.sum(
+                [encrypted(np.zeros(DEGREE), key).astype(object) for _ in range(members)], axis=0
+            )
+            % key.parameters.prime
+        )
         errors.append(key.coefficients(words.astype(np.uint64)))
     found = np.concatenate(errors) + 21 * members
     expected = scipy.stats.binom(42 * members, 0.5).pmf(np.arange(42 * members + 1)) * len(found)
@@ -62,7 +73,10 @@ def test_predicted_against_measured_error_of_the_encryption(members: int, bits: 
     assert len(counts) == 42 * members + 1, "never beyond 21 for each ciphertext"
     often = expected >= 10
     observed = np.append(counts[often], counts[~often].sum())
-    assert scipy.stats.chisquare(observed, np.append(expected[often], expected[~often].sum())).pvalue > 1e-5
+    assert (
+        scipy.stats.chisquare(observed, np.append(expected[often], expected[~often].sum())).pvalue
+        > 1e-5
+    )
 
 
 def test_a_shared_key_is_the_same_key():
@@ -115,7 +129,12 @@ def test_half_size_ciphertexts_expand_to_whole_ones():
 
 
 @pytest.mark.parametrize(
-    "words", [np.zeros(0, dtype=np.uint64), np.zeros(5, dtype=np.uint64), np.full(CIPHERTEXT_WORDS, P.prime, dtype=np.uint64)]
+    "words",
+    [
+        np.zeros(0, dtype=np.uint64),
+        np.zeros(5, dtype=np.uint64),
+        np.full(CIPHERTEXT_WORDS, P.prime, dtype=np.uint64),
+    ],
 )
 def test_words_that_are_no_ciphertext_are_refused(words: np.ndarray):
     with pytest.raises(ProtocolError, match="not below its modulus, or not of its length"):
@@ -127,8 +146,14 @@ def test_keys_are_saved_and_loaded_without_a_file(tmp_path: Path, monkeypatch: p
     monkeypatch.chdir(tmp_path)
     paths: list[str] = []
     save, load = Memory.save, Memory.load
-    monkeypatch.setattr(Memory, "save", lambda self, thing: (paths.append(os.readlink(self._path)), save(self, thing))[1])
-    monkeypatch.setattr(Memory, "load", lambda self, *a: (paths.append(os.readlink(self._path)), load(self, *a))[1])
+    monkeypatch.setattr(
+        Memory,
+        "save",
+        lambda self, thing: (paths.append(os.readlink(self._path)), save(self, thing))[1],
+    )
+    monkeypatch.setattr(
+        Memory, "load", lambda self, *a: (paths.append(os.readlink(self._path)), load(self, *a))[1]
+    )
     members = Members(2, 16)
     SumKey(members.parameters, members.key.secret_bytes())
     members.sum([np.ones(5, dtype=np.int64)] * 2)

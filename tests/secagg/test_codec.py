@@ -1,4 +1,6 @@
-"""All stages together: sums are exact for every set of parameters, and whatever is not the sum of what was sent is refused."""
+"""All stages together: sums are exact for every set of parameters, and whatever is not the sum
+of what was sent is refused.
+"""
 
 from __future__ import annotations
 
@@ -9,16 +11,14 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from privfl.errors import PrivflError, ProtocolError
-from privfl.identity import verify
+from privfl.errors import MismatchError, PrivflError, ProtocolError
+from privfl.identity import Identity, verify
 from privfl.secagg import (
+    BoundedIntegers,
     Checksum,
     Decryption,
     EvaluatorAdder,
-    Exact,
-    Identity,
     Layout,
-    MismatchError,
     SumKey,
     WordAdder,
     derive,
@@ -50,14 +50,24 @@ KINDS = ["random", "all minimum", "all maximum", "edges"]
 
 
 @settings(max_examples=60, deadline=None)
-@given(st.integers(2, 64), st.integers(12, 28), st.integers(1, 20_000), st.sampled_from(KINDS), st.integers(0, 2**32 - 1))
-def test_the_decoded_sum_is_the_integer_sum(count: int, bits: int, length: int, kind: str, seed: int):
+@given(
+    st.integers(2, 64),
+    st.integers(12, 28),
+    st.integers(1, 20_000),
+    st.sampled_from(KINDS),
+    st.integers(0, 2**32 - 1),
+)
+def test_the_decoded_sum_is_the_integer_sum(
+    count: int, bits: int, length: int, kind: str, seed: int
+):
     members = Members(count, bits)
     vectors = vectors_of(kind, members, length, seed)
     assert np.array_equal(members.sum(vectors), np.sum(vectors, axis=0))
 
 
-@pytest.mark.parametrize("p", [p for p in every() if p.members <= 64], ids=lambda p: f"{p.members}x{p.value_bits}")
+@pytest.mark.parametrize(
+    "p", [p for p in every() if p.members <= 64], ids=lambda p: f"{p.members}x{p.value_bits}"
+)
 @pytest.mark.long
 def test_the_decoded_sum_is_the_integer_sum_for_every_derived_set(p):
     members = Members(p.members, p.value_bits)
@@ -67,7 +77,18 @@ def test_the_decoded_sum_is_the_integer_sum_for_every_derived_set(p):
 
 
 @pytest.mark.parametrize(
-    "length", [0, 1, 2, 8191, 8192, 8193, 2 * BLOCK_INTEGERS - 30, 2 * BLOCK_INTEGERS, 2 * BLOCK_INTEGERS + 1]
+    "length",
+    [
+        0,
+        1,
+        2,
+        8191,
+        8192,
+        8193,
+        2 * BLOCK_INTEGERS - 30,
+        2 * BLOCK_INTEGERS,
+        2 * BLOCK_INTEGERS + 1,
+    ],
 )
 def test_every_length_around_a_limit(length: int):
     """Also where the checksum begins in one block and ends in the next."""
@@ -79,7 +100,10 @@ def test_every_length_around_a_limit(length: int):
 @pytest.mark.long
 def test_a_hundred_million_values():
     members, length = Members(2, 24), 100_000_000
-    one, two = (np.random.default_rng(i).integers(-(2**23) + 1, 2**23, length, dtype=np.int32) for i in range(2))
+    one, two = (
+        np.random.default_rng(i).integers(-(2**23) + 1, 2**23, length, dtype=np.int32)
+        for i in range(2)
+    )
     assert np.array_equal(members.sum([one, two]), one.astype(np.int64) + two)
 
 
@@ -90,7 +114,7 @@ def test_wire_bytes_of_a_million_values():
     assert wire / 1_000_000 <= 8.1
 
 
-# -- adding ---------------------------------------------------------------------------------------------------------------
+# -- adding ----------------------------------------------------------------------------------------
 
 
 def test_words_and_evaluator_add_to_the_same_words():
@@ -133,30 +157,50 @@ def test_the_adding_side_refuses_blocks_of_other_lengths(adder: type):
     (block,), _ = members.contributions([np.zeros(100, dtype=np.int64)] * 2)
     adding = adder(members.parameters)
     adding.open(Layout(100, members.parameters))
-    for index, wrong in ((0, block[:-1]), (0, np.concatenate([block, block])), (1, block), (-1, block), (0, block[:0])):
+    for index, wrong in (
+        (0, block[:-1]),
+        (0, np.concatenate([block, block])),
+        (1, block),
+        (-1, block),
+        (0, block[:0]),
+    ):
         with pytest.raises(ProtocolError, match="not its length"):
             adding.add(index, wrong.data.cast("B"))
 
 
 def test_half_size_contributions_add_to_the_same_sum():
-    """Every second member on a link that leaves the machine; the adding side has a key of its own only to know the form."""
+    """Every second member on a link that leaves the machine; the adding side has a key of its
+    own only to know the form.
+    """
     members, length = Members(4, 20), 10_000
     vectors, p = vectors_of("random", members, length, 5), members.parameters
     members.attempt += 1
     stranger, contributions = SumKey(p), []
     for number, vector in enumerate(vectors):
         how = encrypt_seeded if number % 2 else encrypt
-        blocks = list(how(vector, Exact(p), Checksum(members.check, p), members.masks(number), members.key))
+        blocks = list(
+            how(
+                vector,
+                BoundedIntegers(p),
+                Checksum(members.check, p),
+                members.masks(number),
+                members.key,
+            )
+        )
         if number % 2:
-            assert sum(map(len, blocks)) < 0.51 * 8 * CIPHERTEXT_WORDS * Layout(length, p).ciphertexts(0)
+            assert sum(map(len, blocks)) < 0.51 * 8 * CIPHERTEXT_WORDS * Layout(
+                length, p
+            ).ciphertexts(0)
             blocks = [expand(block, stranger.ring, stranger.seeded_front) for block in blocks]
         contributions.append(blocks)
-    assert np.array_equal(members.decode(members.add(contributions, length), length), np.sum(vectors, axis=0))
+    assert np.array_equal(
+        members.decode(members.add(contributions, length), length), np.sum(vectors, axis=0)
+    )
     with pytest.raises(ProtocolError):
         expand(b"short", stranger.ring, stranger.seeded_front)
 
 
-# -- integrity ------------------------------------------------------------------------------------------------------------
+# -- integrity -------------------------------------------------------------------------------------
 
 
 def refused(members: Members, blocks: list[bytes], length: int) -> bool:
@@ -170,14 +214,18 @@ def refused(members: Members, blocks: list[bytes], length: int) -> bool:
 
 @pytest.mark.parametrize("bits", [20, 28])
 def test_every_change_of_a_sum_is_noticed(bits: int):
-    """Whoever holds the ciphertext adds any polynomial he likes; each single unit anywhere, and what cancels in plain sums."""
+    """Whoever holds the ciphertext adds any polynomial he likes; each single unit anywhere, and
+    what cancels in plain sums.
+    """
     members, length = Members(3, bits), 9001
     contributions = members.contributions(vectors_of("random", members, length, 3))
     blocks = members.add(contributions, length)
     assert not refused(members, blocks, length)
     prime, delta = members.parameters.prime, 1 << members.parameters.delta_bits
     layout = Layout(length, members.parameters)
-    changes = [{place: delta} for place in (0, 1, layout.packed - 1, layout.packed, layout.integers - 1)]
+    changes = [
+        {place: delta} for place in (0, 1, layout.packed - 1, layout.packed, layout.integers - 1)
+    ]
     changes += [
         {0: prime - delta},
         {0: delta, 1: prime - delta},
@@ -207,7 +255,9 @@ def test_every_change_of_a_sum_is_noticed(bits: int):
 
 def test_a_change_passes_where_the_checksum_is_not_looked_at(monkeypatch: pytest.MonkeyPatch):
     members = Members(3, 20)
-    words = np.frombuffer(members.add(members.contributions([np.zeros(10, dtype=np.int64)] * 3), 10)[0], dtype="<u8").copy()
+    words = np.frombuffer(
+        members.add(members.contributions([np.zeros(10, dtype=np.int64)] * 3), 10)[0], dtype="<u8"
+    ).copy()
     words[0] = (int(words[0]) + (1 << members.parameters.delta_bits)) % members.parameters.prime
     assert refused(members, [words.tobytes()], 10)
     monkeypatch.setattr(Checksum, "fits", lambda self, sums: True)
@@ -217,7 +267,14 @@ def test_a_change_passes_where_the_checksum_is_not_looked_at(monkeypatch: pytest
 def test_a_sum_is_complete_or_nothing():
     members, length = Members(2, 20), 2 * BLOCK_INTEGERS + 10
     blocks = members.add(members.contributions(vectors_of("random", members, length, 4)), length)
-    for wrong in ([], blocks[:1], blocks[::-1], [*blocks, blocks[1]], [blocks[0], blocks[1][:-8]], [blocks[0], b""]):
+    for wrong in (
+        [],
+        blocks[:1],
+        blocks[::-1],
+        [*blocks, blocks[1]],
+        [blocks[0], blocks[1][:-8]],
+        [blocks[0], b""],
+    ):
         assert refused(members, wrong, length)
 
 
@@ -242,12 +299,16 @@ def test_the_checksum_is_linear_and_notices_one_unit(count: int, bits: int, leng
 
 @pytest.mark.parametrize("rounds", [1000, pytest.param(20_000, marks=pytest.mark.long)])
 def test_mutated_bytes_crash_nothing(rounds: int):
-    """Blocks, keys, sealed keys, notes, seeded ciphertexts, signatures (10^5 in all in the long run), at every decoder: a named error or a
-    right answer."""
+    """Blocks, keys, sealed keys, notes, seeded ciphertexts, signatures (10^5 in all in the long
+    run), at every decoder: a named error or a right answer.
+    """
     members = Members(2, 20)
     blocks = members.contributions([np.ones(50, dtype=np.int64)] * 2)
     good = members.add(blocks, 50)[0]
-    secret, seeded = members.key.secret_bytes(), members.key.encrypt_seeded(np.zeros(4096, dtype=np.uint64))
+    secret, seeded = (
+        members.key.secret_bytes(),
+        members.key.encrypt_seeded(np.zeros(4096, dtype=np.uint64)),
+    )
     random = np.random.default_rng(0)
 
     def mutated(data: bytes) -> bytes:
@@ -274,7 +335,8 @@ def test_mutated_bytes_crash_nothing(rounds: int):
     note, identity = keys.seal_note(b"note", b"context"), Identity()
     signature = identity.sign(b"message")
     for _ in range(rounds):
-        # A change below Delta / 2 is rounded away as the encryption's own error is; the sum is then the right one.
+        # A change below Delta / 2 is rounded away as the encryption's own error is; the sum is then
+        # the right one.
         try:
             assert (members.decode([mutated(good)], 50) == 2).all()
         except MismatchError:

@@ -1,4 +1,6 @@
-"""What masks hide: every proper subset of contributions is uniform for key holders; and how their absence, reuse or a wrong place shows."""
+"""What masks hide: every proper subset of contributions is uniform for key holders; and how
+their absence, reuse or a wrong place shows.
+"""
 
 from __future__ import annotations
 
@@ -33,14 +35,18 @@ def uniform(integers: np.ndarray, bits: int) -> bool:
 
 
 def correlated(integers: np.ndarray, truth: np.ndarray, bits: int) -> bool:
-    """Correlation beyond 5 standard errors, of the numbers themselves and of the values in each field."""
+    """Correlation beyond 5 standard errors, of the numbers themselves and of the values in each
+    field.
+    """
     x = (integers.astype(np.float64) + 0.5) / 2.0**bits
     fields = (integers & np.uint64((1 << (bits // 2)) - 1)).astype(np.float64)
     limit = 5 / np.sqrt(len(truth))
     return any(abs(np.corrcoef(found[: len(truth)], truth)[0, 1]) > limit for found in (x, fields))
 
 
-def leaks(members: Members, contributions: list[list[np.ndarray]], vectors: list[np.ndarray]) -> bool:
+def leaks(
+    members: Members, contributions: list[list[np.ndarray]], vectors: list[np.ndarray]
+) -> bool:
     bits = members.parameters.word_bits
     for size in range(1, len(vectors)):
         for subset in itertools.combinations(range(len(vectors)), size):
@@ -59,7 +65,9 @@ def test_every_proper_subset_is_uniform_for_key_holders(vectors: list[np.ndarray
     assert not uniform(total, members.parameters.word_bits), "while the sum of all is what was sent"
 
 
-def test_without_masks_the_same_test_fails(vectors: list[np.ndarray], monkeypatch: pytest.MonkeyPatch):
+def test_without_masks_the_same_test_fails(
+    vectors: list[np.ndarray], monkeypatch: pytest.MonkeyPatch
+):
     monkeypatch.setattr(masks.Masks, "apply", lambda self, integers: None)
     members = Members(4, 16)
     assert leaks(members, members.contributions(vectors), vectors)
@@ -67,20 +75,29 @@ def test_without_masks_the_same_test_fails(vectors: list[np.ndarray], monkeypatc
 
 def difference_is_uniform(members: Members, rounds: list[list[list[np.ndarray]]]) -> bool:
     """What a key holder learns from one member's contributions in two rounds."""
-    one, two = (members.integers([contributions[0]], LENGTH)[: LENGTH // 2] for contributions in rounds)
-    return uniform((one - two) & np.uint64((1 << members.parameters.word_bits) - 1), members.parameters.word_bits)
+    one, two = (
+        members.integers([contributions[0]], LENGTH)[: LENGTH // 2] for contributions in rounds
+    )
+    return uniform(
+        (one - two) & np.uint64((1 << members.parameters.word_bits) - 1),
+        members.parameters.word_bits,
+    )
 
 
 def test_two_rounds_of_one_member_say_nothing_together(vectors: list[np.ndarray]):
     members = Members(4, 16)
-    assert difference_is_uniform(members, [members.contributions(vectors), members.contributions(vectors[::-1])])
+    assert difference_is_uniform(
+        members, [members.contributions(vectors), members.contributions(vectors[::-1])]
+    )
 
 
 def test_with_masks_reused_in_two_rounds_the_same_test_fails(vectors: list[np.ndarray]):
     members = Members(4, 16)
     first = members.contributions(vectors)
     members.attempt = 0
-    members.pairs = [Pairs(own, [other.public for other in members.exchange]) for own in members.exchange]
+    members.pairs = [
+        Pairs(own, [other.public for other in members.exchange]) for own in members.exchange
+    ]
     assert not difference_is_uniform(members, [first, members.contributions(vectors[::-1])])
 
 
@@ -89,7 +106,10 @@ def test_a_repeated_or_earlier_attempt_gets_no_masks():
     members.attempt = 5
     members.masks(0)
     for attempt in (5, 4, 1):
-        with pytest.raises(ProtocolError, match=f"masks were asked for attempt {attempt} of round 1 after attempt 5 of round 1"):
+        with pytest.raises(
+            ProtocolError,
+            match=f"masks were asked for attempt {attempt} of round 1 after attempt 5 of round 1",
+        ):
             members.pairs[0].masks(1, attempt, b"t")
     with pytest.raises(ProtocolError, match="of round 0"):
         members.pairs[0].masks(0, 9, b"t")
@@ -107,7 +127,9 @@ def test_masks_cancel_for_exactly_the_members_who_were_told_the_same():
     members.attempt = 1
     assert not np.sum([masked(members, i, b"t") for i in range(3)], axis=0, dtype=np.uint64).any()
     members.attempt = 2
-    told = np.sum([masked(members, i, b"u" if i == 2 else b"t") for i in range(3)], axis=0, dtype=np.uint64)
+    told = np.sum(
+        [masked(members, i, b"u" if i == 2 else b"t") for i in range(3)], axis=0, dtype=np.uint64
+    )
     assert scipy.stats.kstest(told / 2.0**64, "uniform").pvalue > ALARM
     members.attempt = 3
     two = masked(members, 0, b"t") + masked(members, 1, b"t")
@@ -127,7 +149,11 @@ def test_streams_go_on_where_they_stopped():
 
 def test_members_must_be_there_once_each():
     own, other = ExchangeKey(), ExchangeKey()
-    for wrong in ([other.public], [own.public, own.public, other.public], [own.public, other.public, other.public]):
+    for wrong in (
+        [other.public],
+        [own.public, own.public, other.public],
+        [own.public, other.public, other.public],
+    ):
         with pytest.raises(ProtocolError, match="exchange keys"):
             Pairs(own, wrong)
     with pytest.raises(ProtocolError, match="X25519"):
@@ -135,16 +161,22 @@ def test_members_must_be_there_once_each():
 
 
 def test_checksums_show_a_key_holder_no_more_than_the_sum(monkeypatch: pytest.MonkeyPatch):
-    """Limbs of checksums add up; where they were not blinded first, their sums show how the single checksums carried."""
+    """Limbs of checksums add up; where they were not blinded first, their sums show how the
+    single checksums carried.
+    """
     members, key = Members(2, 16), bytes(32)
     values = [np.full(10, 7.0), np.full(10, -3.0)]
 
     def carried(blinded: bool) -> list[bool]:
-        """Per attempt: whether the sums of limbs are what the bare checksums, which a key holder can compute for a guess, would give."""
+        """Per attempt: whether the sums of limbs are what the bare checksums, which a key holder
+        can compute for a guess, would give.
+        """
         found = []
         for attempt in range(200):
             members.attempt = attempt + 1
-            sums, guess = [np.zeros(checksum_length(members.parameters), dtype=np.uint64) for _ in range(2)]
+            sums, guess = [
+                np.zeros(checksum_length(members.parameters), dtype=np.uint64) for _ in range(2)
+            ]
             for number, x in enumerate(values):
                 own, bare = Checksum(key, members.parameters), Checksum(key, members.parameters)
                 masks_ = members.masks(number, b"blinded" if blinded else b"bare")
@@ -161,25 +193,31 @@ def test_checksums_show_a_key_holder_no_more_than_the_sum(monkeypatch: pytest.Mo
         return found
 
     assert all(carried(blinded=False))
-    members.pairs = [Pairs(own, [other.public for other in members.exchange]) for own in members.exchange]
+    members.pairs = [
+        Pairs(own, [other.public for other in members.exchange]) for own in members.exchange
+    ]
     assert sum(carried(blinded=True)) < 60, "by chance, one in some sixteen times"
 
 
 def test_every_contribution_blinds_its_checksum(monkeypatch: pytest.MonkeyPatch):
     blinded: list[int] = []
     real = masks.Masks.blinds
-    monkeypatch.setattr(masks.Masks, "blinds", lambda self, *a: (blinded.append(1), real(self, *a))[1])
+    monkeypatch.setattr(
+        masks.Masks, "blinds", lambda self, *a: (blinded.append(1), real(self, *a))[1]
+    )
     members = Members(3, 16)
     members.sum([np.ones(4, dtype=np.int64)] * 3)
     assert len(blinded) == 3
 
 
 def signs_from_carries(members: Members, contributions: list[list[np.ndarray]]) -> np.ndarray:
-    """What coordinator and key holder guess of the sign of the first member's integers, if words of c0 were masked modulo 2^64.
+    """What coordinator and key holder guess of the sign of the first member's integers, if words
+    of c0 were masked modulo 2^64.
 
-    Such masks cancel in the sum modulo 2^64, which is the sum of both c0 as whole numbers. The key holder knows u = -c1 s mod q of each
-    member, c0 = u + m + e mod q, and the sum of the messages m. What is left is how often u + m passed q, and of the member whose u lies next to
-    that edge the sign is then likely. 0 where nothing passed.
+    Such masks cancel in the sum modulo 2^64, which is the sum of both c0 as whole numbers. The key
+    holder knows u = -c1 s mod q of each member, c0 = u + m + e mod q, and the sum of the messages
+    m. What is left is how often u + m passed q, and of the member whose u lies next to that edge
+    the sign is then likely. 0 where nothing passed.
     """
     key, q = members.key, members.parameters.prime
     rows = [np.concatenate(blocks).reshape(-1, 8192) for blocks in contributions]
@@ -194,12 +232,18 @@ def signs_from_carries(members: Members, contributions: list[list[np.ndarray]]) 
         message = key.coefficients((one + two) % np.uint64(q))
         passed = (u[0] + u[1] + message - visible) // q
         edge = [np.where(passed > 0, q - x, x) for x in u]
-        guesses.append(np.where(passed == 0, 0, np.where(edge[0] < edge[1], 1, -1) * np.sign(passed)))
+        guesses.append(
+            np.where(passed == 0, 0, np.where(edge[0] < edge[1], 1, -1) * np.sign(passed))
+        )
     return np.concatenate(guesses)
 
 
-def test_masks_on_ciphertext_words_would_leak_what_masks_on_integers_do_not(monkeypatch: pytest.MonkeyPatch):
-    """Why masks stand before the encryption (design.md and docs/secure-aggregation.md): two members whose values add up to zero."""
+def test_masks_on_ciphertext_words_would_leak_what_masks_on_integers_do_not(
+    monkeypatch: pytest.MonkeyPatch,
+):
+    """Why masks stand before the encryption (design.md and docs/secure-aggregation.md): two
+    members whose values add up to zero.
+    """
     members = Members(2, 24)
     largest = members.parameters.largest_value
     mine = np.random.default_rng(0).integers(-largest, largest, LENGTH, endpoint=True)

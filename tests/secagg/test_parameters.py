@@ -1,4 +1,6 @@
-"""Parameters are derived, checked against the actual prime, and refused where they would not be exact."""
+"""Parameters are derived, checked against the actual prime, and refused where they would not be
+exact.
+"""
 
 from __future__ import annotations
 
@@ -10,7 +12,14 @@ import pytest
 from tenseal import sealapi
 
 from privfl.errors import PrivflError
-from privfl.secagg.parameters import LEAST_BITS, MOST_BITS, Parameters, derive, largest_prime, usual_value_bits
+from privfl.secagg.parameters import (
+    LEAST_BITS,
+    MOST_BITS,
+    Parameters,
+    derive,
+    largest_prime,
+    usual_value_bits,
+)
 from tests.conftest import ROOT
 
 COUNTS = [2, 3, 4, 5, 7, 8, 9, 16, 17, 32, 33, 64, 65, 100, 128, 256, 512, 1000, 1024]
@@ -40,7 +49,8 @@ def test_every_derived_set_satisfies_the_inequality_with_whole_numbers():
         assert delta >= 2 * 21 * n + 2
         assert delta // 2 < 2 * 21 * n + 2, "no larger than it must be"
         assert 2 * (n * 2 ** (p.word_bits - 1) * delta + 21 * n) < p.prime
-        # n values of the largest size, of either sign, do not leave their field; one packed integer does not leave its P bits.
+        # n values of the largest size, of either sign, do not leave their field; one packed integer
+        # does not leave its P bits.
         assert n * p.largest_value < 1 << (p.field_bits - 1)
         assert p.largest_value * (1 + (1 << p.field_bits) * (p.fields - 1)) < 1 << (p.word_bits - 1)
         assert p.fields == 1 or p.word_bits <= 52, "exact in float64"
@@ -63,7 +73,9 @@ def test_mpi_can_add_wherever_an_exact_prime_allows_it():
 
 
 def test_what_does_not_fit_is_refused_with_what_does():
-    with pytest.raises(PrivflError, match="value_bits 28 do not fit a sum of 1024 members: at most 23 do"):
+    with pytest.raises(
+        PrivflError, match="value_bits 28 do not fit a sum of 1024 members: at most 23 do"
+    ):
         derive(1024, 28)
     for members, bits in ((2, 11), (2, 29)):
         with pytest.raises(PrivflError, match="between 12 and 28"):
@@ -82,13 +94,23 @@ def test_a_set_that_is_not_exact_says_so():
 
 
 def test_the_usual_bits_cost_nothing():
-    assert [usual_value_bits(n) for n in (2, 4, 8, 16, 32, 64, 1024)] == [24, 22, 20, 18, 16, 16, 16]
+    assert [usual_value_bits(n) for n in (2, 4, 8, 16, 32, 64, 1024)] == [
+        24,
+        22,
+        20,
+        18,
+        16,
+        16,
+        16,
+    ]
 
 
 def test_the_table_in_the_documents_is_what_is_derived():
     text = (ROOT / "docs" / "secure-aggregation.md").read_text()
     rows = re.findall(r"^\| (\d+) \|((?: [\d-]+(?:\*)?/?\d* \|)+)$", text, re.M)
-    bits = [int(b) for b in re.search(r"^\| members \\ value_bits \|(.*)\|$", text, re.M)[1].split("|")]
+    bits = [
+        int(b) for b in re.search(r"^\| members \\ value_bits \|(.*)\|$", text, re.M)[1].split("|")
+    ]
     assert len(rows) >= 8
     for members, cells in rows:
         for value_bits, cell in zip(bits, cells.strip(" |").split("|"), strict=True):

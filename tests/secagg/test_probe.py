@@ -40,7 +40,9 @@ def wrong_rounding(self, coefficients):
         (ckks.SumKey, "round", wrong_rounding, "a sum of three vectors is wrong"),
     ],
 )
-def test_a_stage_that_fails_is_refused(monkeypatch: pytest.MonkeyPatch, place, name, sabotage, sentence):
+def test_a_stage_that_fails_is_refused(
+    monkeypatch: pytest.MonkeyPatch, place, name, sabotage, sentence
+):
     monkeypatch.setattr(place, name, sabotage)
     with pytest.raises(PrivflError, match=sentence):
         self_test.prove()

@@ -9,7 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from privfl.errors import PrivflError
-from privfl.secagg import Exact, Grid, derive
+from privfl.secagg import BoundedIntegers, FixedPoint, derive
 from tests.secagg.world import Members
 
 P = derive(4, 16)
@@ -22,10 +22,12 @@ P = derive(4, 16)
     st.integers(12, 28),
     st.sampled_from(["nearest", "stochastic"]),
 )
-def test_the_error_of_one_value_is_bounded_by_the_grid(values: list[float], span: float, bits: int, rounding: str):
+def test_the_error_of_one_value_is_bounded_by_the_grid(
+    values: list[float], value_range: float, bits: int, rounding: str
+):
     parameters = derive(4, bits)
-    grid = Grid(parameters, span, rounding)
-    vector = np.array([*values, 1.0, -1.0]) * span
+    grid = FixedPoint(parameters, value_range, rounding)
+    vector = np.array([*values, 1.0, -1.0]) * value_range
     grid.check(vector)
     integers = grid.integers(vector)
     assert np.array_equal(integers, np.rint(integers))
@@ -39,26 +41,33 @@ def test_the_error_of_one_value_is_bounded_by_the_grid(values: list[float], span
 def test_what_is_not_finite_is_refused(bad: float, kind: type):
     vector = np.array([0.5, bad, 0.1], dtype=kind)
     with pytest.raises(PrivflError, match="NaN or infinite"):
-        Grid(P, 1.0).check(vector)
+        FixedPoint(P, 1.0).check(vector)
 
 
 def test_what_is_beyond_the_range_is_refused():
-    Grid(P, 1.0).check(np.array([1.0, -1.0]))
+    FixedPoint(P, 1.0).check(np.array([1.0, -1.0]))
     with pytest.raises(PrivflError, match="values beyond the public range 1;") as refusal:
-        Grid(P, 1.0).check(np.array([0.0, -1.0625]))
-    assert "0625" not in str(refusal.value), "how far beyond is nobody's business: the sentence crosses the wire"
+        FixedPoint(P, 1.0).check(np.array([0.0, -1.0625]))
+    assert "0625" not in str(refusal.value), (
+        "how far beyond is nobody's business: the sentence crosses the wire"
+    )
 
 
-@pytest.mark.parametrize("span", [0.0, -1.0, 1e-303, 1e308, np.inf, np.nan])
-def test_ranges_next_to_the_ends_of_float64_are_refused(span: float):
+@pytest.mark.parametrize("value_range", [0.0, -1.0, 1e-303, 1e308, np.inf, np.nan])
+def test_ranges_next_to_the_ends_of_float64_are_refused(value_range: float):
     with pytest.raises(PrivflError, match="public range of a sum must be between"):
-        Grid(P, span)
+        FixedPoint(P, value_range)
 
 
 def test_integers_that_do_not_fit_are_refused_and_never_wrapped():
-    exact = Exact(P)
+    exact = BoundedIntegers(P)
     exact.check(np.array([P.largest_value, -P.largest_value]))
-    for bad in (P.largest_value + 1, -P.largest_value - 1, np.iinfo(np.int64).max, np.iinfo(np.int64).min):
+    for bad in (
+        P.largest_value + 1,
+        -P.largest_value - 1,
+        np.iinfo(np.int64).max,
+        np.iinfo(np.int64).min,
+    ):
         with pytest.raises(PrivflError, match="integers beyond 32767"):
             exact.check(np.array([0, bad]))
 
@@ -71,22 +80,29 @@ def test_nothing_is_encrypted_of_a_vector_that_does_not_fit():
 
 def test_stochastic_rounding_has_no_bias_and_nearest_has():
     for rounding, low, high in (("stochastic", 0.245, 0.255), ("nearest", 0.0, 0.0)):
-        grid = Grid(P, float(P.largest_value), rounding)
+        grid = FixedPoint(P, float(P.largest_value), rounding)
         mean = grid.integers(np.full(200_000, 0.25)).mean()
         assert low <= mean <= high, rounding
 
 
 def test_two_members_round_independently():
     values = np.full(100_000, 0.5)
-    one, two = (Grid(P, float(P.largest_value), "stochastic").integers(values) for _ in range(2))
+    one, two = (
+        FixedPoint(P, float(P.largest_value), "stochastic").integers(values) for _ in range(2)
+    )
     assert abs(np.corrcoef(one, two)[0, 1]) < 5 / np.sqrt(len(values))
 
 
-@pytest.mark.parametrize(("members", "bits", "rounding"), [(4, 16, "nearest"), (16, 18, "nearest"), (4, 22, "stochastic")])
+@pytest.mark.parametrize(
+    ("members", "bits", "rounding"),
+    [(4, 16, "nearest"), (16, 18, "nearest"), (4, 22, "stochastic")],
+)
 def test_predicted_against_measured_error_of_a_sum(members: int, bits: int, rounding: str):
-    """The sum of n rounding errors: n uniform variates on [-g/2, g/2], or for uniform values n triangular ones on [-g, g]."""
+    """The sum of n rounding errors: n uniform variates on [-g/2, g/2], or for uniform values n
+    triangular ones on [-g, g].
+    """
     world = Members(members, bits)
-    grid = Grid(world.parameters, 1.0, rounding)
+    grid = FixedPoint(world.parameters, 1.0, rounding)
     vectors = [np.random.default_rng(i).uniform(-1, 1, 20_000) for i in range(members)]
     total = world.decode(world.add(world.contributions(vectors, grid), 20_000), 20_000)
     errors = (grid.numbers(total) - np.sum(vectors, axis=0)) / grid.grid

@@ -1,4 +1,6 @@
-"""Members of a sum in one process: what each sends, what the adding side makes of it, what it decodes to."""
+"""Members of a sum in one process: what each sends, what the adding side makes of it, what it
+decodes to.
+"""
 
 from __future__ import annotations
 
@@ -9,9 +11,9 @@ import numpy as np
 
 from privfl.secagg import (
     Adder,
+    BoundedIntegers,
     Checksum,
     Decryption,
-    Exact,
     ExchangeKey,
     Layout,
     Pairs,
@@ -31,23 +33,37 @@ class Members:
         self.parameters: Parameters = derive(count, value_bits)
         self.key = SumKey(self.parameters)
         self.exchange = [ExchangeKey() for _ in range(count)]
-        self.pairs = [Pairs(own, [other.public for other in self.exchange]) for own in self.exchange]
+        self.pairs = [
+            Pairs(own, [other.public for other in self.exchange]) for own in self.exchange
+        ]
         self.attempt = 0
         self.check = os.urandom(32)
 
     def masks(self, number: int, transcript: bytes = b"transcript"):
         return self.pairs[number].masks(1, self.attempt, transcript)
 
-    def contributions(self, vectors: Sequence[np.ndarray], quantiser: Quantiser | None = None) -> list[list[np.ndarray]]:
+    def contributions(
+        self, vectors: Sequence[np.ndarray], quantiser: Quantiser | None = None
+    ) -> list[list[np.ndarray]]:
         """The blocks of every member, in a new attempt."""
         self.attempt += 1
-        quantiser = quantiser or Exact(self.parameters)
+        quantiser = quantiser or BoundedIntegers(self.parameters)
         return [
-            list(encrypt(vector, quantiser, Checksum(self.check, self.parameters), self.masks(number), self.key))
+            list(
+                encrypt(
+                    vector,
+                    quantiser,
+                    Checksum(self.check, self.parameters),
+                    self.masks(number),
+                    self.key,
+                )
+            )
             for number, vector in enumerate(vectors)
         ]
 
-    def add(self, contributions: Sequence[list[np.ndarray]], length: int, adder: Adder | None = None) -> list[bytes]:
+    def add(
+        self, contributions: Sequence[list[np.ndarray]], length: int, adder: Adder | None = None
+    ) -> list[bytes]:
         adder = adder or WordAdder(self.parameters)
         layout = Layout(length, self.parameters)
         adder.open(layout)
@@ -68,7 +84,14 @@ class Members:
         return self.decode(self.add(self.contributions(vectors), length), length)
 
     def integers(self, contributions: Sequence[list[np.ndarray]], length: int) -> np.ndarray:
-        """What a key holder reads in the sum of any contributions, modulo 2^P: masked packed integers."""
+        """What a key holder reads in the sum of any contributions, modulo 2^P: masked packed
+        integers.
+        """
         modulus = np.uint64((1 << self.parameters.word_bits) - 1)
-        rows = np.concatenate([np.frombuffer(block, dtype="<u8").reshape(-1, 8192) for block in self.add(contributions, length)])
+        rows = np.concatenate(
+            [
+                np.frombuffer(block, dtype="<u8").reshape(-1, 8192)
+                for block in self.add(contributions, length)
+            ]
+        )
         return np.concatenate([self.key.decrypt(row) & modulus for row in rows])

@@ -1,1 +1,4 @@
-"""What the sites of one run share: roster, keys, sums, range, metrics, replicas. No wire, no learning."""
+"""What the sites of one run share: roster, keys, sums, range, metrics, replicas.
+
+No wire, no learning.
+"""

@@ -1,4 +1,6 @@
-"""The secrets that the sites of one run share: made by the first site, sealed to the others, in memory only."""
+"""The secrets that the sites of one run share: made by the first site, sealed to the others, in
+memory only.
+"""
 
 from __future__ import annotations
 
@@ -10,11 +12,13 @@ from privfl.errors import ProtocolError
 from privfl.secagg import ExchangeKey, Parameters, SumKey
 from privfl.secagg.key_exchange import open_sealed, seal
 from privfl.secagg.keystream import KEY_BYTES, derive_key
-from privfl.secagg.session.roster import Agreement
+from privfl.secagg.session.roster import Roster
 
 
 class RunKeys:
-    """The CKKS key, and a secret from which keys for checksums, digests of replicas and notes between sites are derived."""
+    """The CKKS key, and a secret from which keys for checksums, digests of replicas and notes
+    between sites are derived.
+    """
 
     def __init__(self, secret: bytes, sums: SumKey) -> None:
         self._secret = secret
@@ -41,9 +45,13 @@ class RunKeys:
         return cls(secret[:KEY_BYTES], SumKey(parameters, secret[KEY_BYTES:]))
 
     def tag(self, text: str, replica: bytes) -> str:
-        """A keyed digest: equal tags mean equal replicas, and without the sites' key nobody can test a guess."""
+        """A keyed digest: equal tags mean equal replicas, and without the sites' key nobody can
+        test a guess.
+        """
         key = derive_key(self._secret, b"", b"privfl replica 1")
-        return hmac.new(key, hashlib.sha256(text.encode()).digest() + replica, hashlib.sha256).hexdigest()
+        return hmac.new(
+            key, hashlib.sha256(text.encode()).digest() + replica, hashlib.sha256
+        ).hexdigest()
 
     def checksum_key(self, transcript: bytes) -> bytes:
         """The key of the checksums of one attempt."""
@@ -65,23 +73,30 @@ class RunKeys:
         return derive_key(self._secret, b"", b"privfl note 1")
 
 
-def seal_keys(keys: RunKeys, exchange: ExchangeKey, agreement: Agreement) -> list[tuple[int, bytes]]:
-    """The keys sealed to every member but the first, which made them: (index of the member, sealed)."""
+def seal_keys(keys: RunKeys, exchange: ExchangeKey, roster: Roster) -> list[tuple[int, bytes]]:
+    """The keys sealed to every member but the first, which made them: (index of the member,
+    sealed).
+    """
     return [
-        (index, exchange.seal(party.exchange_key, keys.secret_bytes(), _context(agreement, party.site)))
-        for index, party in enumerate(agreement.members[1:], 1)
+        (
+            index,
+            exchange.seal(member.exchange_key, keys.secret_bytes(), _context(roster, member.site)),
+        )
+        for index, member in enumerate(roster.members[1:], 1)
     ]
 
 
-def open_keys(sealed: bytes, exchange: ExchangeKey, agreement: Agreement, site: str, parameters: Parameters) -> RunKeys:
+def open_keys(
+    sealed: bytes, exchange: ExchangeKey, roster: Roster, site: str, parameters: Parameters
+) -> RunKeys:
     """The keys that the first member sealed to ``site``.
 
     Raises:
-        ProtocolError: altered, or sealed by or to somebody else or for another agreement.
+        ProtocolError: altered, or sealed by or to somebody else or for another roster.
     """
-    secret = exchange.open(agreement.members[0].exchange_key, sealed, _context(agreement, site))
+    secret = exchange.open(roster.members[0].exchange_key, sealed, _context(roster, site))
     return RunKeys.from_secret_bytes(secret, parameters)
 
 
-def _context(agreement: Agreement, receiver: str) -> bytes:
-    return b"privfl run keys 1" + agreement.digest + receiver.encode()
+def _context(roster: Roster, receiver: str) -> bytes:
+    return b"privfl run keys 1" + roster.digest + receiver.encode()

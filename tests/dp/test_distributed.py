@@ -16,29 +16,37 @@ from torch import nn
 
 from privfl.dp import clipping
 from privfl.dp.optimizer import SecureSumOptimizer
-from privfl.errors import PrivflError
+from privfl.errors import InternalError, PrivflError
 from privfl.noise.discrete_gaussian import DiscreteGaussian
-from privfl.noise.distributed import CLIP_MARGIN, SENSITIVITY, Shares, StepGrid, derived_span, step_grid
+from privfl.noise.distributed import CLIP_MARGIN, SENSITIVITY, DistributedNoise, Shares, StepGrid
 from privfl.noise.randomness import SystemRandomness
 
 LEAST_P = 1e-7
-# Where not said otherwise: noise multiplier, clipping norm, sites, and how many of them may collude.
+# Where not said otherwise: noise multiplier, clipping norm, sites, and how many of them may
+# collude.
 SIGMA, CLIP, SITES, COLLUSION = 1.3, 0.7, 5, 2
 
 pytestmark = pytest.mark.filterwarnings("ignore:Full backward hook is firing")
 
 
-def grid(**changes: Any) -> StepGrid:
-    fields: dict[str, Any] = {
-        "span": 50.0,
-        "largest_total": 2**21 - 1,
-        "parameters": 1000,
+def distributed(fields: dict[str, Any]) -> DistributedNoise:
+    """The noise with these fields, which are taken out of ``fields``."""
+    usual = {
         "noise_multiplier": SIGMA,
         "max_grad_norm": CLIP,
         "members": SITES,
         "collusion": COLLUSION,
     }
-    return step_grid(**fields | changes)
+    return DistributedNoise(**{name: fields.pop(name, value) for name, value in usual.items()})
+
+
+def grid(**changes: Any) -> StepGrid:
+    fields: dict[str, Any] = {
+        "value_range": 50.0,
+        "largest_total": 2**21 - 1,
+        "parameters": 1000,
+    } | changes
+    return distributed(fields).step_grid(**fields)
 
 
 def shares(chosen: StepGrid | None = None) -> Shares:
@@ -51,26 +59,34 @@ def noise_alone(one: Shares, parameters: int, steps: int) -> NDArray[np.float64]
 
 
 def fits(values: NDArray[np.float64], deviation: float) -> bool:
-    """Whether the sum of squares is one of normal variates with this standard deviation; both tails."""
+    """Whether the sum of squares is one of normal variates with this standard deviation; both
+    tails.
+    """
     found = stats.chi2(values.size).cdf(float(((values / deviation) ** 2).sum()))
     return LEAST_P < found < 1 - LEAST_P
 
 
-# -- shares of the noise --------------------------------------------------------------------------------------------------
+# -- shares of the noise ---------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(("sites", "collusion"), [(3, 1), (5, 1), (5, 3), (20, 1), (100, 70)])
-def test_a_share_has_the_variance_that_leaves_enough_when_others_are_subtracted(sites: int, collusion: int):
+def test_a_share_has_the_variance_that_leaves_enough_when_others_are_subtracted(
+    sites: int, collusion: int
+):
     chosen = grid(members=sites, collusion=collusion)
     values = noise_alone(shares(chosen), 1000, 300) * chosen.step
     assert fits(values, 1.3 * 0.7 / math.sqrt(sites - collusion))
     assert abs(values.mean()) < 5.5 * values.std() / math.sqrt(values.size)
     for slip in (sites, sites - collusion + 1):
-        assert not fits(values, 1.3 * 0.7 / math.sqrt(slip)), "the test would not see a slip in the number of sites"
+        assert not fits(values, 1.3 * 0.7 / math.sqrt(slip)), (
+            "the test would not see a slip in the number of sites"
+        )
 
 
 def test_of_all_shares_but_those_that_colluders_subtract_the_accounted_noise_is_left():
-    """Seen by k sites that pool their shares, k up to the colluders: sigma C sqrt((n - k) / (n - t))."""
+    """Seen by k sites that pool their shares, k up to the colluders: sigma C sqrt((n - k) / (n -
+    t)).
+    """
     chosen = grid()
     every = np.array([noise_alone(shares(chosen), 1000, 200) for _ in range(SITES)]) * chosen.step
     total = every.sum(axis=0)
@@ -98,14 +114,16 @@ def test_shares_are_independent_across_sites_steps_and_runs():
         assert abs(r) < 5 / math.sqrt(a.size), name
 
 
-# -- rounding, and once each ----------------------------------------------------------------------------------------------
+# -- rounding, and once each -----------------------------------------------------------------------
 
 
 def test_a_sum_is_rounded_to_the_nearest_step_and_its_share_is_added_exactly():
     chosen = grid()
     one = shares(chosen)
     halves = (np.arange(-50, 50) + 0.5) * chosen.step
-    rest = np.random.default_rng(1).normal(size=900) * 10.0 ** np.random.default_rng(2).uniform(-6, 1.5, size=900)
+    rest = np.random.default_rng(1).normal(size=900) * 10.0 ** np.random.default_rng(2).uniform(
+        -6, 1.5, size=900
+    )
     total = np.concatenate([halves, rest])
     one.draw_ahead(1000)
     assert one._ahead is not None
@@ -141,38 +159,64 @@ def test_every_share_is_used_once(monkeypatch: pytest.MonkeyPatch):
     assert one.drawn == 6
 
 
-# -- the grid -------------------------------------------------------------------------------------------------------------
+# -- the grid --------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("span", [50.0, 64.0, 0.37, 1e-9, 3e7])
+@pytest.mark.parametrize("value_range", [50.0, 64.0, 0.37, 1e-9, 3e7])
 @pytest.mark.parametrize("bits", [12, 16, 22, 27])
-def test_the_grid_is_the_finest_of_16_bits_that_holds_the_range(span: float, bits: int):
+def test_the_grid_is_the_finest_of_16_bits_that_holds_the_range(value_range: float, bits: int):
     largest = 2 ** (bits - 1) - 1
-    found = grid(span=span, largest_total=largest, max_grad_norm=span, noise_multiplier=1.0, parameters=1)
+    found = grid(
+        value_range=value_range,
+        largest_total=largest,
+        max_grad_norm=value_range,
+        noise_multiplier=1.0,
+        parameters=1,
+    )
     fraction, exponent = math.frexp(found.step)
     assert math.ldexp(fraction, 16).is_integer()
-    assert span <= found.step * largest
-    assert span > (found.step - math.ldexp(1.0, exponent - 16)) * largest
-    assert found.deviation == pytest.approx(span / math.sqrt(SITES - COLLUSION) / found.step)
+    assert value_range <= found.step * largest
+    assert value_range > (found.step - math.ldexp(1.0, exponent - 16)) * largest
+    assert found.deviation == pytest.approx(value_range / math.sqrt(SITES - COLLUSION) / found.step)
 
 
 def test_a_grid_on_which_rounding_moves_a_sum_too_far_is_refused():
-    """What is charged is 1.01 clipping norms: 2^-10 of the hundredth is for clipping, the rest for g sqrt(d)."""
-    room = 1.01 - 1.0 - 2.0**-10
+    """What is charged is 1.01 clipping norms: 2^-10 of the hundredth is for clipping, the rest
+    for g sqrt(d).
+    """
+    for_rounding = 1.01 - 1.0 - 2.0**-10
     step = 2.0**-12
-    most = int((room * CLIP / step) ** 2)
-    at_most: dict[str, Any] = {"span": step * 1000, "largest_total": 1000, "noise_multiplier": 100.0}
+    most = int((for_rounding * CLIP / step) ** 2)
+    at_most: dict[str, Any] = {
+        "value_range": step * 1000,
+        "largest_total": 1000,
+        "noise_multiplier": 100.0,
+    }
     assert grid(parameters=most, **at_most).step == step
-    with pytest.raises(PrivflError, match=r"need a finer grid than the bits of a value allow.*secure_aggregation\.value_bits"):
+    with pytest.raises(
+        PrivflError,
+        match=r"need a finer grid than the bits of a value allow.*secure_aggregation\.value_bits",
+    ):
         grid(parameters=most + 1, **at_most)
     assert (SENSITIVITY, CLIP_MARGIN) == (1.01, 2.0**-10)
 
 
+def test_sums_are_not_released_for_less_than_they_can_change():
+    made = grid()
+    assert 1.0 + CLIP_MARGIN < made.sensitivity <= SENSITIVITY
+    made.check_charged(made.sensitivity)
+    for charged in (made.sensitivity * (1 - 1e-12), 1.0, math.nan):
+        with pytest.raises(InternalError, match="on a grid with one of"):
+            made.check_charged(charged)
+
+
 def test_shares_too_narrow_or_too_wide_are_refused():
     step = 2.0**-12
-    common: dict[str, Any] = {"span": step * 1000, "largest_total": 1000, "parameters": 1}
+    common: dict[str, Any] = {"value_range": step * 1000, "largest_total": 1000, "parameters": 1}
     narrow = 8 * step * math.sqrt(SITES - COLLUSION) / CLIP
-    assert grid(noise_multiplier=narrow * 1.0001, **common).deviation == pytest.approx(8.0, rel=1e-3)
+    assert grid(noise_multiplier=narrow * 1.0001, **common).deviation == pytest.approx(
+        8.0, rel=1e-3
+    )
     with pytest.raises(PrivflError, match=r"a standard deviation of 8 grid steps, between 8 and"):
         grid(noise_multiplier=narrow * 0.9999, **common)
     wide = 2.0**40 / 8 * narrow
@@ -181,30 +225,41 @@ def test_shares_too_narrow_or_too_wide_are_refused():
         grid(noise_multiplier=wide * 1.0001, **common)
 
 
-# -- the range ------------------------------------------------------------------------------------------------------------
+# -- the range -------------------------------------------------------------------------------------
 
 
-def span(**changes: Any) -> float:
+def derived(**changes: Any) -> float:
     fields: dict[str, Any] = {
         "expected": 30.0,
-        "most": 300,
+        "records": 300,
         "parameters": 1000,
         "steps": 5000,
-        "noise_multiplier": SIGMA,
-        "max_grad_norm": CLIP,
-        "members": SITES,
-        "collusion": COLLUSION,
-    }
-    return derived_span(**fields | changes)
+    } | changes
+    return distributed(fields).derived_range(**fields)
 
 
 @pytest.mark.parametrize(
     ("records", "rate"),
-    [(10**6, 1e-6), (1000, 0.001), (300, 0.1), (300, 0.5), (10**5, 0.03), (10**7, 0.01), (20, 0.9), (50, 1.0)],
+    [
+        (10**6, 1e-6),
+        (1000, 0.001),
+        (300, 0.1),
+        (300, 0.5),
+        (10**5, 0.03),
+        (10**7, 0.01),
+        (20, 0.9),
+        (50, 1.0),
+    ],
 )
 @pytest.mark.parametrize("steps", [1, 10**6])
-def test_batches_stay_within_the_range_by_the_exact_binomial_tail(records: int, rate: float, steps: int):
-    bound = span(expected=records * rate, most=records, steps=steps, noise_multiplier=1e-300) / CLIP / (1 + CLIP_MARGIN)
+def test_batches_stay_within_the_range_by_the_exact_binomial_tail(
+    records: int, rate: float, steps: int
+):
+    bound = (
+        derived(expected=records * rate, records=records, steps=steps, noise_multiplier=1e-300)
+        / CLIP
+        / (1 + CLIP_MARGIN)
+    )
     assert steps * stats.binom(records, rate).sf(math.floor(bound)) <= 2.0**-41
     # Bernstein's inequality gives away something, but not the range.
     assert bound <= records + 1e-6
@@ -213,27 +268,40 @@ def test_batches_stay_within_the_range_by_the_exact_binomial_tail(records: int, 
 
 @pytest.mark.parametrize(("parameters", "steps"), [(1, 1), (1000, 5000), (10**8, 10**6)])
 @pytest.mark.parametrize(("members", "collusion"), [(3, 1), (100, 98)])
-def test_noise_stays_within_the_range_by_the_exact_normal_tail(parameters: int, steps: int, members: int, collusion: int):
-    bound = span(expected=0.0, most=0, parameters=parameters, steps=steps, members=members, collusion=collusion)
+def test_noise_stays_within_the_range_by_the_exact_normal_tail(
+    parameters: int, steps: int, members: int, collusion: int
+):
+    bound = derived(
+        expected=0.0,
+        records=0,
+        parameters=parameters,
+        steps=steps,
+        members=members,
+        collusion=collusion,
+    )
     deviation = SIGMA * CLIP * math.sqrt(members / (members - collusion))
     assert steps * parameters * 2 * stats.norm.sf(bound / deviation) <= 2.0**-41
     assert steps * parameters * 2 * stats.norm.sf(0.9 * bound / deviation) > 2.0**-41
 
 
 def test_simulated_sums_of_aligned_gradients_stay_within_the_range():
-    """Every record of a batch adds its whole clipping norm to one element, at sites with rates of their own."""
+    """Every record of a batch adds its whole clipping norm to one element, at sites with rates
+    of their own.
+    """
     rng, steps, rates, records = np.random.default_rng(), 200_000, (0.02, 0.1, 0.3), (500, 200, 100)
     expected = sum(r * n for r, n in zip(rates, records, strict=True))
     batches = sum(rng.binomial(n, r, size=steps) for r, n in zip(rates, records, strict=True))
     chosen = grid(members=3, collusion=1)
     noise = sum(noise_alone(shares(chosen), steps, 1)[0] for _ in range(3)) * chosen.step
-    bound = span(expected=expected, most=sum(records), parameters=1, steps=steps, members=3, collusion=1)
+    bound = derived(
+        expected=expected, records=sum(records), parameters=1, steps=steps, members=3, collusion=1
+    )
     largest = float(np.abs(batches * CLIP + noise).max())
     assert largest <= bound
     assert largest > 0.4 * bound, "sums do come near it"
 
 
-# -- what one record can change -------------------------------------------------------------------------------------------
+# -- what one record can change --------------------------------------------------------------------
 
 
 class Weights(nn.Module):
@@ -252,7 +320,10 @@ def clipped_sum(rows: torch.Tensor) -> NDArray[np.float64]:
     """The sum of clipped gradients that a site rounds, of a batch whose gradients are ``rows``."""
     model = GradSampleModule(Weights(rows.shape[1]))
     optimizer = SecureSumOptimizer(
-        torch.optim.SGD(model.parameters(), lr=1.0), noise_multiplier=0.0, max_grad_norm=CLIP, expected_batch_size=1
+        torch.optim.SGD(model.parameters(), lr=1.0),
+        noise_multiplier=0.0,
+        max_grad_norm=CLIP,
+        expected_batch_size=1,
     )
     model(rows).mean().backward()
     total = optimizer.collect()
@@ -261,13 +332,15 @@ def clipped_sum(rows: torch.Tensor) -> NDArray[np.float64]:
 
 
 def coarsest(parameters: int) -> float:
-    """The coarsest step that :func:`step_grid` lets pass."""
-    return 2.0 ** math.floor(math.log2((SENSITIVITY - 1 - CLIP_MARGIN) * CLIP / math.sqrt(parameters)))
+    """The coarsest step that :meth:`DistributedNoise.step_grid` lets pass."""
+    return 2.0 ** math.floor(
+        math.log2((SENSITIVITY - 1 - CLIP_MARGIN) * CLIP / math.sqrt(parameters))
+    )
 
 
 def rounded(total: NDArray[np.float64], step: float) -> NDArray[np.int64]:
     """As a site does it, without the share."""
-    one = shares(StepGrid(step, 100.0))
+    one = shares(StepGrid(step, 100.0, SENSITIVITY))
     one.draw_ahead(len(total))
     assert one._ahead is not None
     share = one._ahead.copy()
@@ -278,8 +351,25 @@ def hostile(parameters: int) -> list[torch.Tensor]:
     basis = torch.zeros(parameters)
     basis[0] = 1.0
     equal, random = torch.full((parameters,), 1.0), torch.randn(parameters)
-    rows = [basis * factor for factor in (math.inf, -math.inf, math.nan, 1e25, -1e25, 3e38, 1e-30, 1e-45, 0.7, 0.70000005, 100.0)]
-    rows += [equal * factor for factor in (math.inf, 1e25, 3e38, 1.0, 1e-3, CLIP / math.sqrt(parameters))]
+    rows = [
+        basis * factor
+        for factor in (
+            math.inf,
+            -math.inf,
+            math.nan,
+            1e25,
+            -1e25,
+            3e38,
+            1e-30,
+            1e-45,
+            0.7,
+            0.70000005,
+            100.0,
+        )
+    ]
+    rows += [
+        equal * factor for factor in (math.inf, 1e25, 3e38, 1.0, 1e-3, CLIP / math.sqrt(parameters))
+    ]
     rows += [random * factor for factor in (1e-6, 1.0, 1e6, 1e25)]
     mixed = random.clone()
     mixed[-1] = math.nan
@@ -303,12 +393,17 @@ def test_one_record_changes_the_integers_by_at_most_the_charged_sensitivity(para
 
 @pytest.mark.parametrize("parameters", [1, 100, 100_000])
 def test_also_where_every_element_lies_as_badly_as_can_be_for_rounding(parameters: int):
-    """Elements just below half a step, all pushed over it: rounding adds almost a whole step to each."""
+    """Elements just below half a step, all pushed over it: rounding adds almost a whole step to
+    each.
+    """
     step = coarsest(parameters)
     record = np.full(parameters, CLIP * (1 + CLIP_MARGIN) / math.sqrt(parameters))
     just_below = (0.5 - 1e-6) * step
     into_the_next = (1e-5 - np.mod(record, step) / step) % 1.0 * step
-    bases = {"crossing": np.full(parameters, just_below), "both": np.full(parameters, 0.5 * step) + into_the_next - 2e-6 * step}
+    bases = {
+        "crossing": np.full(parameters, just_below),
+        "both": np.full(parameters, 0.5 * step) + into_the_next - 2e-6 * step,
+    }
     rng = np.random.default_rng(parameters)
     bases["random"] = rng.uniform(-30, 30, size=parameters)
     worst = 0.0
@@ -321,7 +416,9 @@ def test_also_where_every_element_lies_as_badly_as_can_be_for_rounding(parameter
 
 
 def test_sums_are_taken_in_float64(monkeypatch: pytest.MonkeyPatch):
-    """In float32 a sum of 10^5 records loses more than one record may change, and loses it in another way with one record more."""
+    """In float32 a sum of 10^5 records loses more than one record may change, and loses it in
+    another way with one record more.
+    """
     monkeypatch.setattr(clipping, "_PIECE", 5000)
     rows = torch.rand(100_000, 2, generator=torch.Generator().manual_seed(1)) * 0.4
     total = clipped_sum(rows)

@@ -15,5 +15,5 @@ def read(path: Path) -> Ledger:
         return book
 
 
-def run_books(twin: Twin) -> dict[str, Path]:
+def run_ledgers(twin: Twin) -> dict[str, Path]:
     return {path.parent.name: path for path in twin.folder.rglob("*.ledger")}

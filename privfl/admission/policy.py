@@ -1,0 +1,105 @@
+"""A site's policy against a proposal: everything that can be decided without an accountant."""
+
+from __future__ import annotations
+
+from privfl.config import Experiment, SiteFile
+from privfl.errors import PrivflError
+
+# Whoever sets one of these wants protection, which a known seed takes away.
+_POLICY = {
+    "attempts",
+    "budget",
+    "exact_metrics",
+    "least_collusion",
+    "least_noise_multiplier",
+    "least_sites",
+    "ledger",
+    "metrics",
+    "peers",
+    "records_per_person",
+    "require",
+}
+# And whoever sets one of these does not want metrics without noise, unless named.
+_NOISE_RULES = {"budget", "least_noise_multiplier", "ledger", "metrics"}
+
+
+def refusal(site: str, key: str, what: str) -> PrivflError:
+    """The sentence with which a site's policy rejects a proposal: the key that rules, and what
+    would pass.
+    """
+    return PrivflError(
+        f"the policy of site {site} refuses this experiment ({key} in its site file): {what}"
+    )
+
+
+def check_members(site: str, experiment: Experiment, file: SiteFile, members: int) -> None:
+    """Whether a sum of so many sites is large enough for the policy, and its noise for their
+    coalitions.
+
+    Raises:
+        PrivflError: If it is not; the sentence says how many sites, or how many colluders, would
+            pass.
+    """
+    if members < file.least_sites:
+        raise refusal(
+            site, "least_sites", f"it has {members} sites, at least {file.least_sites} would pass"
+        )
+    if experiment.privacy.noise == "distributed" and file.least_collusion > experiment.collusion:
+        raise refusal(
+            site,
+            "least_collusion",
+            f"privacy.collusion is {experiment.collusion}, so {file.least_collusion} sites could "
+            f"subtract more of the noise than that allows for; "
+            f"privacy.collusion {file.least_collusion} would pass",
+        )
+    if file.least_collusion and members < file.least_collusion + 2:
+        raise refusal(
+            site,
+            "least_collusion",
+            f"with {members} sites, {file.least_collusion} that pool what they see would see this "
+            f"site's updates alone; "
+            f"at least {file.least_collusion + 2} sites would pass",
+        )
+
+
+def check_policy(site: str, experiment: Experiment, file: SiteFile) -> None:
+    """Hold the proposal against everything of the site's policy that needs no accountant.
+
+    Raises:
+        PrivflError: If the proposal breaks a rule; the sentence names the first one and says what
+            would pass.
+    """
+
+    def refuse(key: str, what: str) -> PrivflError:
+        return refusal(site, key, what)
+
+    check_members(site, experiment, file, len(experiment.sites))
+    policy = sorted(file.model_fields_set & _POLICY)
+    if experiment.evaluate_every:
+        names = experiment.evaluation.metrics
+        if file.metrics is not None and set(names) - set(file.metrics):
+            others = ", ".join(sorted(set(names) - set(file.metrics)))
+            raise refuse(
+                "metrics",
+                f"{others} would leave; allow it there, or take it out of evaluation.metrics",
+            )
+        exact = file.exact_metrics
+        if exact is None:
+            exact = () if file.model_fields_set & _NOISE_RULES else tuple(names)
+        others = ", ".join(name for name in names if name not in exact)
+        if experiment.evaluation.records == "public" and others:
+            raise refuse(
+                "exact_metrics",
+                f"{others} would leave without noise (evaluation.records: public); allow it there, "
+                f"or say evaluation.records: private",
+            )
+    if file.budget is not None and experiment.privacy.delta > file.budget.delta:
+        raise refuse(
+            "budget",
+            f"privacy.delta is {experiment.privacy.delta:g}, at most the budget's "
+            f"{file.budget.delta:g} would pass",
+        )
+    if not experiment.private and policy:
+        raise refuse(
+            policy[0], "insecure_test_seed is set, with which nothing is private; remove it"
+        )
