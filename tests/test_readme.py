@@ -103,7 +103,8 @@ from torch.utils.data import DataLoader, TensorDataset
 
 torch.manual_seed(0)
 model = torch.nn.Linear(4, 2)
-loader = DataLoader(TensorDataset(torch.randn(40, 4), torch.zeros(40, dtype=torch.long)), batch_size=10)
+records = TensorDataset(torch.randn(40, 4), torch.zeros(40, dtype=torch.long))
+loader = DataLoader(records, batch_size=10)
 optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
 loss = torch.nn.functional.cross_entropy
 """

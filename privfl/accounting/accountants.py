@@ -59,6 +59,15 @@ class RdpAccountant:
     """Adds up the Renyi divergences of events; cheap to ask after every round.
 
     Valid for parameters fixed in advance.
+
+    Example:
+        >>> from privfl.accounting import PoissonGaussian, RdpAccountant
+        >>> accountant = RdpAccountant()
+        >>> for noise_multiplier in (1.1, 0.9):
+        ...     step = PoissonGaussian(sampling_rate=0.01, noise_multiplier=noise_multiplier)
+        ...     accountant = accountant.compose(step.times(500))
+        >>> round(accountant.epsilon(1e-5).upper, 3)
+        2.391
     """
 
     def __init__(self) -> None:
@@ -94,6 +103,14 @@ def epsilon_of(
 
     Raises:
         ValueError: ``delta`` outside (0, 1).
+
+    Example:
+        >>> from privfl.accounting import PoissonGaussian, epsilon_of
+        >>> training = PoissonGaussian(sampling_rate=0.01, noise_multiplier=1.1, steps=1000)
+        >>> round(epsilon_of([training], 1e-5).upper, 3)
+        1.712
+        >>> round(epsilon_of([training], 1e-5, "pld").upper, 3)
+        1.516
     """
     steps = _added(events)
     renyi = RdpAccountant()
@@ -157,6 +174,12 @@ def person_epsilon(events: Sequence[Event], delta: float, records: int) -> float
 
     Raises:
         ValueError: ``delta`` outside (0, 1), or less than one record.
+
+    Example:
+        >>> from privfl.accounting import PoissonGaussian, person_epsilon
+        >>> training = PoissonGaussian(sampling_rate=0.5, noise_multiplier=10.0, steps=10)
+        >>> [round(person_epsilon([training], 1e-5, records), 3) for records in (1, 2)]
+        [0.579, 1.238]
     """
     if records < 1:
         raise ValueError(f"a person has at least one record, got {records}")

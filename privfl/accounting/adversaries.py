@@ -66,6 +66,15 @@ def adversaries(noise: Noise, members: int, collusion: int = 0) -> tuple[Adversa
 
     Raises:
         ValueError: fewer than two sites, or as many colluders as sites.
+
+    Example:
+        >>> from privfl.accounting import adversaries
+        >>> for adversary in adversaries("distributed", members=4, collusion=1):
+        ...     print(adversary.colluders, round(adversary.noise_factor, 3))
+        0 1.155
+        1 1.0
+        2 0.816
+        3 0.577
     """
     if members < 2 or not 0 <= collusion < members:
         raise ValueError(

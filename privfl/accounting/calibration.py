@@ -22,6 +22,14 @@ def least_noise_multiplier(epsilon: Callable[[float], float], target: float) -> 
 
     Returns:
         None if not even ``LARGEST_NOISE_MULTIPLIER`` reaches the target.
+
+    Example:
+        >>> from privfl.accounting import Gaussian, epsilon_of, least_noise_multiplier
+        >>> def epsilon(noise_multiplier):
+        ...     release = Gaussian(noise_multiplier=noise_multiplier, steps=100)
+        ...     return epsilon_of([release], 1e-5).upper
+        >>> least_noise_multiplier(epsilon, 2.0)
+        21.4912
     """
     from scipy.optimize import brentq
 

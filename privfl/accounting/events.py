@@ -115,6 +115,14 @@ class PoissonGaussian(_Sampled):
         sampling_rate: probability q in (0, 1] with which each record enters a step, independently
             of all others.
         noise_multiplier: standard deviation of the noise in units of the clipping norm.
+
+    Example:
+        >>> from privfl.accounting import PoissonGaussian, event_from_dict
+        >>> event = PoissonGaussian(sampling_rate=0.5, noise_multiplier=10.9, steps=5)
+        >>> event.times(100).steps
+        100
+        >>> event_from_dict(event.to_dict()) == event
+        True
     """
 
     kind: ClassVar[str] = "poisson_gaussian"
@@ -144,6 +152,12 @@ class DiscreteGaussian(_Sampled):
             subtract, in units of the clipping norm.
         sensitivity: what one record can change, in the same unit; above 1 because clipping and the
             grid round.
+
+    Example:
+        >>> from privfl.accounting import DiscreteGaussian
+        >>> event = DiscreteGaussian(sampling_rate=0.5, noise_multiplier=20.2, sensitivity=1.01)
+        >>> event.sigma
+        20.0
     """
 
     kind: ClassVar[str] = "discrete_gaussian"
@@ -173,6 +187,12 @@ class MetricRelease(_Noised):
         metrics: the names of all metrics released together.
         noise_multiplier: standard deviation of the noise in units of what one record can change of
             all of them together.
+
+    Example:
+        >>> from privfl.accounting import MetricRelease, epsilon_of
+        >>> release = MetricRelease(metrics=("accuracy",), noise_multiplier=4.0454)
+        >>> round(epsilon_of([release], 1e-5).upper, 3)
+        1.0
     """
 
     kind: ClassVar[str] = "metric_release"
@@ -212,6 +232,11 @@ def event_from_dict(fields: Mapping[str, Any]) -> Event:
 
     Raises:
         ValueError: another kind or version, missing or unknown fields, values out of range.
+
+    Example:
+        >>> from privfl.accounting import event_from_dict
+        >>> event_from_dict({"kind": "gaussian", "version": 1, "steps": 2, "noise_multiplier": 5.0})
+        Gaussian(steps=2, noise_multiplier=5.0)
     """
     kind, version = fields.get("kind"), fields.get("version")
     cls = KINDS.get(str(kind))

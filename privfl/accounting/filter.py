@@ -42,6 +42,18 @@ class RenyiFilter:
         orders: Renyi orders, rising.
         weights: each order's share of delta, adding up to at most 1; orders without one take no
             part.
+
+    Example:
+        >>> from privfl.accounting import PoissonGaussian, RenyiFilter
+        >>> run = PoissonGaussian(sampling_rate=0.5, noise_multiplier=12.0, steps=100)
+        >>> budget = RenyiFilter.planned(4.0, 1e-5, run)
+        >>> spent = budget.nothing() + budget.cost(run)
+        >>> round(budget.epsilon_of(spent), 3)
+        1.989
+        >>> budget.times(spent, budget.cost(run))
+        3
+        >>> budget.admits(spent + 4 * budget.cost(run))
+        False
     """
 
     epsilon: float

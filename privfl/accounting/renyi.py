@@ -66,6 +66,11 @@ def divergences(event: Event, orders: tuple[float, ...] = ORDERS) -> NDArray[np.
 
     Steps and events add up, order by order, also if each was chosen after a look at the results of
     all before (Feldman and Zrnic 2021, for a fixed order).
+
+    Example:
+        >>> from privfl.accounting import Gaussian, divergences
+        >>> divergences(Gaussian(noise_multiplier=2.0), (2.0, 4.0, 8.0)).tolist()
+        [0.25, 0.5, 1.0]
     """
     if event.sigma < _NOTHING:
         return np.full(len(orders), math.inf)
