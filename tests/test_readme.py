@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import io
 import re
 import subprocess
 import sys
@@ -188,6 +190,41 @@ def test_the_site_files_shown_are_read(tmp_path: Path):
     for text in (whole, identity):
         (tmp_path / "aa.yaml").write_text(text)
         assert load_site(tmp_path, "aa").require == ("pinned_keys",)
+
+
+def printed_by(snippet: str) -> str:
+    out = io.StringIO()
+    with contextlib.redirect_stdout(out):
+        exec(snippet, {})
+    return out.getvalue()
+
+
+@pytest.mark.parametrize("snippet", [pytest.param(0, marks=pytest.mark.long), 1])
+def test_the_programs_of_the_accounting_page_print_its_tables(snippet: int):
+    rows = re.findall(r"^\| (.*) \|$", PAGES["docs/accounting.md"], re.M)
+    tables = {tuple(cell.strip() for cell in row.split("|")) for row in rows}
+    for line in printed_by(blocks("python", "docs/accounting.md")[snippet]).splitlines():
+        words = line.split()
+        assert any(_same_row(words, row) for row in tables), line
+
+
+def _same_row(words: list[str], row: tuple[str, ...]) -> bool:
+    """Whether a row of a table begins with these words; numbers may round on another processor."""
+    if len(row) < len(words):
+        return False
+    for word, cell in zip(words, row, strict=False):
+        try:
+            if float(word) != pytest.approx(float(cell), rel=3e-4, abs=1e-4):
+                return False
+        except ValueError:
+            if word != cell:
+                return False
+    return True
+
+
+def test_the_calibration_shown_prints_what_it_says():
+    (snippet,) = blocks("python", "docs/choosing-epsilon.md")
+    assert float(printed_by(snippet)) == float(snippet.rsplit("# ", 1)[1])
 
 
 def test_sharp_edges_are_all_in_their_index():
