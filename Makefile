@@ -7,10 +7,15 @@ PYTEST := .venv/bin/python -m pytest
 # matplotlib keeps a list of the machine's fonts, by default in the home directory too.
 export MPLCONFIGDIR := $(CURDIR)/.venv/matplotlib
 
-.PHONY: demo test test-all lint docs clean
+.PHONY: demo quick test test-all lint docs dist clean
 
 demo: .venv/.demo
 	.venv/bin/mpiexec -n 5 .venv/bin/privfl train
+
+# A developer's loop, under a minute: every folder of tests but those that train or start ranks (runs/
+# and api/), without what is marked slow or long.
+quick: .venv/.test
+	$(PYTEST) -m "not long and not slow" --ignore=tests/runs --ignore=tests/api $(PYTEST_ARGS)
 
 test: .venv/.test lint docs
 	$(PYTEST) -m "not long" $(PYTEST_ARGS)
@@ -27,6 +32,11 @@ docs: .venv/.test
 	.venv/bin/python -m sphinx -E -W --keep-going -q -c docs -d build/doctrees . build/docs
 	cp build/docs/README.html build/docs/index.html
 	@echo "the documentation is in build/docs/index.html"
+
+# Wheel and source distribution, with the setuptools of .venv and so without a network.
+dist: .venv/.test
+	rm -rf dist
+	.venv/bin/python -m build --no-isolation
 
 .venv/bin/python:
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || { echo "privfl needs Python 3.11 or later: make demo PYTHON=/path/to/python3.11" >&2; exit 2; }

@@ -5,8 +5,8 @@
 
 What `examples/heart_disease/fedavg.yaml` and `secure.yaml` do, with the same trainers, noise, grid
 and optimizers, in one process: sums are added without encryption, which changes no integer of
-fedsgd, and an update of fedavg by half a step of its grid (tests/test_fedsgd.py and
-tests/test_run.py hold real runs against that). Accuracy is the mean over the four hospitals'
+fedsgd, and an update of fedavg by half a step of its grid (tests/runs/test_fedsgd.py and
+tests/runs/test_run.py hold real runs against that). Accuracy is the mean over the four hospitals'
 held-out rows. The line without noise is logistic regression on the pooled training rows, to
 convergence.
 """

@@ -7,11 +7,13 @@ from __future__ import annotations
 import contextlib
 import io
 import os
+import re
 import shutil
 import subprocess
 import sys
 import sysconfig
 import threading
+import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -25,6 +27,11 @@ if TYPE_CHECKING:
 ROOT = Path(__file__).resolve().parent.parent
 MPIEXEC = str(Path(sysconfig.get_path("scripts")) / "mpiexec")
 PRIVFL = str(Path(sysconfig.get_path("scripts")) / "privfl")
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Whole runs come last: what is quick to find is found first."""
+    items.sort(key=lambda item: item.path.is_relative_to(ROOT / "tests" / "runs"))
 
 
 @pytest.fixture(scope="session")
@@ -136,6 +143,20 @@ def run_cli(
     return Job(done.returncode, done.stdout, done.stderr)
 
 
+def call_cli(*arguments: str | Path) -> Job:
+    """`privfl ARGUMENTS` in this process, for tests that look at nothing of a process."""
+    from privfl.cli import main
+
+    out, err = io.StringIO(), io.StringIO()
+    with (
+        contextlib.redirect_stdout(out),
+        contextlib.redirect_stderr(err),
+        pytest.raises(SystemExit) as end,
+    ):
+        main([*map(str, arguments)])
+    return Job(int(end.value.code or 0), out.getvalue(), err.getvalue())
+
+
 def processes() -> dict[int, list[str]]:
     """The command lines of all running processes, by number (Linux)."""
     found = {}
@@ -146,6 +167,59 @@ def processes() -> dict[int, list[str]]:
                     (entry / "cmdline").read_bytes().decode(errors="replace").split("\0")
                 )
     return found
+
+
+def descendants(ancestor: int) -> dict[int, list[str]]:
+    """The command lines of all children of a process and of theirs, by number (Linux)."""
+    commands, parents = processes(), {}
+    for pid in commands:
+        with contextlib.suppress(OSError):
+            # The name, in parentheses, may hold anything; state and parent follow the last one.
+            parents[pid] = int(Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[1])
+    family, generation = {}, {ancestor}
+    while generation := {pid for pid, parent in parents.items() if parent in generation}:
+        family |= {pid: commands[pid] for pid in generation}
+    return family
+
+
+def wait_for(
+    condition: Callable[[], Any], process: subprocess.Popen[str], limit: float = 60
+) -> Any:
+    """What ``condition`` gives once it gives something true.
+
+    The test fails if the job ends or the time is over before.
+    """
+    deadline = time.monotonic() + limit
+    while not (value := condition()):
+        if process.poll() is not None or time.monotonic() > deadline:
+            process.kill()
+            pytest.fail("what the test waits for did not come\n" + "\n".join(process.communicate()))
+        time.sleep(0.02)
+    return value
+
+
+def trainer_of(job: subprocess.Popen[str], site: str) -> int:
+    """The trainer of a site in this job, and not in another that runs on the same machine."""
+
+    def numbers() -> list[int]:
+        return [
+            pid
+            for pid, words in descendants(job.pid).items()
+            if site in words and "trainer" in re.split(r"\W", " ".join(words))
+        ]
+
+    return wait_for(numbers, job)[0]
+
+
+class Screen(io.StringIO):
+    """What ranks that are threads write.
+
+    A trainer that is a thread writes into the log of its site, as one that is a process does.
+    """
+
+    def write(self, text: str) -> int:
+        log = getattr(threading.current_thread(), "log", None)
+        return super().write(text) if log is None else log.write(text)
 
 
 @dataclass
@@ -164,7 +238,7 @@ class Twin:
 def run_twin(
     experiment: Path | None,
     *settings: str,
-    output: Path,
+    output: Path | None,
     ranks: int,
     wrap: Callable[[object], object] = lambda t: t,
     sites: Path | None = None,
@@ -192,10 +266,11 @@ def run_twin(
         except BaseException as error:
             twin.codes[number] = error
 
-    out, err = io.StringIO(), io.StringIO()
+    out, err = Screen(), Screen()
     with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
         threads = [
-            threading.Thread(target=rank, args=(number,), daemon=True) for number in range(ranks)
+            threading.Thread(target=rank, args=(number,), name=f"rank {number}", daemon=True)
+            for number in range(ranks)
         ]
         for thread in threads:
             thread.start()
@@ -343,6 +418,8 @@ def edit(path: Path, old: str, new: str) -> None:
 __all__ = [
     "Job",
     "Twin",
+    "call_cli",
+    "descendants",
     "edit",
     "in_threads",
     "processes",
@@ -352,6 +429,8 @@ __all__ = [
     "secure_experiment",
     "start_job",
     "train",
+    "trainer_of",
+    "wait_for",
     "without_ptrace",
 ]
 assert sys.version_info >= (3, 11)

@@ -35,11 +35,13 @@ class ThreadTrainer(process.TrainerProcess):
     def __init__(self, site: str, threads: int, log: TextIO, prepare: Prepare) -> None:
         self._log = log.name
         self.replica, self.update = SharedVector.create(), SharedVector.create()
-        ours, theirs = socket.socketpair()
-        self._channel, self._process = Channel(ours, ANSWERS), _Running()  # type: ignore[assignment]
+        self._end, theirs = socket.socketpair()
+        self._channel = Channel(self._end, ANSWERS)
+        self._process = _Running()  # type: ignore[assignment]
         self._thread = threading.Thread(
-            target=self._serve, args=(site, Channel(theirs, REQUESTS)), daemon=True
+            target=self._serve, args=(site, Channel(theirs, REQUESTS)), name=site, daemon=True
         )
+        self._thread.log = log  # type: ignore[attr-defined]
         self._thread.start()
         self.ask(prepare.model_copy(update={"threads": 1}))
 
@@ -50,7 +52,7 @@ class ThreadTrainer(process.TrainerProcess):
 
     def stop(self) -> None:
         with contextlib.suppress(OSError):
-            self._channel._end.shutdown(socket.SHUT_RDWR)
+            self._end.shutdown(socket.SHUT_RDWR)
         self._thread.join(60)
         self._channel.close()
         self.replica.close()

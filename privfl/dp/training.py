@@ -22,6 +22,7 @@ from privfl.dp.checks import (
     check_model,
     constants,
     digest_of,
+    outputs_coupled,
     wrapping,
 )
 from privfl.dp.optimizer import SecureSumOptimizer, SystemNoiseOptimizer
@@ -277,29 +278,14 @@ class LocalTraining:
         self._try_shape(inputs)
 
         def gradients(x: torch.Tensor, y: torch.Tensor) -> list[torch.Tensor]:
-            for p in self._parameters:
-                p.grad_sample = None  # type: ignore[attr-defined]
             self._backward(x, y)
-            return [p.grad_sample.detach().clone() for p in self._parameters]  # type: ignore[attr-defined]
+            rows = [p.grad_sample.detach() for p in self._parameters]  # type: ignore[attr-defined]
+            for p in self._parameters:
+                p.grad = p.grad_sample = None  # type: ignore[attr-defined]
+            return rows
 
-        def repeatable() -> bool:
-            first, second = (
-                torch.cat([g.flatten() for g in gradients(inputs, targets)]) for _ in range(2)
-            )
-            return torch.equal(first.nan_to_num(), second.nan_to_num())
-
-        with torch.random.fork_rng():
-            self._wrapped.train()
-            alike = repeatable()
-            if not alike:
-                # Dropout makes two passes differ: switch it off, in all modules but those whose
-                # gradients Opacus takes.
-                for module in self._wrapped.modules():
-                    module.training = any(True for _ in module.parameters(recurse=False))
-                alike = repeatable()
-            if alike:
-                check_isolation(gradients, inputs, targets)
-            self._wrapped.train()
+        self._wrapped.train()
+        check_isolation(self._wrapped, gradients, inputs, targets, self._recipe.max_grad_norm)
         self.optimizer.forget_unfinished_step()
         self.optimizer.zero_grad(set_to_none=True)
         check_constants(self.model, self._constants)
@@ -337,16 +323,10 @@ class LocalTraining:
             PrivflError: the outputs of a few records of ``dataset`` depend on which others are in
                 the batch.
         """
-        few = [
-            dataset[int(i)]
-            for i in np.unique(np.linspace(0, len(dataset) - 1, TRIED).astype(np.int64))
-        ]
-        together = self.outputs(few)[0].double().flatten(1)
-        alone = torch.cat([self.outputs([record])[0] for record in few]).double().flatten(1)
-        differ = ~torch.isclose(together, alone, rtol=1e-3, atol=1e-5, equal_nan=True).all(dim=1)
-        finite = torch.isfinite(together).all(dim=1) & torch.isfinite(alone).all(dim=1)
-        # One odd record, so large that rounding shows, must not be able to stop a run.
-        if int((differ & finite).sum()) > 1:
+        indices = np.unique(np.linspace(0, len(dataset) - 1, TRIED).astype(np.int64))
+        inputs, _ = _to_pair(_rows(dataset, indices), self._device)
+        # One record with values that nobody expects must not be able to stop a run.
+        if outputs_coupled(self.model, inputs, least=2):
             raise PrivflError(
                 "the output of model() for a held-out record depends on the other records of its "
                 "batch, so a metric of private records cannot be "

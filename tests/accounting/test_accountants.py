@@ -37,6 +37,8 @@ from tests.accounting.histories import (
     steps_of,
 )
 
+pytestmark = pytest.mark.slow
+
 FINE = 1e-4
 
 # The 12-case table (dp-accounting): (segments of (q, sigma, steps), delta, RDP, PLD). Case E is

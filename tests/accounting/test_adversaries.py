@@ -12,6 +12,7 @@ from tests.accounting.histories import printed, steps_of
 DISTRIBUTED = {(4, 1): "2.98 3.90 6.11 15.7", (8, 1): "3.43 3.90 4.58 5.62 7.41 10.9 19.8 58.2"}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("members", "collusion"), DISTRIBUTED)
 def test_the_epsilons_of_distributed_noise(members: int, collusion: int):
     expected = DISTRIBUTED[members, collusion].split()

@@ -12,6 +12,7 @@ from privfl.accounting import LARGEST_NOISE_MULTIPLIER, epsilon_of, least_noise_
 from tests.accounting.histories import steps_of
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("target", "delta", "q", "steps"),
     [(2.0, 1e-5, 0.1, 100), (1.0, 1e-4, 0.5, 60), (0.1, 1e-4, 0.3, 60), (50.0, 1e-5, 1.0, 3)],
@@ -33,6 +34,7 @@ def test_calibration_by_opacus():
     assert found == pytest.approx(1.416, abs=1e-3)
 
 
+@pytest.mark.slow
 def test_calibration_of_the_exact_gaussian():
     """The noise for epsilon 1 at 1e-5 is 3.7306316 (Balle and Wang 2018); ours is the next one
     up with four decimals.

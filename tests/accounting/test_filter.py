@@ -42,6 +42,7 @@ def limit() -> RenyiFilter:
 # -- how much fits ---------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("q", "sigma", "epsilon", "steps"), LITERATURE)
 def test_what_was_planned_costs_little_more_than_a_fixed_plan(
     q: float, sigma: float, epsilon: float, steps: int
@@ -61,6 +62,7 @@ def test_what_was_planned_costs_little_more_than_a_fixed_plan(
     assert count == admitted
 
 
+@pytest.mark.slow
 @settings(max_examples=25, deadline=None)
 @given(rates, noises, st.floats(0.1, 8.0), st.floats(1e-9, 0.01))
 def test_a_filter_is_never_more_generous_than_a_fixed_plan(
@@ -124,6 +126,7 @@ def test_the_running_epsilon_is_within_the_budget_exactly_while_the_filter_admit
     assert limit.epsilons_of(totals).tolist() == [limit.epsilon_of(total) for total in totals]
 
 
+@pytest.mark.slow
 @settings(max_examples=25, deadline=None)
 @given(segments)
 def test_the_running_epsilon_of_real_charges(rows: list[tuple[float, float, int]]):
@@ -161,6 +164,7 @@ def test_what_protects_nothing_is_never_admitted(limit: RenyiFilter):
         assert limit.admits(limit.cost(event.times(0)))
 
 
+@pytest.mark.slow
 @settings(max_examples=20, deadline=None)
 @given(segments, rates, noises)
 def test_times_is_the_largest_number_that_is_admitted_as_a_plan(
@@ -176,6 +180,7 @@ def test_times_is_the_largest_number_that_is_admitted_as_a_plan(
     assert limit.times(spent, step, 3) == min(most, 3)
 
 
+@pytest.mark.slow
 def test_a_plan_that_is_admitted_can_be_charged_in_any_order(limit: RenyiFilter):
     """Adding up in another order may round differently; what was promised must still fit."""
     rng = random.Random(1)
@@ -351,6 +356,7 @@ def never_passed(strategies: int) -> None:
         assert not passes_delta(loss)
 
 
+@pytest.mark.slow
 def test_no_strategy_passes_the_filter():
     never_passed(2000)
 
@@ -361,6 +367,7 @@ def test_no_strategy_of_many_passes_the_filter():
     never_passed(100_000)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("present", [True, False])
 def test_a_wrong_filter_is_caught_by_the_same_strategies(present: bool):
     limit = RenyiFilter.planned(EPSILON, DELTA, steps_of(1.0, 4.0))

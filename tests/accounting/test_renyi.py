@@ -50,6 +50,7 @@ def integrated(q: float, sigma: float, order: float) -> float:
     return float(np.logaddexp.reduce(density + order * ratio) + math.log(z[1] - z[0])) / (order - 1)
 
 
+@pytest.mark.slow
 @settings(max_examples=20, deadline=None)
 @given(st.floats(0.01, 0.99), st.floats(0.5, 10.0))
 @example(0.75, 4.0)
@@ -133,6 +134,7 @@ def test_the_conversion_is_that_of_dp_accounting(divergence: np.ndarray, delta: 
     )
 
 
+@pytest.mark.slow
 @settings(deadline=None, max_examples=60)
 @given(vectors, deltas, shares)
 def test_a_share_of_delta_is_a_smaller_delta(
@@ -149,6 +151,7 @@ def test_a_share_of_delta_is_a_smaller_delta(
     assert np.isinf(found[weights == 0.0]).all()
 
 
+@pytest.mark.slow
 @settings(deadline=None, max_examples=60)
 @given(vectors, deltas, st.none() | shares)
 def test_the_bounds_are_the_inverse_of_the_conversion(

@@ -164,6 +164,7 @@ def test_half_a_character(small: Path, text: str):
     assert "not valid YAML" in refused(small, f"data_options={text}")
 
 
+@pytest.mark.slow
 def test_large_mappings_take_no_longer_than_large_lists(small: Path):
     def seconds(text: str) -> float:
         start = time.process_time()

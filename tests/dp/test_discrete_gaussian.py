@@ -117,6 +117,7 @@ def test_moments_of_wide_noise(deviation: float):
     assert stats.kstest(scaled[:500_000], stats.norm.cdf).pvalue > RARE
 
 
+@pytest.mark.slow
 def test_tails_appear_as_often_as_they_should():
     """Beyond 5 deviations lies one sample in 1.7 million."""
     noise = DiscreteGaussian(1000.0, SystemRandomness())

@@ -376,6 +376,7 @@ def hostile(parameters: int) -> list[torch.Tensor]:
     return [*rows, mixed]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("parameters", [1, 100, 100_000])
 def test_one_record_changes_the_integers_by_at_most_the_charged_sensitivity(parameters: int):
     torch.manual_seed(parameters)

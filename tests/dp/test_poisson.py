@@ -81,6 +81,7 @@ def correlation(a: NDArray[np.bool_], b: NDArray[np.bool_]) -> float:
     return abs(float(np.corrcoef(a.ravel(), b.ravel())[0, 1])) * math.sqrt(a.size)
 
 
+@pytest.mark.slow
 @WAYS
 def test_batch_sizes_are_binomial(taken_of: Way):
     sizes = taken_of().sum(axis=1)
@@ -93,6 +94,7 @@ def test_batch_sizes_are_binomial(taken_of: Way):
     assert len(np.unique(sizes)) > 10, "a batch of fixed size is not what is accounted for"
 
 
+@pytest.mark.slow
 @WAYS
 def test_every_record_takes_part_at_the_rate(taken_of: Way):
     often = taken_of().sum(axis=0)
@@ -100,6 +102,7 @@ def test_every_record_takes_part_at_the_rate(taken_of: Way):
     assert LEAST_P < stats.chi2(RECORDS).cdf(chi2) < 1 - LEAST_P
 
 
+@pytest.mark.slow
 @WAYS
 def test_who_takes_part_is_independent_across_sites_steps_and_records(taken_of: Way):
     torch.manual_seed(0)

@@ -4,6 +4,7 @@ also without records.
 
 from __future__ import annotations
 
+import json
 import math
 import subprocess
 import sys
@@ -19,52 +20,63 @@ from tests.dp.helpers import local, records
 
 # -- where the randomness comes from ---------------------------------------------------------------
 
-# Two fresh processes that do what users do: seed torch's global generator, the same everywhere.
+# A fresh process that does what users do: seed torch's global generator, the same everywhere.
 _NOISE = """
-import sys, torch
+import json, sys, torch
 from torch import nn
 from tests.dp.helpers import local, zero_linear, records
 from opacus import GradSampleModule
 from opacus.optimizers import DPOptimizer
-torch.manual_seed(0)
-if sys.argv[1] in ("our noise", "our samples"):
-    # All records in every step: only the noise can differ. Hardly any noise: only the samples can.
-    t = local(sampling_rate=1.0) if sys.argv[1] == "our noise" else local(noise_multiplier=1e-9)
-    print(t.train_round(t.flat()).tobytes().hex())
-else:
+
+def ours(**changes):
+    torch.manual_seed(0)
+    training = local(**changes)
+    return training.train_round(training.flat()).tolist()
+
+def opacus(generator):
+    torch.manual_seed(0)
     model = GradSampleModule(zero_linear())
-    generator = torch.Generator() if sys.argv[1] == "unseeded generator" else None
     opt = DPOptimizer(torch.optim.SGD(model.parameters(), lr=1.0), noise_multiplier=1.0,
                       max_grad_norm=1.0, expected_batch_size=10,
                       generator=generator)
     x, y = records().tensors
     nn.functional.cross_entropy(model(x), y).backward()
     opt.step()
-    print(next(model.parameters()).detach().numpy().tobytes().hex())
+    return next(model.parameters()).flatten().tolist()
+
+# All records in every step: only the noise can differ. Hardly any noise: only the samples can.
+json.dump({"our noise": ours(sampling_rate=1.0), "our samples": ours(noise_multiplier=1e-9),
+           "unseeded generator": opacus(torch.Generator()), "global generator": opacus(None)},
+          sys.stdout)
 """
 
 
-def _two_processes(which: str) -> list[str]:
-    return [
-        subprocess.run(
-            [sys.executable, "-c", _NOISE, which], capture_output=True, text=True, check=True
-        ).stdout
+@pytest.fixture(scope="module")
+def two_processes() -> list[dict[str, list[float]]]:
+    """What each of two fresh processes computed."""
+    jobs = [
+        subprocess.run([sys.executable, "-c", _NOISE], capture_output=True, text=True, check=True)
         for _ in range(2)
     ]
+    return [json.loads(job.stdout) for job in jobs]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("what", ["our noise", "our samples"])
-def test_two_processes_with_the_same_torch_seed_differ(what: str):
-    first, second = (
-        np.frombuffer(bytes.fromhex(out), dtype=np.float32) for out in _two_processes(what)
-    )
+def test_two_processes_with_the_same_torch_seed_differ(
+    two_processes: list[dict[str, list[float]]], what: str
+):
+    first, second = (np.array(process[what]) for process in two_processes)
     # Not by rounding: by as much as the noise, or another sample, makes.
     assert np.abs(first - second).max() > 1e-3
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("trap", ["unseeded generator", "global generator"])
-def test_the_trap_is_real_without_our_optimizer(trap: str):
-    first, second = _two_processes(trap)
+def test_the_trap_is_real_without_our_optimizer(
+    two_processes: list[dict[str, list[float]]], trap: str
+):
+    first, second = (process[trap] for process in two_processes)
     assert first == second, "Opacus no longer has this trap; our defence may be superfluous"
 
 

@@ -19,7 +19,9 @@ from typing import Any
 
 from privfl.federation.messages import Kind, decode
 from privfl.ledger.storage import Storage
+from privfl.site import agent
 from tests.conftest import run_twin
+from tests.trainers import ThreadTrainer
 
 LOCK = threading.Lock()
 
@@ -89,6 +91,8 @@ def main(experiment: str, sites: str, output: str, left: str, last: str) -> None
         add(self, rows)
 
     Storage.add = watched
+    # They die with the process, as trainers do with their agents.
+    agent.Trainer = ThreadTrainer
     settings = (
         "evaluation={metrics: {accuracy: 'task.py:accuracy'}, target_epsilon: 1, every: 1}",
         "secure_aggregation.range=4",

@@ -25,6 +25,8 @@ from tests.conftest import ROOT
 from tests.ledger.books import CHEAP, METRICS, RUN, STEP, limit, open_book
 from tests.ledger.worker import work
 
+pytestmark = pytest.mark.slow
+
 ROUNDS = 16
 
 

@@ -56,6 +56,7 @@ def flipped(path: Path, places: Iterable[int], seed: int) -> tuple[int, int]:
     return found, same
 
 
+@pytest.mark.slow
 def test_a_flipped_bit_is_found_or_changes_nothing(path: Path):
     size = path.stat().st_size
     # The header, and places anywhere.

@@ -13,6 +13,7 @@ import sys
 from collections.abc import Callable
 from contextlib import closing
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -41,6 +42,7 @@ def refused(
 HOLDER = """
 import sys, time
 from pathlib import Path
+from typing import Any
 from tests.ledger.books import open_book
 book = open_book(Path(sys.argv[1]))
 print(len(book.rows), flush=True)
@@ -48,6 +50,7 @@ time.sleep(600)
 """
 
 
+@pytest.mark.slow
 def test_a_second_writer_is_refused_until_the_first_is_killed(path: Path):
     holder = subprocess.Popen(
         [sys.executable, "-c", HOLDER, str(path)], stdout=subprocess.PIPE, cwd=ROOT
@@ -146,9 +149,23 @@ def test_it_is_for_its_owner_only(path: Path):
         os.umask(old)
 
 
-def test_what_sqlite_was_told(path: Path):
+@pytest.fixture
+def connections(monkeypatch: pytest.MonkeyPatch) -> list[sqlite3.Connection]:
+    """The connections that are opened to ledgers."""
+    opened: list[sqlite3.Connection] = []
+    connect = sqlite3.connect
+
+    def noted(*arguments: Any, **options: Any) -> sqlite3.Connection:
+        opened.append(connect(*arguments, **options))
+        return opened[-1]
+
+    monkeypatch.setattr(sqlite3, "connect", noted)
+    return opened
+
+
+def test_what_sqlite_was_told(path: Path, connections: list[sqlite3.Connection]):
     with closing(Storage.write(path)) as book:
-        connection = book._connection
+        connection = connections[-1]
         assert connection.execute("PRAGMA journal_mode").fetchone() == ("delete",)
         assert connection.execute("PRAGMA synchronous").fetchone() == (3,)
         assert connection.execute("PRAGMA application_id").fetchone() == (APPLICATION,)
@@ -157,11 +174,13 @@ def test_what_sqlite_was_told(path: Path):
         assert book.sound() == "ok"
 
 
-def test_a_full_disk_is_one_sentence_and_adds_nothing(path: Path):
+def test_a_full_disk_is_one_sentence_and_adds_nothing(
+    path: Path, connections: list[sqlite3.Connection]
+):
     with a_dozen_rows(path) as book:
         before, rows = path.read_bytes(), list(book.rows)
-        pages = book._storage._connection.execute("PRAGMA page_count").fetchone()[0]
-        book._storage._connection.execute(f"PRAGMA max_page_count = {pages}")
+        pages = connections[-1].execute("PRAGMA page_count").fetchone()[0]
+        connections[-1].execute(f"PRAGMA max_page_count = {pages}")
         spent = book.spent("training")
         refused(
             lambda: book.begin_run("cd" * 16, {"long": "x" * 100_000}),
@@ -172,7 +191,7 @@ def test_a_full_disk_is_one_sentence_and_adds_nothing(path: Path):
         assert book.rows == rows
         assert (book.spent("training") == spent).all()
         assert path.read_bytes() == before
-        book._storage._connection.execute("PRAGMA max_page_count = 100000")
+        connections[-1].execute("PRAGMA max_page_count = 100000")
         book.charge("training", STEP, RUN, 9)
     with Ledger.read(path) as book:
         assert book.rows[:-1] == rows
@@ -285,7 +304,8 @@ def test_an_older_file_is_brought_up_to_date(path: Path, monkeypatch: pytest.Mon
     monkeypatch.setattr(storage, "VERSION", 3)
     monkeypatch.setattr(storage, "MIGRATIONS", {1: first, 2: second})
     with open_book(path) as book:
-        assert book._storage._connection.execute("PRAGMA user_version").fetchone() == (3,)
+        with closing(sqlite3.connect(path)) as connection:
+            assert connection.execute("PRAGMA user_version").fetchone() == (3,)
         assert book.rows == rows
         book.charge("training", STEP, RUN, 9)
     open_book(path).close()

@@ -258,6 +258,7 @@ def test_a_page_made_from_a_ledger_without_a_budget_says_so():
 # -- the cost of a page ----------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_ten_sites_take_little_time(tmp_path):
     found = report(*(site_report(f"site-{i}", points=400, runs=8, members=10) for i in range(10)))
     (tmp_path / "report.json").write_text(found.model_dump_json())

@@ -11,6 +11,8 @@ import pytest
 from tests.reporting import browser
 from tests.reporting.pages import every_page
 
+pytestmark = pytest.mark.slow
+
 needs_browser = pytest.mark.skipif(
     browser.PROGRAM is None, reason="no chromium: apt-get install chromium"
 )

@@ -6,8 +6,12 @@ import json
 import sys
 import threading
 
+import pytest
+
 from privfl.transport import Recorded, Recording, conformance, connect
 from tests.conftest import in_threads, run_job, without_ptrace
+
+pytestmark = pytest.mark.slow
 
 NAMES = [check.__name__.removeprefix("_check_") for check in conformance.CHECKS]
 

@@ -166,16 +166,6 @@ class Wire:
         return [r for r in self.kept if not r.sent and r.rank == rank]
 
 
-def test_twin_and_mpi_give_the_same_run(small: Path, tmp_path: Path):
-    seed = "insecure_test_seed=3"
-    twin = run_twin(small, seed, output=tmp_path / "twin", ranks=3)
-    assert twin.codes == [0, 0, 0], twin.err
-    job = train(3, small, "--output", tmp_path / "mpi", "--set", seed)
-    assert job.code == 0, job.err
-    one, two = (load_file(folder / "model.safetensors") for folder in (twin.folder, job.folder))
-    assert all(np.allclose(one[k], two[k], atol=1e-6) for k in one)
-
-
 @pytest.mark.usefixtures("trainers_as_threads")
 def test_a_seeded_run_says_everywhere_that_it_is_not_private(small: Path, tmp_path: Path):
     twin = run_twin(small, "insecure_test_seed=3", output=tmp_path / "runs", ranks=3)
@@ -341,17 +331,22 @@ def test_the_decrypted_mean_is_the_plain_mean(
     assert max(np.abs(total - plain).max() for total in seen.means) <= 1e-6
 
 
+@pytest.mark.usefixtures("trainers_as_threads")
 def test_site_files_overrides_and_private_records(small: Path, tmp_path: Path):
     edit(small, "records: public", "records: private")
     sites = tmp_path / "sites"
     sites.mkdir()
     (sites / "aa.yaml").write_text(f"output: {tmp_path}/only_aa\ndata_options: {{shift: 2.0}}\n")
     (sites / "bbb.yaml").write_text(f"log: {tmp_path}/bbb.log\n")
-    private = ("--set", "evaluation.target_epsilon=4")
-    job = train(
-        3, small, "--sites", sites, "--output", tmp_path / "out", "--set", "rounds=1", *private
+    job = run_twin(
+        small,
+        "rounds=1",
+        "evaluation.target_epsilon=4",
+        output=tmp_path / "out",
+        ranks=3,
+        sites=sites,
     )
-    assert job.code == 0, job.err
+    assert job.codes == [0] * 3, job.err
     assert (tmp_path / "only_aa" / "model.safetensors").exists()
     assert "site bbb" in (tmp_path / "bbb.log").read_text()
     assert (
@@ -403,20 +398,17 @@ def test_rates_differ_by_site(small: Path, tmp_path: Path):
 # -- a protection that is not active stops the run -------------------------------------------------
 
 
-SABOTAGE = """
-import privfl.dp.optimizer
+@pytest.mark.usefixtures("trainers_as_threads")
+def test_noise_that_was_not_drawn_stops_the_run(
+    small: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    from privfl.dp import optimizer
 
-def no_noise(self):
-    for p in self.params:
-        p.grad = p.summed_grad.view_as(p)
+    def no_noise(self: Any) -> None:
+        for p in self.params:
+            p.grad = p.summed_grad.view_as(p)
 
-privfl.dp.optimizer.SystemNoiseOptimizer.add_noise = no_noise
-"""
-
-
-def test_noise_that_was_not_drawn_stops_the_run(small: Path, tmp_path: Path):
-    task = small.parent / "task.py"
-    task.write_text(task.read_text() + SABOTAGE)
+    monkeypatch.setattr(optimizer.SystemNoiseOptimizer, "add_noise", no_noise)
     twin = run_twin(small, output=tmp_path / "runs", ranks=3)
     assert twin.codes == [1, 1, 1]
     assert "noise was drawn 0 times for 3 charged steps; nothing of this round is sent" in twin.err
@@ -464,7 +456,7 @@ def test_differing_replicas_stop_the_run(
 def test_an_error_of_ours_is_one_sentence_with_exit_code_1(
     small: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, where: str
 ):
-    from privfl.coordinator import driver
+    from privfl.secagg import WordAdder
     from privfl.site.active_run import ActiveRun
 
     def broken(*_: Any) -> None:
@@ -473,7 +465,7 @@ def test_an_error_of_ours_is_one_sentence_with_exit_code_1(
     if where == "a site":
         monkeypatch.setattr(ActiveRun, "contribute", broken)
     else:
-        monkeypatch.setattr(driver._Driver, "_release", broken)
+        monkeypatch.setattr(WordAdder, "block", broken)
     twin = run_twin(small, output=tmp_path / "runs", ranks=3)
     assert twin.codes == [1, 1, 1]
     said = [line for line in twin.err.splitlines() if line.startswith("privfl: ")]
@@ -482,6 +474,7 @@ def test_an_error_of_ours_is_one_sentence_with_exit_code_1(
     assert "KeyError: 'ours'" in said[0]
 
 
+@pytest.mark.usefixtures("trainers_as_threads")
 def test_what_is_not_trained_must_be_the_same_at_all_sites(small: Path, tmp_path: Path):
     edit(
         small.parent / "task.py",
@@ -494,8 +487,9 @@ def test_what_is_not_trained_must_be_the_same_at_all_sites(small: Path, tmp_path
     assert "different initial parameters" in twin.err or "Opacus" in twin.err, twin.err
 
 
-def test_both_paths_give_the_same_run_bit_for_bit(small: Path, tmp_path: Path):
-    """With seeded noise the model depends on the sums alone."""
+@pytest.mark.usefixtures("trainers_as_threads")
+def test_twin_and_mpi_give_the_same_run_bit_for_bit_on_either_path(small: Path, tmp_path: Path):
+    """With seeded noise the model depends on the sums alone: of the twin's star, and of MPI."""
     seed = ("insecure_test_seed=3", "secure_aggregation.rounding=nearest")
     star = run_twin(small, *seed, output=tmp_path / "star", ranks=3)
     other = train(

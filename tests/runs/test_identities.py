@@ -5,8 +5,9 @@ not.
 from __future__ import annotations
 
 import json
+import os
 import stat
-import sys
+import threading
 from pathlib import Path
 
 import pytest
@@ -16,7 +17,7 @@ from privfl.identity import Identity, load_identity, public_bytes, verify
 from privfl.secagg import ExchangeKey, derive
 from privfl.secagg.session.roster import Member, Roster
 from privfl.site.artifacts import share_model
-from tests.conftest import Job, run_cli, run_job, train
+from tests.conftest import Job, run_cli, run_twin, train
 
 SITES = ("aa", "bbb")
 
@@ -64,14 +65,25 @@ def test_keys_are_made_once_readable_for_their_owner_and_shown(tmp_path: Path):
     one_sentence(run_cli("keys", "show", file), "holds no private key", "privfl keys generate")
 
 
-def accounts_of_their_own(small: Path, sites: Path, tmp_path: Path) -> Job:
-    words = ["train", str(small), "--sites", str(sites), "--output", str(tmp_path / "o")]
-    return run_job(3, [sys.executable, "-m", "tests.jobs.accounts", *words])
+@pytest.fixture
+def accounts_of_their_own(trainers_as_threads: None, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Every rank of a twin runs as if under an account of its own.
+
+    With processes one user cannot show that.
+    """
+    own = os.getuid()
+
+    def account() -> int:
+        kind, _, number = threading.current_thread().name.partition(" ")
+        return int(number) if kind == "rank" else own
+
+    monkeypatch.setattr(os, "getuid", account)
 
 
+@pytest.mark.usefixtures("accounts_of_their_own")
 def test_a_run_with_pinned_keys_says_so(small: Path, sites: Path, tmp_path: Path):
-    job = accounts_of_their_own(small, sites, tmp_path)
-    assert job.code == 0, job.err
+    job = run_twin(small, output=tmp_path / "o", ranks=3, sites=sites)
+    assert job.codes == [0] * 3, job.err
     assert (
         "trust: pinned keys: every site knows the keys of all others, and each runs under an "
         "account of its own" in job.out
@@ -89,13 +101,7 @@ def test_one_account_is_a_single_trust_domain_whatever_is_pinned(
         "parties run under one account" in job.out
     )
     assert json.loads((job.folder / "summary.json").read_text())["trust"] == "single trust domain"
-
-
-def test_a_site_that_pins_keeps_model_and_log_out_of_the_coordinators_folder(
-    small: Path, sites: Path, tmp_path: Path
-):
-    job = train(3, small, "--sites", sites, "--output", tmp_path / "o")
-    assert job.code == 0, job.err
+    # A site that pins keeps model and log out of the coordinator's folder all the same.
     reports = {"report.html", "report.json"}
     assert {path.name for path in job.folder.iterdir()} == {
         "experiment.yaml",
@@ -131,12 +137,13 @@ def test_a_model_is_shared_in_a_new_file_of_its_owner_only(tmp_path: Path):
         trap.unlink()
 
 
+@pytest.mark.usefixtures("accounts_of_their_own")
 def test_one_site_that_pins_nothing_makes_it_a_single_trust_domain(
     small: Path, sites: Path, tmp_path: Path
 ):
     (sites / "bbb.yaml").write_text("identity: bbb.key\n")
-    job = accounts_of_their_own(small, sites, tmp_path)
-    assert job.code == 0, job.err
+    job = run_twin(small, output=tmp_path / "o", ranks=3, sites=sites)
+    assert job.codes == [0] * 3, job.err
     assert (
         "trust: single trust domain: only aa has pinned the keys of the others; all must" in job.out
     )
@@ -186,7 +193,9 @@ def test_site_files_that_do_not_fit(
     small: Path, sites: Path, tmp_path: Path, text: str, parts: tuple[str, ...]
 ):
     (sites / "aa.yaml").write_text(text)
-    one_sentence(train(3, small, "--sites", sites, "--output", tmp_path / "o"), *parts)
+    twin = run_twin(small, output=tmp_path / "o", ranks=3, sites=sites)
+    assert twin.codes == [2] * 3
+    one_sentence(Job(2, twin.out, twin.err), *parts)
     assert not list(tmp_path.rglob("site.log")), "before a record is read"
 
 

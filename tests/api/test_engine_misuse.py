@@ -17,12 +17,11 @@ from torch import nn
 from torch.utils.data import DataLoader, SubsetRandomSampler, TensorDataset, WeightedRandomSampler
 
 import privfl
-from privfl.dp.optimizer import _SystemNoise
 from privfl.errors import PrivflError
 from privfl.ledger import Ledger
 from privfl.transport import connect
+from tests.api.test_engine import flat, linear, made, records, step
 from tests.conftest import in_threads
-from tests.test_engine import flat, linear, made, records, step
 
 NO_BATCH = "is no batch of the loader that make_private returned"
 MODES = pytest.mark.parametrize("mode", ["hooks", "ghost", "functorch"])
@@ -111,9 +110,7 @@ def test_a_piece_that_is_left_out_takes_its_batch_with_it(
     monkeypatch: pytest.MonkeyPatch, mode: str
 ):
     """As after a failure of one piece: the pieces of two batches must not become one step."""
-    monkeypatch.setitem(
-        _SystemNoise.add_noise.__globals__, "gaussian", lambda count, *_: np.zeros(count)
-    )
+    monkeypatch.setattr("privfl.dp.optimizer.gaussian", lambda count, *_: np.zeros(count))
     model, optimizer, *_, loader = made(
         engine(), records(), batch=60, max_grad_norm=1e-3, grad_sample_mode=mode
     )
@@ -180,9 +177,7 @@ def test_numbers_of_numpy_are_numbers(tmp_path: Path):
 def test_a_charge_that_is_refused_leaves_nothing_to_the_next_step(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, mode: str
 ):
-    monkeypatch.setitem(
-        _SystemNoise.add_noise.__globals__, "gaussian", lambda count, *_: np.zeros(count)
-    )
+    monkeypatch.setattr("privfl.dp.optimizer.gaussian", lambda count, *_: np.zeros(count))
     book = privfl.PrivacyEngine(site="a", ledger=tmp_path / "l", budget=(2.0, 1e-5))
     model, optimizer, *_, loader = made(
         book, records(), batch=60, max_grad_norm=1e-3, grad_sample_mode=mode, noise_multiplier=10.0

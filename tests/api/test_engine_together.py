@@ -18,9 +18,9 @@ from torch.utils.data import DataLoader
 import privfl
 from privfl.ledger import Ledger
 from privfl.transport import connect
+from tests.api.test_engine import linear, made, records, step, together
+from tests.api.test_engine_misuse import Centred
 from tests.conftest import in_threads
-from tests.test_engine import linear, made, records, step, together
-from tests.test_engine_misuse import Centred
 
 
 def _outcomes(part: Callable[[Any], Any]) -> list[str]:

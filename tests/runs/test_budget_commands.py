@@ -13,7 +13,7 @@ from benchmarks import budget
 from privfl.accounting import PoissonGaussian, RenyiFilter
 from privfl.ledger import Ledger
 from privfl.reporting.schema import Report
-from tests.conftest import run_cli, run_twin
+from tests.conftest import call_cli, run_cli, run_twin
 
 # -- commands --------------------------------------------------------------------------------------
 
@@ -33,19 +33,20 @@ def test_large_books_are_read_in_seconds(tmp_path: Path):
     )
 
 
+@pytest.mark.usefixtures("trainers_as_threads")
 def test_export_and_its_schema(small: Path, tmp_path: Path):
     twin = run_twin(small, output=tmp_path / "runs", ranks=3)
-    schema = json.loads(run_cli("budget", "export", "--schema").out)
+    schema = json.loads(call_cli("budget", "export", "--schema").out)
     assert schema["properties"]["sites"]["items"]["$ref"].endswith("/SiteReport")
-    exported = run_cli("budget", "export", twin.folder)
+    exported = call_cli("budget", "export", twin.folder)
     found = Report.model_validate_json(exported.out)
     assert [book.site for book in found.sites] == ["aa", "bbb"]
     assert found.sound
-    table = run_cli("budget", "export", twin.folder, "--format", "csv").out.splitlines()
+    table = call_cli("budget", "export", twin.folder, "--format", "csv").out.splitlines()
     assert len(table) == 1 + 2 * 2
     assert table[0].startswith("site,ledger,time,run,round,records,mechanism")
     assert [line.split(",")[-1] for line in table[1:]] == ["3"] * 4
-    page = run_cli("budget", "report", twin.folder, "--output", tmp_path / "page.html")
+    page = call_cli("budget", "report", twin.folder, "--output", tmp_path / "page.html")
     assert page.code == 0
     assert (tmp_path / "page.html").read_text().startswith("<!DOCTYPE html>")
 
@@ -101,8 +102,9 @@ def test_wrong_calls(tmp_path: Path, arguments: tuple[str, ...], sentence: str):
 # -- plan ------------------------------------------------------------------------------------------
 
 
+@pytest.mark.usefixtures("trainers_as_threads")
 def test_the_plan_says_what_the_run_will_cost(small: Path, tmp_path: Path, sites: Path):
-    job = run_cli("plan", small, "--sites", sites, "--json", "--set", "rounds=3")
+    job = call_cli("plan", small, "--sites", sites, "--json", "--set", "rounds=3")
     assert job.code == 0, job.err
     plan = json.loads(job.out)["sites"]["aa"]
     assert (plan["steps"], plan["noise_multiplier"], plan["sampling_rate"]) == (9, 1.5, 0.1)
@@ -114,12 +116,12 @@ def test_the_plan_says_what_the_run_will_cost(small: Path, tmp_path: Path, sites
         "epsilon"
     ] == pytest.approx(plan["epsilon"]["filter"])
     assert plan["curve"][-1] == pytest.approx(plan["epsilon"]["filter"])
-    again = json.loads(run_cli("plan", small, "--sites", sites, "--json", "--set", "rounds=3").out)[
-        "sites"
-    ]["aa"]["budget"]["training"]
+    again = json.loads(
+        call_cli("plan", small, "--sites", sites, "--json", "--set", "rounds=3").out
+    )["sites"]["aa"]["budget"]["training"]
     assert again["spent"] == pytest.approx(plan["budget"]["training"]["after"])
     assert again["more_such_runs"] == plan["budget"]["training"]["more_such_runs"] - 1
-    refused = run_cli("plan", small, "--sites", sites, "--set", "rounds=100000")
+    refused = call_cli("plan", small, "--sites", sites, "--set", "rounds=100000")
     assert refused.code == 2
     assert "of the 100000 rounds of this experiment would fit" in refused.err
     assert "of 100000" in refused.out, "the table is there all the same"

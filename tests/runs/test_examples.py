@@ -19,7 +19,8 @@ from tests.conftest import ROOT, run_cli, run_twin, train
 HEART = ROOT / "examples" / "heart_disease"
 
 
-def test_the_starter_runs_as_it_stands(tmp_path: Path):
+@pytest.mark.usefixtures("trainers_as_threads")
+def test_the_starter_runs_as_it_stands(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     made = run_cli("init", tmp_path / "mine")
     assert made.code == 0, made.err
     names = {
@@ -38,11 +39,14 @@ def test_the_starter_runs_as_it_stands(tmp_path: Path):
     assert all(
         "#" in line or not line.strip() or line.rstrip().endswith(":") for line in text.splitlines()
     )
-    job = train(
-        5, "mine/experiment.yaml", "--sites", "mine/sites", "--set", "rounds=2", cwd=tmp_path
+    shown = "try it:  mpiexec -n 5 privfl train {0}/experiment.yaml --sites {0}/sites"
+    assert made.out.splitlines()[-1] == shown.format(tmp_path / "mine")
+    monkeypatch.chdir(tmp_path)
+    twin = run_twin(
+        Path("mine/experiment.yaml"), "rounds=2", output=None, sites=Path("mine/sites"), ranks=5
     )
-    assert job.code == 0, job.err
-    assert job.folder.parent == tmp_path / "runs"
+    assert twin.codes == [0] * 5, twin.err
+    assert twin.folder.parent == tmp_path / "runs"
 
 
 def test_site_file_options_work_once_uncommented(tmp_path: Path):
@@ -72,18 +76,16 @@ def test_each_site_of_the_demo_lacks_three_digits():
         assert len(set(held_out.tensors[1].tolist())) == 10
 
 
+@pytest.mark.usefixtures("trainers_as_threads")
 @pytest.mark.parametrize("mode", ["fedavg", "secure"])
-def test_heart_disease(heart_disease: Path, tmp_path: Path, mode: str):
-    job = train(
-        5,
-        HEART / f"{mode}.yaml",
-        "--output",
-        tmp_path,
-        "--set",
-        "loss=heart_disease.py:weighted_loss",
-        env={"HEART_DISEASE_DIR": str(heart_disease)},
+def test_heart_disease(
+    heart_disease: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, mode: str
+):
+    monkeypatch.setenv("HEART_DISEASE_DIR", str(heart_disease))
+    job = run_twin(
+        HEART / f"{mode}.yaml", "loss=heart_disease.py:weighted_loss", output=tmp_path, ranks=5
     )
-    assert job.code == 0, job.err
+    assert job.codes == [0] * 5, job.err
     summary = json.loads((job.folder / "summary.json").read_text())
     assert {"accuracy", "balanced_accuracy", "auc", "accuracy_mean_over_sites"} <= set(
         summary["metrics"]
@@ -113,14 +115,16 @@ def test_flambys_preparation_is_said_to_be_outside_the_guarantee(
         assert sentence in (job.folder / file).read_text().replace("&#39;", "'"), file
 
 
-def test_heart_disease_without_data_says_what_to_do(tmp_path: Path):
-    job = train(
-        5, HEART / "fedavg.yaml", "--output", tmp_path, env={"HEART_DISEASE_DIR": str(tmp_path)}
-    )
-    assert job.code == 2
+@pytest.mark.usefixtures("trainers_as_threads")
+def test_heart_disease_without_data_says_what_to_do(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    monkeypatch.setenv("HEART_DISEASE_DIR", str(tmp_path))
+    job = run_twin(HEART / "fedavg.yaml", output=tmp_path, ranks=5)
+    assert job.codes == [2] * 5
     assert "data (heart_disease.py:data) raised ValueError in line" in job.err
     assert job.err.count("privfl: ") == 1
-    log = Path(job.err.strip().rpartition("read what it said in ")[2])
+    (log,) = tmp_path.rglob(f"{re.search('site ([a-z]+): data', job.err)[1]}/site.log")
     assert "set data_options.folder or HEART_DISEASE_DIR" in log.read_text()
 
 

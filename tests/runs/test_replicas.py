@@ -5,34 +5,31 @@ near, and the run stops if it is not.
 from __future__ import annotations
 
 import json
+import threading
 from pathlib import Path
+from typing import Any
 
 import pytest
+import torch
 from safetensors.numpy import load_file
 
 from tests.conftest import edit, run_twin
 
-# At one site the optimizer comes out off by this much of each parameter, as on another processor.
-OFF = """
+pytestmark = pytest.mark.usefixtures("trainers_as_threads")
 
-def _drift(site, by):
+
+def drift(monkeypatch: pytest.MonkeyPatch, by: float) -> None:
+    """At site bbb every parameter comes out off by this part, as on another processor."""
     step = torch.optim.SGD.step
-    def drifting(self, *args):
-        step(self, *args)
-        for group in self.param_groups:
-            for p in group["params"]:
-                p.data.mul_(1.0 + by)
-    if site == "bbb":
-        torch.optim.SGD.step = drifting
 
+    def drifting(self: torch.optim.SGD, *arguments: Any) -> None:
+        step(self, *arguments)
+        if threading.current_thread().name == "bbb":
+            for group in self.param_groups:
+                for p in group["params"]:
+                    p.data.mul_(1.0 + by)
 
-_data = data
-
-
-def data(site, by=0.0):
-    _drift(site, by)
-    return _data(site)
-"""
+    monkeypatch.setattr(torch.optim.SGD, "step", drifting)
 
 
 @pytest.fixture
@@ -44,12 +41,14 @@ def steps(small: Path) -> Path:
         "sites: [aa, bbb, cccc]\nrounds: 4\nalgorithm: fedsgd\n",
     )
     edit(small, "privacy: {", "privacy: {noise: distributed, ")
-    (small.parent / "task.py").write_text((small.parent / "task.py").read_text() + OFF)
     return small
 
 
-def test_a_replica_that_is_near_is_adopted_and_noted(steps: Path, tmp_path: Path):
-    twin = run_twin(steps, "data_options.by=1.0e-6", output=tmp_path, ranks=4)
+def test_a_replica_that_is_near_is_adopted_and_noted(
+    steps: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    drift(monkeypatch, 1e-6)
+    twin = run_twin(steps, output=tmp_path, ranks=4)
     assert twin.codes == [0] * 4, twin.err
     rounds = [json.loads(line) for line in (twin.folder / "rounds.jsonl").read_text().splitlines()]
     assert all(record["adopted"] == ["bbb"] for record in rounds)
@@ -61,8 +60,11 @@ def test_a_replica_that_is_near_is_adopted_and_noted(steps: Path, tmp_path: Path
     assert "took the replica of site aa" in (twin.folder / "sites" / "bbb" / "site.log").read_text()
 
 
-def test_a_replica_that_is_far_stops_the_run(steps: Path, tmp_path: Path):
-    twin = run_twin(steps, "data_options.by=1.0e-3", output=tmp_path, ranks=4)
+def test_a_replica_that_is_far_stops_the_run(
+    steps: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    drift(monkeypatch, 1e-3)
+    twin = run_twin(steps, output=tmp_path, ranks=4)
     assert twin.codes == [2] * 4
     assert "site bbb: the sites' replicas differ by up to" in twin.err
 

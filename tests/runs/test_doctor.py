@@ -54,9 +54,12 @@ def test_version_and_help():
 
 
 def test_ranks_starts_the_matching_mpiexec(small, tmp_path):
-    job = run_cli("train", small, "--ranks", "3", "--output", tmp_path / "o", "--set", "rounds=1")
-    assert job.code == 0, job.err
-    assert job.folder.exists()
+    """They are ranks of one world; the README's test trains with it."""
+    job = run_cli("train", small, "--ranks", "2", "--output", tmp_path / "o")
+    assert job.code == 2
+    assert (
+        job.err.count("needs 3 MPI ranks (one coordinates), but it was started with 2 ranks") == 1
+    )
 
 
 def test_ranks_under_mpiexec_is_refused(small):

@@ -116,6 +116,7 @@ def test_a_seeded_run_is_not_private_in_the_book_either(small: Path, tmp_path: P
     assert all(account.spent == "infinite" for book in found.sites for account in book.accounts)
 
 
+@pytest.mark.usefixtures("trainers_as_threads")
 def test_every_round_is_charged_before_the_trainer_hears_of_it(
     small: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ):

@@ -27,7 +27,7 @@ from privfl.site.run_ledger import RunLedger
 from tests.conftest import Twin, run_cli, run_twin, secure_experiment
 from tests.inside import Seen
 from tests.ledgers import read, run_ledgers
-from tests.test_run import user_module
+from tests.runs.test_run import user_module
 
 SITES = ("aa", "bbb", "cccc")
 RANKS = len(SITES) + 1

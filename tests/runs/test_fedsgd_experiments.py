@@ -14,8 +14,8 @@ from safetensors.torch import load_file
 from tests.conftest import TASK, edit, run_twin
 from tests.inside import Seen
 from tests.ledgers import read, run_ledgers
-from tests.test_fedsgd import RANKS, SITES
-from tests.test_run import user_module
+from tests.runs.test_fedsgd import RANKS, SITES
+from tests.runs.test_run import user_module
 
 # -- what is refused -------------------------------------------------------------------------------
 

@@ -13,15 +13,17 @@ from typing import Any
 import pytest
 
 from privfl.federation.messages import Kind, decode
-from tests.conftest import run_cli, run_twin
+from tests.conftest import call_cli, run_twin
 from tests.ledgers import PRIVATE
+
+pytestmark = pytest.mark.usefixtures("trainers_as_threads")
 
 
 def test_heads_are_shown_and_found_again(small: Path, tmp_path: Path, sites: Path):
     twin = run_twin(small, output=tmp_path / "runs", ranks=3, sites=sites)
     assert twin.codes == [0, 0, 0], twin.err
     ledger = tmp_path / "aa.ledger"
-    good = run_cli("budget", "verify", ledger, twin.folder)
+    good = call_cli("budget", "verify", ledger, twin.folder)
     assert (good.code, good.err) == (0, ""), good.err
     # Both sites wrote down the heads of each other.
     for site in ("aa", "bbb"):
@@ -32,7 +34,7 @@ def test_heads_are_shown_and_found_again(small: Path, tmp_path: Path, sites: Pat
     with sqlite3.connect(ledger) as file:
         file.execute("DELETE FROM rows WHERE number = (SELECT max(number) FROM rows)")
     file.close()
-    assert run_cli("budget", "verify", ledger).code == 0, (
+    assert call_cli("budget", "verify", ledger).code == 0, (
         "a chain alone does not show a tail that was cut"
     )
     for witness in (
@@ -40,20 +42,20 @@ def test_heads_are_shown_and_found_again(small: Path, tmp_path: Path, sites: Pat
         twin.folder / "rounds.jsonl",
         twin.folder / "sites" / "bbb" / "heads.jsonl",
     ):
-        cut = run_cli("budget", "verify", ledger, witness)
+        cut = call_cli("budget", "verify", ledger, witness)
         assert cut.code == 2
         assert "NOT VERIFIED" in cut.err
         assert "is missing at the end" in cut.err
         assert cut.err.count("\n") == 1
-    shown = run_cli("budget", "show", ledger, "--heads", twin.folder)
+    shown = call_cli("budget", "show", ledger, "--heads", twin.folder)
     assert shown.code == 2
     assert "NOT VERIFIED" in shown.out
     # A backup from before the second run.
     shutil.copy(backup, ledger)
     assert run_twin(small, output=tmp_path / "more", ranks=3, sites=sites).codes == [0, 0, 0]
-    assert run_cli("budget", "verify", ledger, tmp_path / "more", twin.folder).code == 0
+    assert call_cli("budget", "verify", ledger, tmp_path / "more", twin.folder).code == 0
     shutil.copy(backup, ledger)
-    restored = run_cli("budget", "verify", ledger, tmp_path / "more")
+    restored = call_cli("budget", "verify", ledger, tmp_path / "more")
     assert restored.code == 2
     assert "missing at the end" in restored.err
 

@@ -20,7 +20,7 @@ from torch.utils.data import DataLoader, TensorDataset
 
 import privfl
 from privfl.accounting import DiscreteGaussian, PoissonGaussian, epsilon_of
-from privfl.dp.optimizer import _SystemNoise
+from privfl.dp import optimizer
 from privfl.errors import BudgetError, PrivflError
 from privfl.ledger import Ledger
 from privfl.noise.discrete_gaussian import DiscreteGaussian as Sampler
@@ -98,14 +98,14 @@ def test_every_step_is_in_the_ledger_before_it_is_made(
 ):
     path, seen = tmp_path / "zurich.ledger", []
     engine = privfl.PrivacyEngine(site="zurich", ledger=path)
-    gaussian = _SystemNoise.add_noise.__globals__["gaussian"]
+    draw = optimizer.gaussian
 
     def look(*arguments: Any) -> Any:
-        assert engine._book._ledger is not None
-        seen.append(sum(row.steps for row in engine._book._ledger.charges()))
-        return gaussian(*arguments)
+        with Ledger.read(path) as ledger:
+            seen.append(sum(row.steps for row in ledger.charges()))
+        return draw(*arguments)
 
-    monkeypatch.setitem(_SystemNoise.add_noise.__globals__, "gaussian", look)
+    monkeypatch.setattr(optimizer, "gaussian", look)
     train(engine, records())
     assert seen == [1, 2, 3, 4, 5, 6]
     engine.close()
@@ -450,7 +450,7 @@ def test_opacus_names_are_kept():
 
 def test_the_example_runs_under_mpiexec(tmp_path: Path):
     job = run_job(
-        4,
+        3,
         [sys.executable, str(ROOT / "examples" / "bring_your_own_loop" / "train.py")],
         cwd=tmp_path,
         env={"OMP_NUM_THREADS": "1"},
@@ -458,11 +458,11 @@ def test_the_example_runs_under_mpiexec(tmp_path: Path):
     assert job.code == 0, job.err
     # Lines of several ranks may run into each other.
     said = sorted(re.findall(r"site (\d): accuracy (0\.\d{4}), epsilon (\d\.\d{4})", job.out))
-    assert [site for site, *_ in said] == ["0", "1", "2", "3"]
+    assert [site for site, *_ in said] == ["0", "1", "2"]
     assert len({tuple(rest) for _, *rest in said}) == 1
     accuracy, epsilon = (float(number) for number in said[0][1:])
     assert accuracy > 0.8
     assert epsilon <= 2.0
     assert {p.name for p in tmp_path.glob("*.ledger")} == {
-        f"site{rank}.ledger" for rank in range(4)
+        f"site{rank}.ledger" for rank in range(3)
     }

@@ -9,10 +9,11 @@ import subprocess
 import sys
 from pathlib import Path
 
+import click
 import pytest
 import yaml
 
-from privfl.cli import _COMMANDS
+from privfl.cli import cli
 from privfl.config import SiteFile, load_experiment, load_site
 from tests.conftest import MPIEXEC, PRIVFL, ROOT, Job, run_job
 
@@ -273,4 +274,4 @@ def test_links_lead_somewhere(page: Path):
 def test_documented_commands_exist():
     for page in DOCUMENTS:
         for command in re.findall(r"`privfl ([a-z]+)", page.read_text()):
-            assert command in _COMMANDS, f"{page.name}: privfl {command}"
+            assert cli.get_command(click.Context(cli), command), f"{page.name}: privfl {command}"
