@@ -275,3 +275,13 @@ def test_documented_commands_exist():
     for page in DOCUMENTS:
         for command in re.findall(r"`privfl ([a-z]+)", page.read_text()):
             assert cli.get_command(click.Context(cli), command), f"{page.name}: privfl {command}"
+
+
+def test_code_that_documents_name_exists():
+    folders = ("privfl", "tests", "benchmarks", "examples")
+    files = [path.as_posix() for folder in folders for path in (ROOT / folder).rglob("*")]
+    yours = {"file.py", "mine/digits.py"}
+    for page in DOCUMENTS:
+        for name in re.findall(r"`([\w/]+\.py|privfl/[\w/]+)`", page.read_text()):
+            where = f"{page.name}: {name}"
+            assert name in yours or any(f.endswith(f"/{name.rstrip('/')}") for f in files), where
