@@ -1,6 +1,4 @@
-"""What this process runs in: versions, account, the launcher's variables, and the processors it
-may use.
-"""
+"""What this process runs in: versions, user, the launcher's variables, usable processors."""
 
 from __future__ import annotations
 
@@ -16,23 +14,26 @@ _RANKS = ("OMPI_COMM_WORLD_RANK", "PMI_RANK", "PALS_RANKID", "PMIX_RANK")
 
 
 def launcher_size(environment: Mapping[str, str] = os.environ) -> int | None:
-    """How many processes the launcher says it started, or None."""
-    return next(
-        (int(environment[name]) for name in _SIZES if environment.get(name, "").isdigit()), None
-    )
+    """How many processes the launcher says it started; None without a launcher."""
+    return _first_number(_SIZES, environment)
 
 
 def launcher_rank(environment: Mapping[str, str] = os.environ) -> int | None:
-    """Which of the launched processes this one is, or None."""
+    """Which of the launched processes this one is, from 0; None without a launcher."""
     names = (*_RANKS, "SLURM_PROCID") if "SLURM_STEP_NUM_TASKS" in environment else _RANKS
+    return _first_number(names, environment)
+
+
+def _first_number(names: tuple[str, ...], environment: Mapping[str, str]) -> int | None:
     return next(
         (int(environment[name]) for name in names if environment.get(name, "").isdigit()), None
     )
 
 
 def versions() -> dict[str, str]:
-    """What must be the same at all ranks: ciphertexts and messages do not travel between
-    versions.
+    """The versions that all ranks must have in common, by package.
+
+    Ciphertexts and messages are not compatible between versions.
     """
     from importlib.metadata import version
 
@@ -40,17 +41,22 @@ def versions() -> dict[str, str]:
 
 
 def user_id() -> str:
-    """The account that this process runs under, by its number: a user has the same one on all
-    machines of a cluster.
+    """The number of the Unix user that this process runs as.
+
+    A user has the same number on all machines of a cluster.
     """
     return str(os.getuid())
 
 
-def threads_for(sites_here: int, environment: dict[str, str]) -> int:
-    """Threads for one trainer when ``sites_here`` of them share this machine's processors."""
-    chosen = environment.get("OMP_NUM_THREADS") or environment.get("SLURM_CPUS_PER_TASK") or ""
-    if chosen.isdigit() and int(chosen) > 0:
-        return int(chosen)
+def threads_for(sites_here: int, environment: Mapping[str, str]) -> int:
+    """How many threads one trainer uses if ``sites_here`` of them share this machine.
+
+    ``OMP_NUM_THREADS`` and ``SLURM_CPUS_PER_TASK`` come first; otherwise the trainers share the
+    processors equally.
+    """
+    requested = environment.get("OMP_NUM_THREADS") or environment.get("SLURM_CPUS_PER_TASK") or ""
+    if requested.isdigit() and int(requested) > 0:
+        return int(requested)
     processors = (
         len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     )

@@ -1,5 +1,5 @@
 """Who a site is: an Ed25519 key pair (RFC 8032) that outlives runs, and the text form of its
-public half.
+public key.
 """
 
 from __future__ import annotations
@@ -18,7 +18,15 @@ _PREFIX = "ed25519:"
 
 
 class Identity:
-    """A signing key. ``public`` is what others pin: 'ed25519:' and 43 characters of base64."""
+    """A signing key of a site.
+
+    Args:
+        private: The private key; a new one from the operating system's randomness if None.
+
+    Attributes:
+        public: The public key as other sites pin it: 'ed25519:' and 43 characters of URL-safe
+            base64.
+    """
 
     def __init__(self, private: Ed25519PrivateKey | None = None) -> None:
         self._private = Ed25519PrivateKey.generate() if private is None else private
@@ -29,10 +37,10 @@ class Identity:
 
     @classmethod
     def from_pem(cls, pem: bytes) -> Identity:
-        """The key that :meth:`pem` gave.
+        """The identity that :meth:`pem` wrote.
 
         Raises:
-            PrivflError: it is no Ed25519 private key, or protected by a password.
+            PrivflError: If ``pem`` is not an Ed25519 private key, or needs a password.
         """
         try:
             key = serialization.load_pem_private_key(pem, password=None)
@@ -48,7 +56,7 @@ class Identity:
         return cls(key)
 
     def pem(self) -> bytes:
-        """The private key, unencrypted, as PKCS8 in PEM."""
+        """The private key as PKCS8 in PEM, unencrypted."""
         return self._private.private_bytes(
             serialization.Encoding.PEM,
             serialization.PrivateFormat.PKCS8,
@@ -56,16 +64,23 @@ class Identity:
         )
 
     def sign(self, message: bytes) -> bytes:
-        """64 bytes that :func:`verify` accepts for this message and key only."""
+        """The signature of ``message``: 64 bytes, which :func:`verify` accepts for this message and
+        this key only.
+        """
         return self._private.sign(message)
 
 
 def verify(public: str, signature: bytes, message: bytes) -> None:
     """Check a signature.
 
+    Args:
+        public: The signer's public key in its text form.
+        signature: 64 bytes.
+        message: What was signed.
+
     Raises:
-        ProtocolError: it is not that of ``message`` by the holder of ``public``, or ``public`` is
-            no key.
+        ProtocolError: If ``signature`` is not one of ``message`` by the holder of ``public``, or if
+            ``public`` is not a public key.
     """
     try:
         Ed25519PublicKey.from_public_bytes(public_bytes(public)).verify(signature, message)
@@ -77,14 +92,14 @@ def public_bytes(public: str) -> bytes:
     """The 32 bytes behind the text form of a public key.
 
     Raises:
-        ValueError: it is not one.
+        ValueError: If ``public`` is not the text form of a public key.
     """
     text = public.removeprefix(_PREFIX)
     try:
         raw = base64.b64decode(text + "=", altchars=b"-_", validate=True)
     except binascii.Error as error:
         raise ValueError("is no public key") from error
-    # One spelling for each key: two that look different must be different.
+    # Each key has one spelling, so that two texts that differ are two keys.
     if (
         text == public
         or len(raw) != 32
@@ -98,7 +113,8 @@ def load_identity(path: str) -> Identity:
     """The identity in a file that `privfl keys generate` wrote.
 
     Raises:
-        PrivflError: it cannot be read, others may read it too, or it holds no such key.
+        PrivflError: If the file cannot be read, if other users may read or change it, or if it does
+            not hold an Ed25519 private key.
     """
     file = Path(path)
     try:

@@ -1,4 +1,4 @@
-"""What a mechanism costs: pure mathematics, no I/O, no torch."""
+"""What a mechanism costs a record in privacy: pure mathematics, no I/O, no torch."""
 
 from privfl.accounting.accountants import (
     ADJACENCY,
@@ -8,7 +8,6 @@ from privfl.accounting.accountants import (
     epsilon_of,
     person_epsilon,
 )
-from privfl.accounting.accounts import ACCOUNTS, Account, account_of
 from privfl.accounting.adversaries import Adversary, adversaries
 from privfl.accounting.calibration import (
     LARGEST_NOISE_MULTIPLIER,
@@ -16,12 +15,15 @@ from privfl.accounting.calibration import (
     least_noise_multiplier,
 )
 from privfl.accounting.events import (
+    ACCOUNTS,
+    Account,
     DiscreteGaussian,
     Event,
     Gaussian,
     MetricRelease,
     NonPrivate,
     PoissonGaussian,
+    account_of,
     event_from_dict,
 )
 from privfl.accounting.filter import RenyiFilter

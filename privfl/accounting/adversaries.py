@@ -1,5 +1,5 @@
-"""Who could learn what: each possible adversary of a run, as data, with the epsilon about one
-record that holds against it.
+"""Who could learn what: each possible adversary of a run, as data, with the epsilon for one record
+that holds against it.
 """
 
 from __future__ import annotations
@@ -21,12 +21,13 @@ class Adversary:
     """An adversary who wants to learn about a record of one site.
 
     Attributes:
-        colluders: how many of the other sites pool what they see; 0 for whoever sees only what is
-            published.
-        honest_shares: how many sites' shares of the noise it cannot subtract.
+        who: the adversary, in plain words.
+        colluders: how many of the other sites pool what they see; 0 for an adversary who sees only
+            what is published.
+        honest_shares: how many sites' shares of the noise this adversary cannot subtract.
         noise_factor: the noise this adversary cannot subtract, as a multiple of sigma, the noise
             multiplier that stands against ``collusion`` sites.
-        sees: in plain words.
+        sees: what this adversary sees, in plain words.
     """
 
     who: str
@@ -36,15 +37,21 @@ class Adversary:
     sees: str
 
     def epsilon(self, events: Iterable[Event], delta: float) -> float:
-        """Upper bound at ``delta`` on what this adversary learns of a record from ``events``,
-        which are charged for the adversary whose ``noise_factor`` is 1.
+        """An upper bound on what this adversary learns of one record.
 
-        Of a history whose parameters were fixed in advance.
+        Guarantee: The bound holds for a history whose parameters were fixed in advance.
+
+        Args:
+            events: the history, charged for the adversary whose ``noise_factor`` is 1.
+            delta: strictly between 0 and 1.
+
+        Raises:
+            ValueError: If ``delta`` is not strictly between 0 and 1.
         """
         return _epsilon(tuple(_with(event, self.noise_factor) for event in events), delta)
 
 
-# Sites of a run are often alike.
+# Sites of a run often have the same history.
 @functools.lru_cache(maxsize=256)
 def _epsilon(events: tuple[Event, ...], delta: float) -> float:
     return epsilon_of(events, delta).upper
@@ -57,15 +64,24 @@ def _with(event: Event, factor: float) -> Event:
 
 
 def adversaries(noise: Noise, members: int, collusion: int = 0) -> tuple[Adversary, ...]:
-    """The adversaries of a run with so many sites, weakest first.
+    """The adversaries of a run, weakest first.
 
     With ``site`` noise every site adds all of its noise itself, so that all adversaries face the
-    same. With ``distributed`` noise each of n sites adds a share of variance sigma^2 C^2 / (n - t),
-    with t the ``collusion``; k sites subtract theirs and face sigma sqrt((n - k) / (n - t))
-    (docs/accounting.md). The charged adversary is the one with k = t, which is at least 1.
+    same noise. With ``distributed`` noise each of n sites adds a share of variance
+    sigma^2 C^2 / (n - t), with t the ``collusion``; k sites subtract their own shares and face
+    noise of sigma sqrt((n - k) / (n - t)) (docs/accounting.md). The charged adversary is the one
+    with k = t, which is at least 1.
+
+    Args:
+        noise: whether each site adds all noise itself, or a share of one noise.
+        members: n, how many sites take part in a sum, 2 or more.
+        collusion: t, how many sites may pool what they see; 0 with ``site`` noise.
+
+    Returns:
+        One adversary for the public, and one for each number of colluders from 1 to n - 1.
 
     Raises:
-        ValueError: fewer than two sites, or as many colluders as sites.
+        ValueError: If there are fewer than two sites, or as many colluders as sites.
 
     Example:
         >>> from privfl.accounting import adversaries
@@ -85,7 +101,7 @@ def adversaries(noise: Noise, members: int, collusion: int = 0) -> tuple[Adversa
         return 1.0 if noise == "site" else math.sqrt((members - k) / (members - collusion))
 
     public = Adversary("the public", 0, members, factor(0), "the finished model, and every report")
-    found = [public]
+    listed = [public]
     for k in range(1, members):
         who = "one other site" if k == 1 else f"{k} other sites together"
         rest = members - k
@@ -94,7 +110,7 @@ def adversaries(noise: Noise, members: int, collusion: int = 0) -> tuple[Adversa
             if rest == 1
             else f"sums over {rest} sites, this one among them"
         )
-        found.append(
+        listed.append(
             Adversary(
                 f"{who}, also with the coordinator",
                 k,
@@ -103,4 +119,4 @@ def adversaries(noise: Noise, members: int, collusion: int = 0) -> tuple[Adversa
                 f"the model after every round, and {sums}",
             )
         )
-    return tuple(found)
+    return tuple(listed)

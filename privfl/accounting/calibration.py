@@ -1,4 +1,4 @@
-"""How much noise a target needs."""
+"""How much noise a target epsilon needs."""
 
 from __future__ import annotations
 
@@ -9,19 +9,23 @@ from collections.abc import Callable
 # Less noise bounds nothing. Noise of sixteen thousand times the clipping norm drowns even a million
 # records a step.
 LEAST_NOISE_MULTIPLIER, LARGEST_NOISE_MULTIPLIER = 0.01, 2.0**14
-# Noise multipliers are whole numbers of these, so that the value on screen is the value used.
+# Noise multipliers are multiples of 1 / _GRID, so that the value on screen is the value used. The
+# search runs over these points, as whole numbers: ``point / _GRID`` is the noise multiplier.
 _GRID = 1e4
+# From a point to the epsilon of its noise multiplier; never rises.
+_Curve = Callable[[int], float]
 
 
 def least_noise_multiplier(epsilon: Callable[[float], float], target: float) -> float | None:
-    """The smallest noise multiplier, rounded up to four decimals, of which ``epsilon`` is at
-    most ``target``.
+    """The smallest noise multiplier, a multiple of 10^-4, with which ``epsilon`` is at most
+    ``target``.
 
     Args:
-        epsilon: from a noise multiplier to an epsilon that falls with it.
+        epsilon: from a noise multiplier to an epsilon, which never rises with more noise.
+        target: the epsilon to reach, above 0.
 
     Returns:
-        None if not even ``LARGEST_NOISE_MULTIPLIER`` reaches the target.
+        The noise multiplier; None if not even ``LARGEST_NOISE_MULTIPLIER`` reaches the target.
 
     Example:
         >>> from privfl.accounting import Gaussian, epsilon_of, least_noise_multiplier
@@ -31,38 +35,64 @@ def least_noise_multiplier(epsilon: Callable[[float], float], target: float) -> 
         >>> least_noise_multiplier(epsilon, 2.0)
         21.4912
     """
-    from scipy.optimize import brentq
 
     @functools.cache
-    def at(place: int) -> float:
-        return epsilon(place / _GRID)
+    def curve(point: int) -> float:
+        return epsilon(point / _GRID)
 
-    def excess(logarithm: float) -> float:
-        # Between places of the grid the curve is not needed; a step function has the same root.
-        return math.log(max(at(round(math.exp(logarithm))), 1e-300) / target)
+    high = _first_power_that_reaches(curve, target)
+    if high is None:
+        return None
+    low, high = _halved_down(curve, target, high)
+    if low and math.isfinite(curve(low)):
+        low, high = _around_the_root(curve, target, low, high)
+    return _least_point(curve, target, low, high) / _GRID
 
+
+def _first_power_that_reaches(curve: _Curve, target: float) -> int | None:
+    """The first of the noise multipliers 1, 2, 4, ... that reaches the target, as a point."""
     high = int(_GRID)
-    while at(high) > target:
+    while curve(high) > target:
         if high >= LARGEST_NOISE_MULTIPLIER * _GRID:
             return None
         high *= 2
+    return high
+
+
+def _halved_down(curve: _Curve, target: float, high: int) -> tuple[int, int]:
+    """(low, high): ``high`` reaches the target, ``low`` is half of it and does not, or is 0."""
     low = high // 2
-    while low and at(low) <= target:
+    while low and curve(low) <= target:
         high, low = low, low // 2
-    if low and math.isfinite(at(low)):
-        # The curve is smooth, nearly a line in logarithms: a third of the looks that halving would
-        # take.
-        high = round(
-            math.exp(brentq(excess, math.log(low), math.log(high), xtol=0.2 / high, rtol=1e-15))
-        )
-        low = high
-        step = 1
-        while at(high) > target:
-            high, step = high + step, 2 * step
-        step = 1
-        while low > 0 and at(low) <= target:
-            low, step = max(0, low - step), 2 * step
+    return low, high
+
+
+def _around_the_root(curve: _Curve, target: float, low: int, high: int) -> tuple[int, int]:
+    """(low, high) close to where the curve crosses the target.
+
+    The curve is smooth, nearly a line in logarithms: a third of the evaluations that halving would
+    take.
+    """
+    from scipy.optimize import brentq
+
+    def excess(logarithm: float) -> float:
+        # Between the points of the grid the curve is not needed; a step function has the same root.
+        return math.log(max(curve(round(math.exp(logarithm))), 1e-300) / target)
+
+    root = brentq(excess, math.log(low), math.log(high), xtol=0.2 / high, rtol=1e-15)
+    low = high = round(math.exp(root))
+    step = 1
+    while curve(high) > target:
+        high, step = high + step, 2 * step
+    step = 1
+    while low > 0 and curve(low) <= target:
+        low, step = max(0, low - step), 2 * step
+    return low, high
+
+
+def _least_point(curve: _Curve, target: float, low: int, high: int) -> int:
+    """The least point above ``low`` that reaches the target, by halving; ``high`` does."""
     while high - low > 1:
         middle = (low + high) // 2
-        low, high = (low, middle) if at(middle) <= target else (middle, high)
-    return high / _GRID
+        low, high = (low, middle) if curve(middle) <= target else (middle, high)
+    return high

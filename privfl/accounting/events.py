@@ -1,4 +1,5 @@
-"""Mechanism events: what was done to the records, from which any accountant can tell what it cost.
+"""Mechanism events: what was done to the records, from which any accountant can compute the cost;
+and the accounts that events are charged to.
 
 Events are stored, never epsilons (the habit of dp-accounting): a better accountant may be applied
 to them later. So the meaning of a kind never changes; what must change gets a new version.
@@ -11,7 +12,24 @@ import math
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
-from typing import Any, ClassVar, Self
+from typing import Any, ClassVar, Final, Literal, Self
+
+# Whose records a cost concerns. Training and evaluation records are different ones, so each kind
+# has an account of its own.
+Account = Literal["training", "evaluation"]
+ACCOUNTS: Final[tuple[Account, ...]] = ("training", "evaluation")
+
+
+def account_of(name: str) -> Account:
+    """The account with this name.
+
+    Raises:
+        ValueError: If ``name`` is not one of :data:`ACCOUNTS`.
+    """
+    for account in ACCOUNTS:
+        if name == account:
+            return account
+    raise ValueError(f"no account {name}")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -22,8 +40,13 @@ class Event(ABC):
     To an accountant every kind is a Gaussian mechanism on a Poisson sample, or protects nothing.
 
     Attributes:
-        steps: how often it ran.
-        whole_orders: only Renyi orders that are whole numbers may be used (discrete noise).
+        kind: the name of the mechanism, as it is stored.
+        version: of the meaning of the kind's fields.
+        steps: how often the mechanism ran, 0 or more.
+        whole_orders: whether only Renyi orders that are whole numbers may be used (discrete noise).
+
+    Raises:
+        ValueError: If a field is outside the values that its kind allows.
     """
 
     kind: ClassVar[str]
@@ -40,19 +63,19 @@ class Event(ABC):
     @property
     @abstractmethod
     def sigma(self) -> float:
-        """Standard deviation of the noise in units of what one record can change; 0 protects
-        nothing.
+        """Standard deviation of the noise, in units of what one record can change; 0 means that
+        nothing is protected.
         """
 
     @property
     def noise(self) -> float:
-        """The noise multiplier that was asked for: :attr:`sigma`, but where a record can change
-        more than the unit of the noise.
+        """The noise multiplier that was asked for. It differs from :attr:`sigma` only where one
+        record can change more than the unit in which the noise is given.
         """
         return self.sigma
 
     def once(self) -> Self:
-        """A single step of it: what a cost is looked up by."""
+        """The same mechanism, run once: the key under which costs of a step are stored."""
         return replace(self, steps=1)
 
     def times(self, steps: int) -> Self:
@@ -91,7 +114,7 @@ class _Noised(Event):
 
 @dataclass(frozen=True, kw_only=True)
 class _Sampled(_Noised):
-    """The same on a Poisson sample: each record enters a step with probability
+    """Gaussian noise on a Poisson sample: each record enters a step with probability
     ``sampling_rate``, independently of all others.
     """
 
@@ -130,8 +153,10 @@ class PoissonGaussian(_Sampled):
 
 @dataclass(frozen=True, kw_only=True)
 class Gaussian(_Noised):
-    """The Gaussian mechanism on all records; ``noise_multiplier`` is in units of what one record
-    can change.
+    """The Gaussian mechanism on all records, without sampling.
+
+    Attributes:
+        noise_multiplier: standard deviation of the noise in units of what one record can change.
     """
 
     kind: ClassVar[str] = "gaussian"
@@ -147,11 +172,12 @@ class DiscreteGaussian(_Sampled):
     sampling.
 
     Attributes:
-        sampling_rate: as in :class:`PoissonGaussian`.
+        sampling_rate: probability q in (0, 1] with which each record enters a step, independently
+            of all others.
         noise_multiplier: standard deviation of the noise that the charged adversary cannot
             subtract, in units of the clipping norm.
-        sensitivity: what one record can change, in the same unit; above 1 because clipping and the
-            grid round.
+        sensitivity: the Euclidean length by which one record can change the sum, in units of the
+            clipping norm; above 1 because clipping and the grid round.
 
     Example:
         >>> from privfl.accounting import DiscreteGaussian
@@ -181,12 +207,12 @@ class DiscreteGaussian(_Sampled):
 
 @dataclass(frozen=True, kw_only=True)
 class MetricRelease(_Noised):
-    """Held-out metrics with Gaussian noise; they concern the evaluation records.
+    """A release of metrics with Gaussian noise; it concerns the evaluation records.
 
     Attributes:
         metrics: the names of all metrics released together.
-        noise_multiplier: standard deviation of the noise in units of what one record can change of
-            all of them together.
+        noise_multiplier: standard deviation of the noise, in units of what one record can change in
+            all of these metrics together.
 
     Example:
         >>> from privfl.accounting import MetricRelease, epsilon_of
@@ -207,9 +233,10 @@ class MetricRelease(_Noised):
 
 @dataclass(frozen=True, kw_only=True)
 class NonPrivate(Event):
-    """Something that protects nothing; every epsilon that counts it is infinite.
+    """A release that nothing protects; every epsilon that counts it is infinite.
 
-    ``what`` says what it was.
+    Attributes:
+        what: what was released without protection, in a few words.
     """
 
     kind: ClassVar[str] = "non_private"
@@ -230,8 +257,12 @@ KINDS: dict[str, type[Event]] = {
 def event_from_dict(fields: Mapping[str, Any]) -> Event:
     """The event that :meth:`Event.to_dict` wrote.
 
+    Args:
+        fields: the kind, its version, and every field of that kind.
+
     Raises:
-        ValueError: another kind or version, missing or unknown fields, values out of range.
+        ValueError: If the kind or its version is unknown, if a field is missing or unknown, or if a
+            value is out of range.
 
     Example:
         >>> from privfl.accounting import event_from_dict
@@ -243,14 +274,14 @@ def event_from_dict(fields: Mapping[str, Any]) -> Event:
     if cls is None or version != cls.version:
         raise ValueError(f"unknown event {kind!r} version {version!r}")
     expected = {field.name for field in dataclasses.fields(cls)}
-    given = {name: value for name, value in fields.items() if name not in ("kind", "version")}
-    if set(given) != expected:
+    values = {name: value for name, value in fields.items() if name not in ("kind", "version")}
+    if set(values) != expected:
         raise ValueError(
-            f"an event of kind {kind} has the fields {sorted(expected)}, got {sorted(given)}"
+            f"an event of kind {kind} has the fields {sorted(expected)}, got {sorted(values)}"
         )
-    for name, value in given.items():
+    for name, value in values.items():
         if name in ("sampling_rate", "noise_multiplier", "sensitivity") and (
             isinstance(value, bool) or not isinstance(value, int | float)
         ):
             raise ValueError(f"{name} must be a number, got {value!r}")
-    return cls(**given)
+    return cls(**values)

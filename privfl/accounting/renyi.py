@@ -2,8 +2,8 @@
 
 The divergence of the Poisson-subsampled Gaussian is that of Mironov, Talwar, Zhang 2019, as
 dp-accounting computes it. The conversion is Proposition 12 of Canonne, Kamath, Steinke 2020, in
-both directions, because a filter needs the inverse. Nothing here but :func:`divergences` of
-something new loads dp-accounting, which takes most of a second.
+both directions, because a filter needs the inverse. Only the first call of :func:`divergences` for
+a mechanism loads dp-accounting, which takes most of a second.
 """
 
 from __future__ import annotations
@@ -31,13 +31,14 @@ ORDERS: tuple[float, ...] = (
     1024.0,
 )
 
-# Noise of which nothing is expected: its square is near the end of floating point, where
-# differences become NaN.
-_NOTHING = 1e-100
+# Noise below this counts as none: its square is near the end of floating point, where differences
+# become NaN.
+_NO_NOISE = 1e-100
 
 
 @functools.lru_cache(maxsize=4096)
 def _one_step(rate: float, sigma: float, orders: tuple[float, ...]) -> NDArray[np.float64]:
+    """Divergences of one step of the Gaussian mechanism on a Poisson sample; shape (orders,)."""
     import dp_accounting as dpa
     from dp_accounting import rdp
 
@@ -51,8 +52,8 @@ def _one_step(rate: float, sigma: float, orders: tuple[float, ...]) -> NDArray[n
     accountant.compose(dpa.PoissonSampledDpEvent(rate, dpa.GaussianDpEvent(sigma)))
     known = dict(zip(accountant.orders.tolist(), accountant.rdp.tolist(), strict=True))
     sampled = np.array([known.get(order, math.nan) for order in orders])
-    # Orders that are left out, or NaN, have the bound of the mechanism without sampling, which by
-    # convexity is never below (fmin passes over NaN); and what is below 0 is rounding.
+    # An order that is left out, or NaN, gets the bound of the mechanism without sampling, which by
+    # convexity is never below the true value (fmin passes over NaN). A value below 0 is rounding.
     vector: NDArray[np.float64] = np.maximum(
         0.0, np.fmin(sampled, np.array(orders) / (2.0 * sigma**2))
     )
@@ -61,18 +62,24 @@ def _one_step(rate: float, sigma: float, orders: tuple[float, ...]) -> NDArray[n
 
 
 def divergences(event: Event, orders: tuple[float, ...] = ORDERS) -> NDArray[np.float64]:
-    """The Renyi divergences of a *single* step of ``event``; shape (orders,), infinite where no
-    bound is known.
+    """Upper bounds on the Renyi divergences of a *single* step of ``event``.
 
     Steps and events add up, order by order, also if each was chosen after a look at the results of
     all before (Feldman and Zrnic 2021, for a fixed order).
+
+    Args:
+        event: the mechanism; its number of steps does not matter.
+        orders: Renyi orders, all above 1.
+
+    Returns:
+        Shape (orders,); infinite where no bound is known.
 
     Example:
         >>> from privfl.accounting import Gaussian, divergences
         >>> divergences(Gaussian(noise_multiplier=2.0), (2.0, 4.0, 8.0)).tolist()
         [0.25, 0.5, 1.0]
     """
-    if event.sigma < _NOTHING:
+    if event.sigma < _NO_NOISE:
         return np.full(len(orders), math.inf)
     vector = _one_step(event.rate, event.sigma, orders)
     if event.whole_orders:
@@ -87,19 +94,23 @@ def epsilons(
     delta: float,
     weights: Sequence[float] | None = None,
 ) -> NDArray[np.float64]:
-    """Epsilon by each order at ``delta``, or at its share ``weight * delta`` of it.
+    """The epsilon that each order gives, at ``delta`` or at the order's own share of it
+    (Canonne, Kamath, Steinke 2020, Proposition 12).
 
     Args:
-        divergence: shape (..., orders).
+        orders: Renyi orders, all above 1.
+        divergence: the total divergence of each order; shape (..., orders).
+        delta: strictly between 0 and 1.
+        weights: each order's share of delta; without them each order has all of it.
 
     Returns:
-        Shape (..., orders); never negative, infinite where an order says nothing.
+        Shape (..., orders); never negative, infinite where an order gives no bound.
 
     Raises:
-        ValueError: ``delta`` outside (0, 1).
+        ValueError: If ``delta`` is not strictly between 0 and 1.
     """
     alpha, share = _orders_and_shares(orders, delta, weights)
-    # A share of zero makes its order infinite, which is what it means.
+    # A share of zero makes the epsilon of its order infinite, as it should be.
     with np.errstate(divide="ignore", invalid="ignore"):
         epsilon = divergence + np.log1p(-1.0 / alpha) - np.log(share * alpha) / (alpha - 1.0)
     # A divergence of any order bounds that of order 1, and with it the total variation distance:
@@ -112,7 +123,10 @@ def divergence_bounds(
     orders: Sequence[float], epsilon: float, delta: float, weights: Sequence[float] | None = None
 ) -> NDArray[np.float64]:
     """The largest divergence of each order with which :func:`epsilons` stays at or below
-    ``epsilon``; -inf where there is none.
+    ``epsilon``; shape (orders,), -inf where no divergence does.
+
+    Raises:
+        ValueError: If ``delta`` is not strictly between 0 and 1.
     """
     alpha, share = _orders_and_shares(orders, delta, weights)
     with np.errstate(divide="ignore"):
@@ -123,6 +137,7 @@ def divergence_bounds(
 def _orders_and_shares(
     orders: Sequence[float], delta: float, weights: Sequence[float] | None
 ) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
+    """The orders, and delta's share of each; both of shape (orders,)."""
     if not 0.0 < delta < 1.0:
         raise ValueError(f"delta must be in (0, 1), got {delta}")
     alpha = np.asarray(orders, dtype=np.float64)

@@ -1,3 +1,3 @@
-"""May this run happen, and with how much noise: a site's policy, its plan, its budget, and
-forecasts of all three.
+"""Whether a run may happen at a site, and with how much noise: the site's policy, the plan of the
+run, the site's budget, and forecasts of all three.
 """

@@ -1,4 +1,4 @@
-"""Does a planned run fit a site's policy and what is left of its budget, and if not, what would
+"""Whether a planned run fits a site's policy and what is left of its budget; and if not, what would
 pass.
 """
 
@@ -16,12 +16,20 @@ from privfl.errors import BudgetError
 
 
 def admit(site: str, experiment: Experiment, file: SiteFile) -> RunPlan:
-    """The noise this site needs, and the limits it is held to, if its policy and its budget let
-    the run happen.
+    """The plan of a run at this site, if the site's policy and budget admit the run.
+
+    Guarantee: A run that is admitted fits into what is left of the budget with all its rounds, if
+        no other run is charged to the ledger meanwhile.
+
+    Args:
+        site: the site.
+        experiment: what is proposed.
+        file: the site's own file.
 
     Raises:
-        PrivflError: If a target cannot be reached, the noise bounds nothing, or the experiment
-            breaks the policy or the budget; the sentence says what would pass.
+        PrivflError: If a target cannot be reached, if the noise gives no finite epsilon, or if the
+            experiment breaks the policy; the sentence says what would pass.
+        BudgetError: If the run does not fit into the budget; the sentence says what would fit.
     """
     check_policy(site, experiment, file)
     plan = plan_run(site, experiment, file)
@@ -31,28 +39,30 @@ def admit(site: str, experiment: Experiment, file: SiteFile) -> RunPlan:
 
 
 def check_noise(site: str, experiment: Experiment, file: SiteFile, plan: RunPlan) -> None:
-    """Whether the policy is content with the noise.
+    """Check that the noise is at least what the policy asks for.
 
     Raises:
         PrivflError: If the noise is less than the policy asks for; the sentence says how much would
             pass.
     """
     least = file.least_noise_multiplier
-    if least is not None and plan.metrics is not None and plan.metrics.noise_multiplier < least:
-        enough = _down(plan.epsilon("evaluation", [metric_releases(experiment)(least)]))
-        noise = _plain(plan.metrics.noise_multiplier)
-        what = (
-            f"the noise multiplier of its metrics is {noise}; evaluation.target_epsilon of at "
-            f"most {enough} would pass"
-        )
-        raise refusal(site, "least_noise_multiplier", what)
-    if least is not None and plan.training.noise_multiplier < least:
-        enough = _down(plan.epsilon("training", [training_steps(site, experiment)(least)]))
-        what = f"at least {least:g} would pass, as with a target_epsilon of at most {enough}"
+    if least is None:
+        return
+    if plan.metrics is not None and plan.metrics.noise_multiplier < least:
+        target = _rounded_down(plan.epsilon("evaluation", [metric_releases(experiment)(least)]))
         raise refusal(
             site,
             "least_noise_multiplier",
-            f"its noise multiplier is {plan.training.noise_multiplier:g}; {what}",
+            f"the noise multiplier of its metrics is {_four_decimals(plan.metrics.noise)}; an "
+            f"evaluation.target_epsilon of at most {target} would pass",
+        )
+    if plan.training.noise_multiplier < least:
+        target = _rounded_down(plan.epsilon("training", [training_steps(site, experiment)(least)]))
+        raise refusal(
+            site,
+            "least_noise_multiplier",
+            f"its noise multiplier is {plan.training.noise_multiplier:g}; at least {least:g} would "
+            f"pass, as with a target_epsilon of at most {target}",
         )
 
 
@@ -61,10 +71,10 @@ class BudgetFit:
     """How a plan fits into what is left of a budget.
 
     Attributes:
-        times: rounds, or releases of metrics, in the plan.
+        times: how many rounds, or releases of metrics, are in the plan.
         fitting: how many of them fit.
-        spent: epsilon before the run.
-        after: epsilon at the end of the run.
+        spent: the epsilon of the account before the run.
+        after: the epsilon of the account at the end of the run.
     """
 
     times: int
@@ -79,7 +89,7 @@ class BudgetFit:
 
 
 def fit(experiment: Experiment, plan: RunPlan, account: Account) -> BudgetFit:
-    """How the run fits into what is left for this account."""
+    """How the run fits into what is left of this account's budget."""
     times = experiment.rounds if account == "training" else experiment.metric_releases
     limit, event = plan.filters[account], plan.plans()[account]
     spent = plan.spent.get(account, limit.nothing())
@@ -92,11 +102,10 @@ def fit(experiment: Experiment, plan: RunPlan, account: Account) -> BudgetFit:
 def least_noise_that_fits(
     site: str, experiment: Experiment, plan: RunPlan, account: Account
 ) -> tuple[float, float] | None:
-    """The least noise that lets a run fit.
+    """The least noise with which all of a run fits into what is left of an account's budget.
 
     Returns:
-        (the least noise multiplier with which all of the run fits, the run's epsilon with it); None
-        if no noise is enough.
+        (that noise multiplier, the epsilon of the run with it); None if no noise is enough.
     """
     event_of: Callable[[float], Event] = (
         training_steps(site, experiment) if account == "training" else metric_releases(experiment)
@@ -117,7 +126,7 @@ def least_noise_that_fits(
 
 
 def check_budget(site: str, experiment: Experiment, file: SiteFile, plan: RunPlan) -> None:
-    """Whether the whole run fits into what is left of the budget.
+    """Check that the whole run fits into what is left of the budget.
 
     Raises:
         BudgetError: If the run does not fit; the sentence says how much of it would.
@@ -128,21 +137,18 @@ def check_budget(site: str, experiment: Experiment, file: SiteFile, plan: RunPla
         budget, limit = fit(experiment, plan, account), plan.filters[account]
         if budget.enough:
             continue
-        what, section = (
-            ("rounds", "privacy")
-            if account == "training"
-            else ("releases of metrics", "evaluation")
-        )
+        training = account == "training"
         alternatives, enough = "", least_noise_that_fits(site, experiment, plan, account)
         if enough is not None:
-            noise, target = enough
-            alternatives = f", all of them with {section}.target_epsilon {_down(target)}"
-            alternatives += (
-                f" or privacy.noise_multiplier {_plain(noise)}" if account == "training" else ""
-            )
+            noise, epsilon = enough
+            section, target = "privacy" if training else "evaluation", _rounded_down(epsilon)
+            alternatives = f", all of them with {section}.target_epsilon {target}"
+            if training:
+                alternatives += f" or privacy.noise_multiplier {_four_decimals(noise)}"
         fitting = (
-            f"{budget.fitting} of the {budget.times} {what} of this experiment would fit at "
-            f"noise multiplier {_plain(event.noise)}{alternatives}"
+            f"{budget.fitting} of the {budget.times} "
+            f"{'rounds' if training else 'releases of metrics'} of this experiment would fit at "
+            f"noise multiplier {_four_decimals(event.noise)}{alternatives}"
         )
         raise BudgetError(
             f"the budget of site {site} allows epsilon {limit.epsilon:g} at delta {limit.delta:g} "
@@ -152,13 +158,15 @@ def check_budget(site: str, experiment: Experiment, file: SiteFile, plan: RunPla
         )
 
 
-def _plain(noise: float) -> str:
-    """All four decimals of a noise multiplier, so that the value on screen is the value that
+def _four_decimals(noise: float) -> str:
+    """A noise multiplier as it was calibrated, so that the value on screen is the value that
     passes.
     """
     return f"{noise:.4f}".rstrip("0").rstrip(".")
 
 
-def _down(epsilon: float) -> str:
-    """Four decimals, never more than the true value."""
+def _rounded_down(epsilon: float) -> str:
+    """An epsilon with four decimals, never more than its true value, so that it passes as a
+    target.
+    """
     return f"{math.floor(epsilon * 1e4) / 1e4:g}"

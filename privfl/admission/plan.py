@@ -1,6 +1,6 @@
 """What a run would need and cost at one site: noise, steps, and the limits it is charged against.
 
-No policy, no record is read.
+Policy is not looked at here, and no record is read.
 """
 
 from __future__ import annotations
@@ -37,8 +37,8 @@ from privfl.secagg.parameters import parameters_for
 Steps = PoissonGaussian | DiscreteGaussian
 _Plan = TypeVar("_Plan", PoissonGaussian | DiscreteGaussian, MetricRelease)
 
-# The budget of one run alone is its plan and this share of it, for the rounding of sums of
-# floating-point numbers.
+# The limit of one run alone is its plan, and this fraction of it more: sums of floating-point
+# numbers are rounded.
 ROUNDING = 1e-9
 
 
@@ -47,13 +47,14 @@ class RunPlan:
     """The plan of one run at one site, and the limits it is charged against.
 
     Attributes:
-        training: all steps of the run.
-        metrics: all releases of metrics with noise, if there are any.
-        filters: the limits of the ledger: the site's own budget, or the plan itself where no ledger
-            is kept across runs.
-        spent: what earlier runs have charged, by account; empty without a ledger.
-        head: that of the ledger when it was read; None without a ledger, or if it begins with this
-            run.
+        training: all training steps of the run.
+        metrics: all releases of metrics with noise; None if there are none.
+        filters: the limits of the ledger, by account: the site's own budget, or the plan itself
+            where no ledger is kept across runs. Empty if nothing of the run is private.
+        spent: what earlier runs have charged, by account, as divergences of shape (orders,); empty
+            without a ledger.
+        head: the head of the ledger when it was read; None without a ledger, or if the ledger
+            begins with this run.
         kept: whether a ledger is kept across runs.
         delta: the delta at which the run's epsilons are given.
     """
@@ -68,7 +69,7 @@ class RunPlan:
 
     @property
     def new(self) -> bool:
-        """Whether a ledger that is kept begins with this run."""
+        """Whether a ledger that is kept across runs begins with this one."""
         return self.kept and self.head is None
 
     @property
@@ -77,15 +78,15 @@ class RunPlan:
         return "filter" if self.kept else "rdp"
 
     def plans(self) -> dict[Account, Event]:
-        """What is to be charged in the whole run, by account."""
+        """All that is to be charged in the whole run, by account."""
         plans: dict[Account, Event] = {"training": self.training}
         return plans if self.metrics is None else {**plans, "evaluation": self.metrics}
 
     def with_noise(self, noise_multiplier: float) -> RunPlan:
-        """The same with the noise multiplier of training on which the sites agreed.
+        """The same plan with the noise multiplier of training on which the sites agreed.
 
         Raises:
-            ProtocolError: If ``noise_multiplier`` is less than this site needs.
+            ProtocolError: If ``noise_multiplier`` is less than this site needs, or not finite.
         """
         if not self.training.noise_multiplier <= noise_multiplier < math.inf:
             raise ProtocolError(
@@ -95,7 +96,9 @@ class RunPlan:
         return replace(self, training=replace(self.training, noise_multiplier=noise_multiplier))
 
     def epsilon(self, account: Account, events: Sequence[Event]) -> float:
-        """Epsilon of a part of this run, at its own delta, in the accountant that admits it."""
+        """Epsilon of a part of this run, at the delta of the run, by the accountant that admits
+        the run.
+        """
         if not self.kept:
             return epsilon_of(events, self.delta).upper
         limit = self.filters[account]
@@ -110,20 +113,17 @@ class RunPlan:
 
 
 def plan_run(site: str, experiment: Experiment, file: SiteFile) -> RunPlan:
-    """What the run would need and cost, whether or not it is let happen.
+    """What the run would need and cost, whether or not it would be admitted.
 
     Raises:
-        PrivflError: If a target cannot be reached, the noise bounds nothing, or the ledger cannot
-            be used.
+        PrivflError: If a target cannot be reached, if the noise gives no finite epsilon, or if the
+            ledger cannot be used.
     """
-    privacy, delta, ledger = (
-        experiment.privacy,
-        experiment.privacy.delta,
-        _LedgerState.of(site, file),
-    )
+    privacy, delta = experiment.privacy, experiment.privacy.delta
+    ledger = _LedgerState.of(site, file)
     training, metrics = training_steps(site, experiment), metric_releases(experiment)
 
-    # Shares of one noise must do for the site that needs most, which is one with the largest rate.
+    # Shared noise must be enough for the site that needs most, which is one with the largest rate.
     neediest = site if privacy.noise == "site" else max(experiment.sites, key=experiment.rate)
 
     def calibrated(limit: RenyiFilter | None) -> Steps:
@@ -133,7 +133,8 @@ def plan_run(site: str, experiment: Experiment, file: SiteFile) -> RunPlan:
         ).noise_multiplier
         return training(noise)
 
-    # A ledger that is still to begin is planned for the noise that the run would need without one.
+    # The limits of a ledger that begins with this run are planned for the noise that the run would
+    # need without a ledger.
     filters = ledger.filters or (
         limits_of(file.budget.epsilon, file.budget.delta, calibrated(None))
         if file.budget is not None
@@ -155,10 +156,10 @@ def plan_run(site: str, experiment: Experiment, file: SiteFile) -> RunPlan:
 
 
 def training_steps(site: str, experiment: Experiment) -> Callable[[float], Steps]:
-    """From a noise multiplier to all steps of the run, as they are charged.
+    """A function from a noise multiplier to all training steps of the run, as they are charged.
 
-    With distributed noise the noise multiplier is meant against ``collusion`` sites that pool what
-    they see, and that is what is charged: to every site, the others may be that coalition.
+    With distributed noise the noise multiplier stands against ``collusion`` sites that pool what
+    they see, and that is what is charged: for every site, others may be that coalition.
     """
     rate, steps = experiment.rate(site), experiment.steps
 
@@ -173,7 +174,7 @@ def training_steps(site: str, experiment: Experiment) -> Callable[[float], Steps
 
 
 def metric_releases(experiment: Experiment) -> Callable[[float], MetricRelease]:
-    """From a noise multiplier to all releases of metrics."""
+    """A function from a noise multiplier to all releases of metrics, as they are charged."""
 
     def plan(noise: float) -> MetricRelease:
         names = tuple(sorted(experiment.evaluation.metrics))
@@ -186,8 +187,8 @@ def metric_releases(experiment: Experiment) -> Callable[[float], MetricRelease]:
 
 @dataclass(frozen=True)
 class _LedgerState:
-    """What a site's ledger says before a run: the limits it fixed, what was spent, and its head;
-    nothing if it has not begun.
+    """A site's ledger before a run: its limits, what was spent, and its head; all empty if the
+    ledger has not begun.
     """
 
     filters: dict[Account, RenyiFilter] = field(default_factory=dict)
@@ -196,6 +197,7 @@ class _LedgerState:
 
     @classmethod
     def of(cls, site: str, file: SiteFile) -> _LedgerState:
+        """The state of the ledger that the site file names."""
         if file.budget is None or file.ledger is None:
             return cls()
         path = Path(file.ledger.file)
@@ -204,10 +206,10 @@ class _LedgerState:
                 f"the folder {path.parent} for the ledger of site {site} does not exist; make it, "
                 f"or correct ledger in the site file"
             )
-        begun = Ledger.look(path)
-        if begun is None:
+        ledger = Ledger.look(path)
+        if ledger is None:
             return cls()
-        with begun as ledger:
+        with ledger:
             _check_ledger(site, file.budget, ledger)
             return cls(
                 ledger.filters,
@@ -217,7 +219,7 @@ class _LedgerState:
 
 
 def _check_ledger(site: str, budget: Budget, ledger: Ledger) -> None:
-    """Whether the ledger is this site's, and was begun with this budget."""
+    """Check that the ledger is this site's, and was begun with this budget."""
     if ledger.site != site:
         raise PrivflError(
             f"the ledger {ledger.path} belongs to site {ledger.site}, not to {site}; name another "
@@ -234,16 +236,19 @@ def _check_ledger(site: str, budget: Budget, ledger: Ledger) -> None:
                 f"the ledger {ledger.path} was begun with the budget epsilon {limit.epsilon:g} at "
                 f"delta {limit.delta:g}, the file of site {site} "
                 f"says epsilon {budget.epsilon:g} at delta {budget.delta:g}: a budget cannot be "
-                f"changed; go back to the old one, or begin a new "
-                "ledger and add both budgets up"
+                f"changed; set the old one again, or begin a new ledger and add both budgets up"
             )
 
 
 def limits_of(epsilon: float, delta: float, plan: Event) -> dict[Account, RenyiFilter]:
-    """The limits of a ledger with this budget that begins with ``plan``."""
+    """The limits of a ledger with this budget, by account, whose first run is ``plan``.
+
+    Raises:
+        ValueError: If ``epsilon`` is not positive and finite, or ``delta`` not between 0 and 1.
+    """
     return {
         "training": RenyiFilter.planned(epsilon, delta, plan),
-        # Releases of metrics are not sampled, so that one order is the best for any noise.
+        # Releases of metrics are not sampled, so the same order is the best for any noise.
         "evaluation": RenyiFilter.planned(epsilon, delta, Gaussian(noise_multiplier=1.0)),
     }
 
@@ -256,8 +261,8 @@ def _calibrated(
     delta: float,
     limit: RenyiFilter | None,
 ) -> _Plan:
-    """The plan with the given noise multiplier, or with the least one that meets the target, by
-    the filter if there is one, else by RDP.
+    """The plan with this noise multiplier, or with the least one that meets the target: by the
+    filter if there is one, else by RDP.
     """
 
     def epsilon(noise: float) -> float:
@@ -275,7 +280,11 @@ def _calibrated(
             )
         noise = least_noise_multiplier(epsilon, target)
     if noise is None:
-        where = "" if limit is None else " in a ledger with so large a budget"
+        where = (
+            ""
+            if limit is None
+            else f" by the filter of a ledger with a budget of epsilon {limit.epsilon:g}"
+        )
         raise PrivflError(
             f"{section}.target_epsilon {target:g} cannot be reached at delta {delta:g} with "
             f"{plan(1.0).steps} steps: noise of {LARGEST_NOISE_MULTIPLIER:g} times the clipping "
@@ -289,7 +298,7 @@ def _calibrated(
 
 
 def _alone(plan: Event, delta: float) -> RenyiFilter:
-    """The limit of a ledger for one run: its plan, fixed in advance, and nothing more."""
+    """The limit of a ledger for one run: the plan, fixed in advance, and nothing more."""
     epsilon = epsilon_of([plan], delta).upper
     return RenyiFilter.single(max(epsilon * (1.0 + ROUNDING), ROUNDING), delta, plan)
 
@@ -298,7 +307,7 @@ def parameters_of(experiment: Experiment) -> Parameters:
     """The parameters of the experiment's encrypted sums.
 
     Raises:
-        PrivflError: If so many bits of a value do not fit so many sites.
+        PrivflError: If values of so many bits cannot be summed over so many sites.
     """
     chosen = experiment.secure_aggregation
     try:

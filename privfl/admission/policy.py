@@ -1,11 +1,13 @@
-"""A site's policy against a proposal: everything that can be decided without an accountant."""
+"""Whether a site's policy allows an experiment: everything that can be decided without an
+accountant.
+"""
 
 from __future__ import annotations
 
 from privfl.config import Experiment, SiteFile
 from privfl.errors import PrivflError
 
-# Whoever sets one of these wants protection, which a known seed takes away.
+# A site that sets one of these wants protection, which a known seed takes away.
 _POLICY = {
     "attempts",
     "budget",
@@ -19,13 +21,17 @@ _POLICY = {
     "records_per_person",
     "require",
 }
-# And whoever sets one of these does not want metrics without noise, unless named.
+# A site that sets one of these wants no metrics without noise, unless it names them.
 _NOISE_RULES = {"budget", "least_noise_multiplier", "ledger", "metrics"}
 
 
 def refusal(site: str, key: str, what: str) -> PrivflError:
-    """The sentence with which a site's policy rejects a proposal: the key that rules, and what
-    would pass.
+    """The error with which a site's policy refuses an experiment.
+
+    Args:
+        site: the site.
+        key: the key of its site file that refuses.
+        what: what is wrong, and what would pass.
     """
     return PrivflError(
         f"the policy of site {site} refuses this experiment ({key} in its site file): {what}"
@@ -33,12 +39,12 @@ def refusal(site: str, key: str, what: str) -> PrivflError:
 
 
 def check_members(site: str, experiment: Experiment, file: SiteFile, members: int) -> None:
-    """Whether a sum of so many sites is large enough for the policy, and its noise for their
-    coalitions.
+    """Check that a sum over ``members`` sites is large enough for the policy, and that its noise
+    stands against the coalitions that the policy expects.
 
     Raises:
-        PrivflError: If it is not; the sentence says how many sites, or how many colluders, would
-            pass.
+        PrivflError: If the policy refuses the sum; the sentence says how many sites, or how many
+            colluders, would pass.
     """
     if members < file.least_sites:
         raise refusal(
@@ -48,8 +54,8 @@ def check_members(site: str, experiment: Experiment, file: SiteFile, members: in
         raise refusal(
             site,
             "least_collusion",
-            f"privacy.collusion is {experiment.collusion}, so {file.least_collusion} sites could "
-            f"subtract more of the noise than that allows for; "
+            f"privacy.collusion is {experiment.collusion}, but {file.least_collusion} sites that "
+            f"pool what they see could subtract more of the noise than that allows for; "
             f"privacy.collusion {file.least_collusion} would pass",
         )
     if file.least_collusion and members < file.least_collusion + 2:
@@ -63,11 +69,11 @@ def check_members(site: str, experiment: Experiment, file: SiteFile, members: in
 
 
 def check_policy(site: str, experiment: Experiment, file: SiteFile) -> None:
-    """Hold the proposal against everything of the site's policy that needs no accountant.
+    """Check the experiment against every rule of the site's policy that needs no accountant.
 
     Raises:
-        PrivflError: If the proposal breaks a rule; the sentence names the first one and says what
-            would pass.
+        PrivflError: If the experiment breaks a rule; the sentence names the first such rule and
+            says what would pass.
     """
 
     def refuse(key: str, what: str) -> PrivflError:
@@ -81,7 +87,8 @@ def check_policy(site: str, experiment: Experiment, file: SiteFile) -> None:
             others = ", ".join(sorted(set(names) - set(file.metrics)))
             raise refuse(
                 "metrics",
-                f"{others} would leave; allow it there, or take it out of evaluation.metrics",
+                f"{others} would leave the site; allow it there, or take it out of "
+                f"evaluation.metrics",
             )
         exact = file.exact_metrics
         if exact is None:
@@ -90,8 +97,8 @@ def check_policy(site: str, experiment: Experiment, file: SiteFile) -> None:
         if experiment.evaluation.records == "public" and others:
             raise refuse(
                 "exact_metrics",
-                f"{others} would leave without noise (evaluation.records: public); allow it there, "
-                f"or say evaluation.records: private",
+                f"{others} would leave the site without noise (evaluation.records: public); allow "
+                f"it there, or set evaluation.records: private",
             )
     if file.budget is not None and experiment.privacy.delta > file.budget.delta:
         raise refuse(

@@ -1,5 +1,5 @@
-"""The durable book of what has been spent on one site's records: SQLite, debited before anything
-is released.
+"""The durable record of what has been spent on one site's records: SQLite, debited before
+anything is released.
 """
 
 from privfl.ledger.heads import Head, head_bytes

@@ -1,7 +1,7 @@
-"""The head of a book: how many rows it had, and the hash that stands for all of them.
+"""The head of a ledger: how many rows it had, and the hash that stands for all of them.
 
-Whoever was shown a head can tell later whether rows are missing: a chain alone looks whole when its
-tail was cut or a backup was restored.
+A site that was shown a head can tell later whether rows are missing. The chain of hashes alone
+looks whole when its tail was cut off or a backup was restored.
 """
 
 from __future__ import annotations
@@ -14,8 +14,12 @@ from typing import Any
 
 @dataclass(frozen=True)
 class Head:
-    """``ledger``: the book's own name, random; ``rows``: how many; ``hash``: of the last row, in
-    hexadecimal.
+    """The state of a ledger at one moment.
+
+    Attributes:
+        ledger: the name of the ledger, random, in hexadecimal.
+        rows: how many rows it had.
+        hash: the hash of the last of these rows, in hexadecimal.
     """
 
     ledger: str
@@ -24,20 +28,25 @@ class Head:
 
     @classmethod
     def from_dict(cls, fields: Mapping[str, Any]) -> Head:
-        """The head in a log, among whatever else stands there.
+        """The head among the fields of a log record; other fields are passed over.
 
         Raises:
-            KeyError, ValueError, TypeError: there is none.
+            KeyError: If a field of the head is missing.
+            ValueError: If the number of rows is not a number.
+            TypeError: If ``fields`` is not a mapping, or the number of rows is null or a list.
         """
         return cls(str(fields["ledger"]), int(fields["rows"]), str(fields["hash"]))
 
 
 def head_bytes(head: Head, run: str, round_: int, attempt: int) -> bytes:
-    """What a site signs when it shows its head in a round of a run (hexadecimal), after so many
-    sums in it.
+    """What a site signs when it shows its head.
 
-    The number of sums tells the head after the last release of metrics from that before it, which a
-    relay could show again.
+    Args:
+        head: the head that is shown.
+        run: the run in which it is shown, in hexadecimal.
+        round_: the round of that run.
+        attempt: how many sums were made in the round before. It tells the head after the last
+            release of metrics from the one before it, which a relay could otherwise show again.
     """
     return json.dumps(
         ["privfl ledger head 1", head.ledger, head.rows, head.hash, run, round_, attempt]

@@ -1,5 +1,5 @@
-"""The book itself: what was spent on the training and on the evaluation records of one site, and
-what may still be.
+"""The ledger itself: what was spent on the training and on the evaluation records of one site, and
+what may still be spent.
 """
 
 from __future__ import annotations
@@ -17,8 +17,18 @@ from numpy.typing import NDArray
 
 from privfl.accounting import ACCOUNTS, ORDERS, Account, Event, RenyiFilter, account_of, divergences
 from privfl.errors import BudgetError, DamagedError, InternalError, PrivflError
+from privfl.ledger.checks import cost_problems, head_problem
 from privfl.ledger.heads import Head
-from privfl.ledger.rows import START, Kind, Row, chained, mechanism_of, pack_vector
+from privfl.ledger.rows import (
+    START,
+    Kind,
+    Row,
+    add_steps,
+    chained,
+    mechanism_of,
+    pack_vector,
+    total,
+)
 from privfl.ledger.storage import Storage
 
 # Why a charge may be taken back. Never an exception, NaN or too little memory: those depend on
@@ -26,13 +36,10 @@ from privfl.ledger.storage import Storage
 Cause = Literal["deadline", "signal", "peer"]
 
 _FORMAT = 1
-# Cached divergences that differ by more than this from new ones were not computed from the event
-# beside them.
-_TOLERANCE = 1e-9
 
 
 class _Entry(NamedTuple):
-    """What a new row is to say."""
+    """What is to be written as a new row: its columns but for number, time and hash."""
 
     kind: Kind
     run: str = ""
@@ -44,16 +51,25 @@ class _Entry(NamedTuple):
 
 
 class Ledger:
-    """One open book.
+    """One open ledger. Open it with :meth:`write`, :meth:`read` or :meth:`look`.
 
-    Its first row fixes the site and a filter for each account; without one an account has no limit.
+    Its first row fixes the site and a filter for each account; an account without a filter has no
+    limit.
+
+    Guarantee: A charge is on the disk when :meth:`charge` returns, and never beyond the filter of
+        its account. Whoever releases a result only after that has paid for it, whatever ends the
+        process or the machine. It holds for the disks that :class:`Storage` accepts.
 
     Attributes:
-        site: whose book it is.
-        name: random, the same for all copies; in hexadecimal.
+        site: the site whose records the ledger is about.
+        name: random, in hexadecimal; the same for all copies of the ledger.
         filters: the limits, by account.
         events: the mechanisms, one step of each, by the number of their row.
-        rows: everything, in the order in which it was written.
+        rows: all rows, in the order in which they were written.
+
+    Raises:
+        DamagedError: If the rows are not what was written.
+        PrivflError: If the file cannot be read.
     """
 
     def __init__(self, storage: Storage) -> None:
@@ -84,7 +100,7 @@ class Ledger:
 
     @property
     def orders(self) -> tuple[float, ...]:
-        """The Renyi orders of all vectors in this book."""
+        """The Renyi orders of all vectors in this ledger."""
         return next(iter(self.filters.values())).orders if self.filters else ORDERS
 
     # -- opening -----------------------------------------------------------------------------------
@@ -93,68 +109,77 @@ class Ledger:
     def write(
         cls, path: Path, site: str, filters: Mapping[Account, RenyiFilter], *, network: bool = False
     ) -> Ledger:
-        """Open the book at ``path`` as its only writer, or begin one with these ``filters``.
+        """Open the ledger at ``path`` as its only writer, or begin one.
+
+        Args:
+            path: the file; it is made if it does not exist.
+            site: the site whose ledger it must be.
+            filters: the limits of a ledger that begins now; those of an older one stay.
+            network: whether a file system that is shared between machines is allowed.
 
         Raises:
-            PrivflError: it cannot be opened, is in use, lies on a network file system, or is
-                another site's.
-            DamagedError: its rows are not what was written.
+            PrivflError: If the file cannot be opened, is in use, lies on a network file system, or
+                belongs to another site.
+            DamagedError: If the rows are not what was written.
         """
-        book = cls(Storage.write(path, network=network))
+        ledger = cls(Storage.write(path, network=network))
         try:
-            if not book.rows:
+            if not ledger.rows:
                 body = {
                     "format": _FORMAT,
                     "ledger": os.urandom(16).hex(),
                     "site": site,
-                    "filters": {account: found.to_dict() for account, found in filters.items()},
+                    "filters": {account: limit.to_dict() for account, limit in filters.items()},
                 }
-                book._write(_Entry("opened", body=body))
-            if book.site != site:
+                ledger._write(_Entry("opened", body=body))
+            if ledger.site != site:
                 raise PrivflError(
-                    f"the ledger {path} is the book of site {book.site}, not of {site}; name "
+                    f"the ledger {path} belongs to site {ledger.site}, not to {site}; name "
                     f"another file"
                 )
         except BaseException:
-            book.close()
+            ledger.close()
             raise
-        return book
+        return ledger
 
     @classmethod
     def read(cls, path: Path) -> Ledger:
-        """Open the book at ``path`` for a look.
+        """Open the ledger at ``path`` for reading; a running writer is not disturbed.
 
         Raises:
-            PrivflError: it is not there, or holds nothing yet.
-            DamagedError: its rows are not what was written.
+            PrivflError: If the file does not exist, cannot be opened, or holds no row yet.
+            DamagedError: If the rows are not what was written.
         """
-        book = cls.look(path)
-        if book is None:
+        ledger = cls.look(path)
+        if ledger is None:
             raise PrivflError(
                 f"the ledger {path} holds nothing yet"
                 if path.exists()
                 else f"there is no ledger {path}"
             )
-        return book
+        return ledger
 
     @classmethod
     def look(cls, path: Path) -> Ledger | None:
-        """The same, or None where no book has begun: no file, or one without a row, as a crash
-        may leave it.
+        """Open the ledger at ``path`` for reading, if one has begun there.
+
+        Returns:
+            The ledger; None if there is no file, or one without a row, as a crash may leave it.
 
         Raises:
-            PrivflError: it cannot be opened.
-            DamagedError: its rows are not what was written.
+            PrivflError: If the file cannot be opened.
+            DamagedError: If the rows are not what was written.
         """
         if not path.exists():
             return None
-        book = cls(Storage.read(path))
-        if not book.rows:
-            book.close()
+        ledger = cls(Storage.read(path))
+        if not ledger.rows:
+            ledger.close()
             return None
-        return book
+        return ledger
 
     def close(self) -> None:
+        """Close the file and let others write."""
         self._storage.close()
 
     def __enter__(self) -> Ledger:
@@ -167,31 +192,31 @@ class Ledger:
 
     @property
     def head(self) -> Head:
-        """What stands for all rows so far."""
+        """The head after all rows so far."""
         self._settle()
         return Head(self.name, len(self.rows), self.rows[-1].hash if self.rows else START)
 
     def steps(self, account: Account) -> dict[int, int]:
-        """Steps charged to ``account`` less those refunded, by the number of their mechanism's
+        """Steps charged to ``account``, less those refunded, by the number of their mechanism's
         row.
         """
         return dict(self._steps[account])
 
     def spent(self, account: Account) -> NDArray[np.float64]:
-        """The divergences charged to ``account`` so far; shape (orders of its filter,)."""
+        """The divergences charged to ``account`` so far, less those refunded; shape (orders,)."""
         self._settle()
-        return self._sum(self._steps[account])
+        return total(self._steps[account], self._vectors, len(self.orders))
 
     def vector(self, mechanism: int) -> NDArray[np.float64]:
-        """What one step of the mechanism in this row adds; shape (orders,)."""
+        """The divergences of one step of the mechanism in this row; shape (orders,)."""
         return self._vectors[mechanism]
 
     def charges(self) -> list[Row]:
-        """All charges and refunds."""
+        """All charges and refunds, in their order."""
         return [row for row in self.rows if row.kind in ("charge", "refund")]
 
     def charged(self, account: Account, run: str, round_: int) -> int:
-        """Steps charged to ``account`` for this round, less refunds."""
+        """Steps charged to ``account`` for this round of this run, less those refunded."""
         steps = 0
         for row in reversed(self.rows):
             if row.run not in (run, ""):
@@ -208,22 +233,39 @@ class Ledger:
     # -- what is done to it ------------------------------------------------------------------------
 
     def begin_run(self, run: str, facts: Mapping[str, Any]) -> None:
-        """Write down that a run begins, and what it is: for the reader of a report."""
+        """Write down that a run begins, and its facts, for reports.
+
+        Args:
+            run: the run, in hexadecimal.
+            facts: what :meth:`RunFacts.to_dict` gives.
+
+        Raises:
+            PrivflError: If the ledger has a run of this name already, or cannot be written.
+        """
         self._settle()
         if any(row.kind == "run" and row.run == run for row in self.rows):
             raise PrivflError(
-                f"run {run} stands in the ledger {self.path} already; a run must have a name of "
-                f"its own"
+                f"the ledger {self.path} has a run {run} already; a run must have a name of its own"
             )
         self._write(_Entry("run", run, body=facts))
 
     def charge(self, account: Account, event: Event, run: str, round_: int) -> Row:
-        """Debit ``event``; when this returns the charge is on the disk, and only then its result
-        may leave.
+        """Debit ``event`` from ``account``.
+
+        Guarantee: When this returns, the charge is on the disk. Only then may its result leave.
+
+        Args:
+            account: whose records the event concerns.
+            event: the mechanism, with all its steps.
+            run: the run, in hexadecimal.
+            round_: the round of that run.
+
+        Returns:
+            The row of the charge.
 
         Raises:
-            BudgetError: the account's filter does not admit it.
-            PrivflError: it cannot be written.
+            BudgetError: If the account's filter does not admit the charge; nothing was written.
+            PrivflError: If the charge cannot be written.
         """
         self._settle()
         limit = self.filters.get(account)
@@ -250,19 +292,20 @@ class Ledger:
         return self.rows[-1]
 
     def make_final(self, charge: Row) -> None:
-        """Say that the first byte of what ``charge`` paid for is about to leave: from now on it
-        stays.
+        """Make a charge final, because the first byte of what it paid for is about to leave: from
+        now on it cannot be refunded.
         """
         self._refundable.pop(charge.number, None)
 
     def refund(self, charge: Row, cause: Cause) -> None:
         """Take a charge back, in a row of its own.
 
-        The caller has killed the trainer and forgets all that the charged steps changed.
+        The caller must have killed the trainer, and must forget all that the charged steps changed.
 
         Raises:
-            InternalError: something left already, the charge is of another process, or it was
+            InternalError: If the charge was made final, was made by another process, or was
                 refunded before.
+            PrivflError: If the refund cannot be written.
         """
         self._settle()
         if self._refundable.pop(charge.number, None) is None:
@@ -270,82 +313,32 @@ class Ledger:
                 f"charge {charge.number} of the ledger {self.path} may not be refunded"
             )
         body = {"charge": charge.number, "cause": cause}
-        self._write(
-            _Entry(
-                "refund",
-                charge.run,
-                charge.round,
-                charge.account,
-                charge.mechanism,
-                charge.steps,
-                body,
-            )
-        )
+        self._write(_Entry("refund", *charge.debit, body))
 
     # -- checking ----------------------------------------------------------------------------------
 
     def problems(self) -> list[str]:
-        """Everything that a fresh look finds wrong, in sentences: the file, the cached
-        divergences, the limits. The chain was checked on opening.
+        """What is wrong with the file, the cached divergences and the limits, each in a sentence.
+
+        All of it is computed anew. The chain of hashes was checked on opening.
         """
-        found = []
         state = self._storage.sound()
-        if state != "ok":
-            found.append(f"SQLite finds the file damaged: {state}")
-        steps: dict[str, dict[int, int]] = {account: {} for account in ACCOUNTS}
-        spent = {account: limit.nothing() for account, limit in self.filters.items()}
-        for row in self.rows:
-            if row.kind == "mechanism":
-                event, cached = mechanism_of(row)
-                if not np.allclose(
-                    cached, divergences(event, self.orders), rtol=_TOLERANCE, atol=0.0
-                ):
-                    found.append(
-                        f"the cached divergences of row {row.number} are not those of its event"
-                    )
-            elif row.kind in ("charge", "refund"):
-                _add_steps(steps[row.account], row)
-                account = account_of(row.account)
-                if account in spent and row.kind == "refund":
-                    spent[account] = self._sum(steps[account])
-                elif account in spent:
-                    spent[account] = spent[account] + row.steps * self._vectors[row.mechanism]
-                    if not self.filters[account].admits(spent[account] / (1.0 + _TOLERANCE)):
-                        found.append(f"the charge in row {row.number} is beyond the budget")
-        return found
+        damage = [] if state == "ok" else [f"SQLite finds the file damaged: {state}"]
+        return damage + cost_problems(self.rows, self.filters, self.orders)
 
     def compare(self, head: Head) -> str | None:
-        """What is wrong with this book if ``head`` was true once; None if it fits, or is another
-        book's.
+        """What is wrong with this ledger if it once had this ``head``, in a sentence.
+
+        Returns:
+            None if the head fits, or is the head of another ledger.
         """
-        if head.ledger != self.name:
-            return None
-        if head.rows > len(self.rows):
-            missing = (
-                f"row {head.rows} is"
-                if head.rows == len(self.rows) + 1
-                else f"rows {len(self.rows) + 1} to {head.rows} are"
-            )
-            return f"{missing} missing at the end, although its head was shown"
-        if head.rows < 1 or self.rows[head.rows - 1].hash != head.hash:
-            return (
-                f"row {head.rows} is not the one whose head was shown: rows were taken back and "
-                f"written anew"
-            )
-        return None
+        return head_problem(self.rows, head) if head.ledger == self.name else None
 
     # -- inside ------------------------------------------------------------------------------------
 
-    def _sum(self, steps: Mapping[int, int]) -> NDArray[np.float64]:
-        total = np.zeros(len(self.orders))
-        for number, count in steps.items():
-            if count:
-                total = total + count * self._vectors[number]
-        return total
-
     def _settle(self) -> None:
-        """If a signal came between the disk and this object's own notes, what the disk has
-        counts.
+        """Read what this object does not know of: if a signal came between the writing of a row
+        and this object's own notes, the disk has the last word.
         """
         if self._unsure:
             for row in self._storage.rows()[len(self.rows) :]:
@@ -353,7 +346,11 @@ class Ledger:
             self._unsure = False
 
     def _write(self, *entries: _Entry) -> None:
-        """Add rows to the file, all or none, and then to what this object knows."""
+        """Add rows to the file, all or none, and then to what this object knows.
+
+        Raises:
+            PrivflError: If the rows cannot be written; then none was added.
+        """
         rows: list[Row] = []
         for number, entry in enumerate(entries, len(self.rows) + 1):
             before = rows[-1].hash if rows else self.head.hash
@@ -372,14 +369,14 @@ class Ledger:
         self._unsure = False
 
     def _take(self, row: Row) -> None:
-        """What a row that stands in the book means.
+        """Take note of what a row of the file means.
 
         Raises:
-            DamagedError: it means nothing, or nothing that this program would have written there.
+            DamagedError: If this program would not have written such a row there.
         """
         try:
             if (row.kind == "opened") != (not self.rows):
-                raise ValueError("the beginning of a book is its first row")
+                raise ValueError("the beginning of a ledger is its first row")
             match row.kind:
                 case "opened":
                     self._open(row)
@@ -387,7 +384,7 @@ class Ledger:
                     self._describe(row)
                 case "charge" | "refund":
                     self._check_charge(row)
-                    _add_steps(self._steps[row.account], row)
+                    add_steps(self._steps[row.account], row)
                 case "run":
                     row.facts()
                 case _:
@@ -403,11 +400,8 @@ class Ledger:
         event, vector = mechanism_of(row)
         if len(vector) != len(self.orders):
             raise ValueError("another number of orders")
-        self._numbers[event], self._vectors[row.number], self.events[row.number] = (
-            row.number,
-            vector,
-            event,
-        )
+        self._numbers[event] = row.number
+        self._vectors[row.number], self.events[row.number] = vector, event
 
     def _check_charge(self, row: Row) -> None:
         """A charge is of a mechanism described before; a refund takes back one charge, whole,
@@ -422,7 +416,7 @@ class Ledger:
                 charge is None
                 or charge.kind != "charge"
                 or number in self._refunded
-                or charge[3:8] != row[3:8]
+                or charge.debit != row.debit
             ):
                 raise ValueError("not the refund of a charge")
             if any(later.kind == "run" for later in self.rows[number:]):
@@ -445,10 +439,6 @@ class Ledger:
         }
         if len({limit.orders for limit in self.filters.values()}) > 1:
             raise ValueError("accounts with different orders")
-
-
-def _add_steps(steps: dict[int, int], row: Row) -> None:
-    steps[row.mechanism] = steps.get(row.mechanism, 0) + row.net_steps
 
 
 def _now() -> str:

@@ -1,4 +1,4 @@
-"""What a run is, as the row with which it begins says it: written and read here only."""
+"""The facts of a run, as the first row of the run holds them: written and read here only."""
 
 from __future__ import annotations
 
@@ -14,23 +14,24 @@ class RunFacts:
     """What a reader of a ledger or a report learns about a run.
 
     Attributes:
-        experiment: the digest of the experiment; empty for a training loop of the user's own.
+        experiment: the digest of the experiment; empty for a user's own training loop.
         model: where the model comes from, for a person.
         data: where the records come from, for a person.
-        rounds: rounds that were planned; steps in a loop of the user's own.
-        noise: whether each site adds all noise itself, or a share of one.
+        rounds: how many rounds were planned; steps in a user's own loop.
+        noise: whether each site adds all noise itself, or a share of one noise.
         collusion: how many sites may pool what they see; 0 if noise is not shared.
         delta: the delta at which the run's epsilons are given.
         target_epsilon: the epsilon that was asked for; None if a noise multiplier was.
         private: False if a known seed makes the noise repeatable.
-        plans: what the whole run was to be charged, by account.
+        plans: all that was to be charged in the whole run, by account.
         exact_metrics: the metrics that leave without noise.
         outside: what data() says that no epsilon covers.
         records_per_person: how many records one person has at most.
-        identity: the public identity of this site; empty in a loop of the user's own.
+        identity: the public identity of this site; empty in a user's own loop.
         pinned: whether this site has pinned the identities of all others.
         kept: whether the ledger is kept across runs.
-        members: the public identity of every site of the run, by site.
+        members: the public identity of every site of the run, by site; empty texts in a user's own
+            loop.
         coordinator: whether a coordinator that is no site took part.
     """
 
@@ -54,25 +55,25 @@ class RunFacts:
     coordinator: bool = True
 
     def to_dict(self) -> dict[str, Any]:
-        """As the body of a row; JSON."""
+        """The facts as the body of a row, in JSON-ready values."""
         fields = asdict(self) | {
             "plans": {account: event.to_dict() for account, event in self.plans.items()},
             "exact_metrics": list(self.exact_metrics),
             "outside": list(self.outside),
         }
-        # A row that says nothing of a coordinator had one: so it was written from the beginning.
+        # A row without this fact is of a run with a coordinator: the first versions wrote no other.
         if self.coordinator:
             del fields["coordinator"]
         return fields
 
     @classmethod
     def from_dict(cls, fields: Mapping[str, Any]) -> RunFacts:
-        """What :meth:`to_dict` gave; facts that older ledgers do not have get what was true of
-        their runs.
+        """The facts that :meth:`to_dict` wrote. Facts that an older ledger lacks get the value that
+        was true of all runs of that time.
 
         Raises:
             KeyError: If a fact is missing that every version wrote.
-            ValueError: If an account or an event is not one of this version's.
+            ValueError: If this version does not know an account or an event.
         """
         return cls(
             experiment=fields["experiment"],

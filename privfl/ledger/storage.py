@@ -1,5 +1,5 @@
-"""The SQLite file under a book: rows go in whole or not at all, and survive whatever ends the
-process or the machine.
+"""The SQLite file under a ledger: rows go in all together or not at all, and survive whatever ends
+the process or the machine.
 """
 
 from __future__ import annotations
@@ -19,10 +19,10 @@ from privfl.ledger.rows import CREATE, INSERT, SELECT, START, Row, chained, chec
 
 APPLICATION: Final = 0x70766C67  # "pvlg"
 VERSION: Final = 1
-# From a version to the next one: what has to be done to the file; no row's columns may change.
+# By version: how to bring a file of that version to the next one. No column of a row may change.
 MIGRATIONS: dict[int, Callable[[sqlite3.Connection], None]] = {}
 
-# A reader in the middle of a transaction is waited for so long.
+# How long a writer waits for a reader in the middle of a transaction.
 _BUSY_SECONDS = 10.0
 # File systems that are shared between machines: their locks and flushes may not be what SQLite
 # needs.
@@ -47,27 +47,32 @@ _NETWORK = {
 
 
 class Storage:
-    """One file, for reading or for the one writer. Open it with :meth:`write` or :meth:`read`."""
+    """One file, for reading or for its one writer. Open it with :meth:`write` or :meth:`read`.
+
+    Guarantee: When :meth:`add` returns, its rows are on the disk, and no other process has written
+        in between. Locks and flushes must work, which network file systems do not promise.
+    """
 
     def __init__(self, path: Path, connection: sqlite3.Connection, lock: int | None) -> None:
         self.path = path
         self._connection = connection
         self._lock = lock
-        self._place = _place(path)
+        self._file_id = _file_id(path)
 
     # -- opening -----------------------------------------------------------------------------------
 
     @classmethod
     def write(cls, path: Path, *, network: bool = False) -> Storage:
-        """Open ``path`` as its only writer; a file that does not exist is made, with no row in it.
+        """Open ``path`` as its only writer; a file that does not exist is made, without a row.
 
         Args:
-            network: allow a file system that is shared between machines.
+            path: the file.
+            network: whether a file system that is shared between machines is allowed.
 
         Raises:
-            PrivflError: it cannot be opened, another run has it open, or it lies on a network file
-                system.
-            DamagedError: it is no book.
+            PrivflError: If the file cannot be opened, another run has it open, or it lies on a
+                network file system.
+            DamagedError: If the file is not a ledger of privfl.
         """
         kind = file_system(path)
         if kind in _NETWORK and not network:
@@ -79,7 +84,7 @@ class Storage:
             )
         lock = _lock(path)
         try:
-            with _plainly(path):
+            with _errors_in_one_sentence(path):
                 # For its owner only, from the first moment.
                 os.close(os.open(path, os.O_RDWR | os.O_CREAT, 0o600))
                 connection = _connect(path, "rw")
@@ -95,18 +100,18 @@ class Storage:
 
     @classmethod
     def read(cls, path: Path) -> Storage:
-        """Open ``path`` for a look; a running writer is not disturbed.
+        """Open ``path`` for reading; a running writer is not disturbed.
 
         Raises:
-            PrivflError: it cannot be opened.
-            DamagedError: it is no book.
+            PrivflError: If the file cannot be opened.
+            DamagedError: If the file is not a ledger of privfl.
         """
         if not path.is_file():
             raise PrivflError(f"there is no ledger {path}")
-        with _plainly(path):
+        with _errors_in_one_sentence(path):
             try:
-                # What a crash left half done is taken back by the next reader, which needs the
-                # right to write.
+                # A transaction that a crash cut off is rolled back by the next reader, which needs
+                # the right to write.
                 connection = _connect(path, "rw")
             except sqlite3.OperationalError:
                 connection = _connect(path, "ro")
@@ -119,9 +124,10 @@ class Storage:
         """All rows, with their chain checked.
 
         Raises:
-            DamagedError: the file or the chain is broken.
+            DamagedError: If the file or the chain is damaged.
+            PrivflError: If the file cannot be read.
         """
-        with _plainly(self.path):
+        with _errors_in_one_sentence(self.path):
             if not self._connection.execute(
                 "SELECT 1 FROM sqlite_master WHERE name = 'rows'"
             ).fetchone():
@@ -135,17 +141,19 @@ class Storage:
         """Add rows, all or none; when this returns they are on the disk.
 
         Raises:
-            PrivflError: the disk is full or the like; none was added.
+            PrivflError: If the rows cannot be written, as on a full disk, or the file was changed
+                or replaced meanwhile; then none was added.
+            DamagedError: If SQLite finds the file damaged.
         """
-        with _plainly(self.path), transaction(self._connection):
+        with _errors_in_one_sentence(self.path), transaction(self._connection):
             last = self._connection.execute(
                 "SELECT number, hash FROM rows ORDER BY number DESC LIMIT 1"
             ).fetchone() or (0, START)
             first = rows[0]
             if (
                 last[0] != first.number - 1
-                or chained(last[1], first[:9]) != first.hash
-                or _place(self.path) != self._place
+                or chained(last[1], first.hashed) != first.hash
+                or _file_id(self.path) != self._file_id
             ):
                 raise PrivflError(
                     f"the ledger {self.path} was replaced or changed while it was open; nothing "
@@ -155,16 +163,16 @@ class Storage:
                 self._connection.execute(INSERT, row)
 
     def sound(self) -> str:
-        """What SQLite says of the file itself: 'ok', or what is wrong."""
-        with _plainly(self.path):
+        """What SQLite's own check says of the file: 'ok', or what is wrong."""
+        with _errors_in_one_sentence(self.path):
             return str(self._connection.execute("PRAGMA integrity_check(1)").fetchone()[0])
 
     def close(self) -> None:
         """Close the file and let others write."""
         self._connection.close()
         if self._lock is not None:
-            # Not by closing alone: a process that was forked meanwhile, as a loader's worker is,
-            # has the descriptor too.
+            # Closing the descriptor is not enough: a process that was forked meanwhile, as a
+            # loader's worker is, has it too.
             fcntl.flock(self._lock, fcntl.LOCK_UN)
             os.close(self._lock)
             self._lock = None
@@ -183,8 +191,11 @@ def _connect(path: Path, mode: str) -> sqlite3.Connection:
 
 
 def _prepare(path: Path, connection: sqlite3.Connection) -> None:
-    """Make the table in an empty file, or bring an older one up to date; another program's file
-    is left as it is.
+    """Make the table in an empty file, or bring the file of an older version up to date.
+
+    Raises:
+        DamagedError: If the file is another program's; it is left as it is.
+        PrivflError: If a newer version wrote the file.
     """
     if connection.execute(
         "SELECT 1 FROM sqlite_master WHERE type IN ('trigger', 'view')"
@@ -220,10 +231,10 @@ def _prepare(path: Path, connection: sqlite3.Connection) -> None:
 
 
 def _version(path: Path, connection: sqlite3.Connection) -> int:
-    """The format of the file.
+    """The format version of the file.
 
     Raises:
-        PrivflError: it is newer than this program.
+        PrivflError: If the file is newer than this program.
     """
     version: int = connection.execute("PRAGMA user_version").fetchone()[0]
     if version > VERSION:
@@ -235,7 +246,7 @@ def _version(path: Path, connection: sqlite3.Connection) -> int:
 
 @contextlib.contextmanager
 def transaction(connection: sqlite3.Connection) -> Iterator[None]:
-    """Everything inside happens, or nothing of it."""
+    """All statements inside take effect, or none of them."""
     connection.execute("BEGIN EXCLUSIVE")
     try:
         yield
@@ -246,15 +257,13 @@ def transaction(connection: sqlite3.Connection) -> Iterator[None]:
         raise
 
 
-def _place(path: Path) -> tuple[int, int] | None:
-    """Which file the path names now: writing on in one that was replaced would be writing
-    nowhere.
-    """
+def _file_id(path: Path) -> tuple[int, int] | None:
+    """Which file the path names now. What is written to a file that was replaced is lost."""
     try:
-        found = path.stat()
+        state = path.stat()
     except OSError:
         return None
-    return found.st_dev, found.st_ino
+    return state.st_dev, state.st_ino
 
 
 def _flush_folder(path: Path) -> None:
@@ -266,51 +275,61 @@ def _flush_folder(path: Path) -> None:
 
 
 def _lock(path: Path) -> int:
-    """The right to write, for as long as the descriptor is open; it ends with the process
+    """The right to write, as an open descriptor of a lock file; it ends with the process,
     however that ends.
 
-    On a file of its own: closing any descriptor of the book itself would take SQLite's own locks
-    from it.
+    The lock is on a file of its own, because closing any descriptor of the ledger's file would drop
+    SQLite's own locks on it.
+
+    Raises:
+        PrivflError: If another writer holds the lock, or the lock file cannot be used.
     """
-    place = path.resolve()  # a book has one lock, by whatever name it is opened
-    with _plainly(path):
+    target = path.resolve()  # a ledger has one lock, by whatever name it is opened
+    with _errors_in_one_sentence(path):
         lock = os.open(
-            place.with_name(place.name + ".lock"), os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600
+            target.with_name(target.name + ".lock"), os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600
         )
-    ours = f"process {os.getpid()} on {socket.gethostname()}"
+    own = f"process {os.getpid()} on {socket.gethostname()}"
     try:
-        with _plainly(path):
+        with _errors_in_one_sentence(path):
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
             os.ftruncate(lock, 0)
-            os.pwrite(lock, ours.encode(), 0)
+            os.pwrite(lock, own.encode(), 0)
     except PrivflError as error:
         holder = os.pread(lock, 200, 0).decode(errors="replace")
         os.close(lock)
         if isinstance(error.__cause__, BlockingIOError):
-            another = f"by another run ({holder}); wait for it to end"
-            what = "in this process itself: close() what has it open" if holder == ours else another
-            raise PrivflError(f"the ledger {path} is in use {what}") from None
+            by = (
+                "in this process itself: close() the object that has it open"
+                if holder == own
+                else f"by another run ({holder}); wait for it to end"
+            )
+            raise PrivflError(f"the ledger {path} is in use {by}") from None
         raise
     return lock
 
 
 def file_system(path: Path, mounts: str = "/proc/self/mountinfo") -> str:
-    """The kind of file system that ``path`` lies, or would lie, on; empty where the system does
+    """The kind of file system on which ``path`` lies, or would lie; empty where the system does
     not say.
+
+    Args:
+        path: a file, which need not exist.
+        mounts: the system's list of mounted file systems.
     """
     try:
         lines = Path(mounts).read_bytes().splitlines()
     except OSError:
         return ""
-    place = str(path.resolve().parent) + "/"
+    folder = str(path.resolve().parent) + "/"
     best, kind = "", ""
     for line in lines:
         before, _, after = line.partition(b" - ")
         # Spaces and the like are written as octal escapes of bytes.
         mounted = os.fsdecode(
-            re.sub(rb"\\([0-7]{3})", lambda found: bytes([int(found[1], 8)]), before.split()[4])
+            re.sub(rb"\\([0-7]{3})", lambda octal: bytes([int(octal[1], 8)]), before.split()[4])
         )
-        if place.startswith(mounted.rstrip("/") + "/") and len(mounted) >= len(best):
+        if folder.startswith(mounted.rstrip("/") + "/") and len(mounted) >= len(best):
             best, kind = mounted, os.fsdecode(after.split()[0])
     return kind.removeprefix("fuse.")
 
@@ -321,8 +340,13 @@ def _damaged(path: Path, what: object) -> DamagedError:
 
 
 @contextlib.contextmanager
-def _plainly(path: Path) -> Iterator[None]:
-    """Turn what SQLite and the system say into one sentence."""
+def _errors_in_one_sentence(path: Path) -> Iterator[None]:
+    """Turn the errors of SQLite and of the system into errors of one sentence.
+
+    Raises:
+        PrivflError: If the file cannot be used.
+        DamagedError: If SQLite finds the file damaged.
+    """
     try:
         yield
     except (sqlite3.DatabaseError, UnicodeDecodeError, OverflowError, MemoryError) as error:

@@ -1,3 +1,3 @@
-"""Randomness, discrete Gaussian noise, the shares of distributed noise, and noise of metrics:
+"""Randomness, discrete Gaussian noise, the shares of distributed noise, and noise for metrics:
 numpy, no torch.
 """

@@ -4,12 +4,12 @@ Torch-free.
 
 P(x) is proportional to h(x) = exp(-x^2 / (2 s^2)) for integer x (Canonne, Kamath, Steinke 2020).
 Sampling is by rejection from a staircase: the integers within 12 s of zero are cut into bins of
-2^k, bin j is chosen with probability W_j / (N 2^54) for integer weights W_j, a place in it
+2^k, bin j is chosen with probability W_j / (N 2^54) for integer weights W_j, a position in it
 uniformly, and x is accepted with probability
 
     a(x) = C h(x) / W_j <= 1
 
-for an integer C, so that every x within range is put out with probability proportional to h(x),
+for an integer C, so that every x within range is returned with probability proportional to h(x),
 whatever the weights are: rounding, in the choice of W_j and C, costs candidates and never
 exactness. Distance from the exact distribution, in total variation per sample, for uniform bits:
 
@@ -19,7 +19,7 @@ exactness. Distance from the exact distribution, in total variation per sample, 
   0), so P(|X| >= m) <= 2 exp(-m^2 / (2 s^2)) by Chernoff.
 - the bin: none. Weights are integers that add up to N 2^54, and the alias method (Walker 1977)
   splits them exactly, so 64 uniform bits choose a bin with exactly its probability; k more bits
-  choose the place.
+  choose the position.
 - a(x) <= 1: C is below W_j / h(x) of the highest x of every bin by at least 1/2, computed to 60
   digits, which no rounding makes up for.
 - acceptance: x is accepted if f + 128 uniform bits, read as U in [0, 1), are below a(x) to 80
@@ -63,17 +63,21 @@ _PIECE = 1 << 14
 class DiscreteGaussian:
     """Integers with P(x) proportional to exp(-x^2 / (2 deviation^2)).
 
+    Guarantee: With uniform ``randomness``, each sample is within 2^-100 of this distribution in
+        total variation, and independent of all others. The proof is at the head of this module.
+
     Args:
-        deviation: s, from 0.5 to 2^40; the standard deviation, but for the narrowest.
-        randomness: 16 bytes for each candidate, and 16 more for about one in 2^38 (in 2^26 at the
-            widest).
+        deviation: s, from 0.5 to 2^40; close to the standard deviation, but for the narrowest.
+        randomness: the source of uniform bytes: 16 for each candidate, and 16 more for about one
+            candidate in 2^38 (in 2^26 at the widest).
 
     Attributes:
-        starts, weights: the first integer and the weight W_j of every bin.
+        starts: the first integer of every bin.
+        weights: the weight W_j of every bin.
         scale: C.
 
     Raises:
-        ValueError: another deviation.
+        ValueError: If ``deviation`` is not between 0.5 and 2^40.
     """
 
     def __init__(self, deviation: float, randomness: Randomness) -> None:
@@ -88,7 +92,7 @@ class DiscreteGaussian:
         self._fine_bits = min(53, 64 - self._bits)
         width = 1 << self._bits
         reach = math.ceil(_REACH * deviation / width)
-        self.starts = [place * width for place in range(-reach, reach)]
+        self.starts = [number * width for number in range(-reach, reach)]
         self.weights, self.scale = _staircase(self.starts, width, self._deviation)
         own, other = _alias(self.weights)
         with localcontext(_TABLES):
@@ -104,41 +108,41 @@ class DiscreteGaussian:
 
     def draw(self, count: int) -> NDArray[np.int64]:
         """``count`` independent samples; shape (count,)."""
-        found = np.empty(count, dtype=np.int64)
+        samples = np.empty(count, dtype=np.int64)
         done = 0
         while done < count:
-            # Some more than are missing: about one in forty is rejected. The surplus is thrown
-            # away, whatever it is.
+            # A few more than are missing, since about one in forty is rejected. Surplus samples are
+            # thrown away, whatever they are.
             wanted = min(_PIECE, count - done + (count - done) // 16 + 16)
             accepted = self._candidates(wanted)[: count - done]
-            found[done : done + len(accepted)] = accepted
+            samples[done : done + len(accepted)] = accepted
             done += len(accepted)
-        return found
+        return samples
 
     def _candidates(self, count: int) -> NDArray[np.int64]:
-        """The accepted ones of ``count`` candidates."""
+        """Those of ``count`` candidates that are accepted; shape (accepted,)."""
         words = np.frombuffer(self._randomness.bytes(16 * count), dtype=np.uint64)
-        choice, place = words[:count], words[count:]
+        choice, within = words[:count], words[count:]
         column = (choice >> np.uint64(_COLUMN_BITS)).view(np.int64)
         rest = choice & np.uint64((1 << _COLUMN_BITS) - 1)
         entry = column + _COLUMNS * (rest >= self._thresholds[column])
-        x = self._offsets[entry] + (place & np.uint64((1 << self._bits) - 1)).view(np.int64)
-        uniform = (place >> np.uint64(64 - self._fine_bits)).astype(np.float64)
+        x = self._offsets[entry] + (within & np.uint64((1 << self._bits) - 1)).view(np.int64)
+        uniform = (within >> np.uint64(64 - self._fine_bits)).astype(np.float64)
         uniform *= 2.0**-self._fine_bits
         chance = self._chances(x, entry)
         chance -= uniform
         # U is at most 2^-f above its first f bits.
         accepted = chance > self._tolerance
-        open_ones = np.flatnonzero(np.abs(chance) <= self._tolerance)
-        for i in open_ones.tolist():
+        undecided = np.flatnonzero(np.abs(chance) <= self._tolerance)
+        for i in undecided.tolist():
             accepted[i] = self._accepts(
-                int(x[i]), int(self._bins[entry[i]]), int(place[i]) >> (64 - self._fine_bits)
+                int(x[i]), int(self._bins[entry[i]]), int(within[i]) >> (64 - self._fine_bits)
             )
         return x[accepted]
 
     def _chances(self, x: NDArray[np.int64], entry: NDArray[np.int64]) -> NDArray[np.float64]:
-        """a(x) within 2^-40, for places of shape (count,) in the bins of these entries of the
-        table.
+        """a(x) within 2^-40 for integers ``x`` of shape (count,), each in the bin of its ``entry``
+        of the table; shape (count,).
         """
         chance = x.astype(np.float64)
         chance *= chance
@@ -146,27 +150,25 @@ class DiscreteGaussian:
         chance += self._logs[entry]
         return np.exp(chance, out=chance)
 
-    def _accepts(self, x: int, place: int, first_bits: int) -> bool:
-        """Whether a uniform number that begins with ``first_bits`` is below a(x), by 128 more
-        bits and 80 digits.
+    def _accepts(self, x: int, bin_of_x: int, first_bits: int) -> bool:
+        """Whether a uniform number that begins with ``first_bits`` is below a(x), decided by 128
+        more bits and 80 digits.
         """
         more = int.from_bytes(self._randomness.bytes(_EXTRA_BITS // 8), "little")
         uniform = (first_bits << _EXTRA_BITS) + more
         with localcontext(_DECISION):
-            chance = _height(x, self._deviation) * self.scale / self.weights[place]
+            chance = _height(x, self._deviation) * self.scale / self.weights[bin_of_x]
             return Decimal(uniform) < chance * (1 << (self._fine_bits + _EXTRA_BITS))
 
 
 def _height(x: int, deviation: float) -> Decimal:
-    """exp(-x^2 / (2 deviation^2)) to the digits of the context; the float is taken for what it
-    is.
-    """
+    """exp(-x^2 / (2 deviation^2)) to the digits of the context, for exactly this float."""
     return (-(Decimal(x) ** 2) / (2 * Decimal(deviation) ** 2)).exp()
 
 
 def _staircase(starts: list[int], width: int, deviation: float) -> tuple[list[int], int]:
-    """Integer weights of the bins, adding up to the size of the table, and C: a(x) is then at
-    most 1 everywhere.
+    """Integer weights of the bins, which add up to the size of the table, and C. With both, a(x)
+    is at most 1 everywhere.
     """
     size = _COLUMNS << _COLUMN_BITS
     with localcontext(_TABLES):
@@ -182,8 +184,8 @@ def _staircase(starts: list[int], width: int, deviation: float) -> tuple[list[in
 
 
 def _alias(weights: list[int]) -> tuple[list[int], list[int]]:
-    """Walker's tables in exact arithmetic: of each column the part that is its own bin's, and
-    the bin that has the rest.
+    """Walker's tables in exact arithmetic: for each column the part that belongs to its own bin,
+    and the bin to which the rest belongs.
     """
     full = 1 << _COLUMN_BITS
     left = weights + [0] * (_COLUMNS - len(weights))

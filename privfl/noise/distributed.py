@@ -25,8 +25,9 @@ from privfl.noise.randomness import Randomness
 # the gradient and of sums in float32, together below 1e-5 for clipping and below 1e-3 for the sums
 # of batches of 10^4 records.
 CLIP_MARGIN = 2.0**-10
-# What one record can change in a site's rounded sum, in units of the clipping norm; charged
-# whatever the grid is, so that it is known beforehand.
+# The sensitivity with which every step is charged, in units of the clipping norm. A plan needs it
+# before a grid is known, so it is an upper bound: step_grid refuses a grid whose own sensitivity is
+# larger, and StepGrid.check_charged compares the two again before a sum is released.
 SENSITIVITY = 1.01
 # A share narrower than this many grid steps is refused. A sum of n shares of deviation s is not
 # quite discrete Gaussian: the logarithms of its probabilities are off by up to 10 sum_{0 < k < n}
@@ -42,12 +43,16 @@ _WRAP = 2.0**-40
 class StepGrid:
     """The grid of one run's sums, the same at all sites.
 
+    The grid knows what one record can change on it. Steps are charged before there is a grid, for
+    the fixed :data:`SENSITIVITY`; whoever releases sums calls :meth:`check_charged` with what the
+    charged event says.
+
     Attributes:
         step: g, a number of 16 significant bits, so that sites whose logarithms differ in the last
             bit still agree on it.
         deviation: standard deviation of one share, in grid steps.
-        sensitivity: what one record changes in a site's rounded sum at most, in units of the
-            clipping norm.
+        sensitivity: the Euclidean length by which one record changes a site's rounded sum at most,
+            in units of the clipping norm; never above :data:`SENSITIVITY`.
     """
 
     step: float
@@ -55,11 +60,13 @@ class StepGrid:
     sensitivity: float
 
     def check_charged(self, sensitivity: float) -> None:
-        """Refuse to release sums whose mechanism event is charged for less than they can change.
+        """Refuse to release sums that one record can change by more than what is charged.
+
+        Args:
+            sensitivity: that of the charged event, in units of the clipping norm.
 
         Raises:
-            InternalError: If ``sensitivity``, that of the charged event, is below that of this
-                grid.
+            InternalError: If ``sensitivity`` is below that of this grid.
         """
         if not sensitivity >= self.sensitivity:
             raise InternalError(
@@ -72,14 +79,16 @@ class StepGrid:
 class DistributedNoise:
     """One noise, divided between the members of a sum.
 
-    Guarantee: Of any ``collusion`` members that pool what they see, the decrypted sum keeps
-        Gaussian noise of standard deviation at least ``noise_multiplier * max_grad_norm``.
+    Guarantee: Of any ``collusion`` members that pool what they see, the decrypted sum keeps noise
+        of standard deviation at least ``noise_multiplier * max_grad_norm``, if the other members
+        add their shares with :class:`Shares`. It is discrete Gaussian but for what the comment at
+        ``_LEAST_DEVIATION`` bounds.
 
     Attributes:
         noise_multiplier: sigma, against ``collusion`` members that pool their shares.
         max_grad_norm: C, the clipping norm.
         members: n, how many sites add a share.
-        collusion: t, how many of them may pool what they see.
+        collusion: t, how many of them may pool what they see, below n.
     """
 
     noise_multiplier: float
@@ -105,7 +114,7 @@ class DistributedNoise:
         """The grid of a run's sums of gradients, from public numbers alone.
 
         Args:
-            value_range: the public range of an element of a sum; None to derive it.
+            value_range: the public bound on the size of an element of a sum; None to derive it.
             largest_total: the largest integer that an element of a sum can be.
             parameters: trainable parameters of the model.
             expected: records of all sites together that take part in a step, on average.
@@ -113,8 +122,8 @@ class DistributedNoise:
             steps: steps of the run, at most.
 
         Raises:
-            PrivflError: If so few bits of a value do not hold the sums finely enough, or the shares
-                are too narrow or too wide for them.
+            PrivflError: If a value has too few bits to hold the sums finely enough, or if the
+                shares would be too narrow or too wide for the grid.
         """
         if value_range is None:
             value_range = self.derived_range(
@@ -127,8 +136,8 @@ class DistributedNoise:
         integers up to ``largest_total``.
 
         Raises:
-            PrivflError: If so coarse a grid would change more than the charged sensitivity, or the
-                shares are too narrow or too wide for it.
+            PrivflError: If this grid is so coarse that rounding would exceed the charged
+                sensitivity, or if the shares would be too narrow or too wide for it.
         """
         fraction, exponent = math.frexp(value_range / largest_total)
         step = math.ldexp(math.ceil(math.ldexp(fraction, 16)), exponent - 16)
@@ -157,11 +166,11 @@ class DistributedNoise:
         """A bound on the elements of all sums of a run, which fails with probability below
         2^-40; from public numbers alone.
 
-        At most B records take part in a step, each adding at most the clipping norm to an element:
-        B is a binomial sum of mean ``expected`` and never above ``records``, bounded by Bernstein's
-        inequality. The noise of an element is sub-Gaussian with the variance of all shares together
-        (Canonne, Kamath, Steinke 2020, Lemma 22 for a single one). A union bound over ``steps`` and
-        ``parameters`` gives the rest.
+        Let B records take part in a step; each adds at most the clipping norm to an element. B is a
+        sum of independent draws of mean ``expected``, never above ``records``, and bounded by
+        Bernstein's inequality. The noise of an element is sub-Gaussian with the variance of all
+        shares together (Canonne, Kamath, Steinke 2020, Lemma 22 for a single share). A union bound
+        over ``steps`` and ``parameters`` gives the rest. The arguments are those of :meth:`grid`.
         """
         log = math.log(2.0 * steps / _WRAP)
         batch = min(
@@ -178,12 +187,15 @@ ObserveShare = Callable[[NDArray[np.float64], NDArray[np.int64], NDArray[np.int6
 
 
 class Shares:
-    """Rounds a site's sums to the grid and adds its share of the noise, anew for every step.
+    """Rounds a site's sums to the grid and adds its share of the noise, a fresh one for every step.
 
     Args:
         grid: the grid of the run.
-        randomness: where the shares are drawn from.
+        randomness: the source of the shares.
         observe: called with every sum, share and result; for tests and audits.
+
+    Attributes:
+        drawn: how many shares were used.
     """
 
     def __init__(
@@ -196,12 +208,19 @@ class Shares:
         self.drawn = 0
 
     def draw_ahead(self, count: int) -> None:
-        """Draw the next share, of ``count`` numbers, now, while there is time."""
+        """Draw the next share, of shape (count,), now, while the site has time."""
         self._ahead = self._noise.draw(count)
 
     def add(self, total: NDArray[np.float64]) -> NDArray[np.int64]:
-        """``total`` of shape (parameters,), rounded to the nearest grid steps, plus a share that
-        is used once; same shape.
+        """``total``, rounded to the nearest grid steps, plus a share of the noise.
+
+        Guarantee: A share is used once.
+
+        Args:
+            total: this site's sum of clipped gradients; shape (parameters,).
+
+        Returns:
+            The noisy sum in grid steps; same shape.
         """
         if self._ahead is None or len(self._ahead) != len(total):
             self.draw_ahead(len(total))

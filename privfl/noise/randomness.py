@@ -1,4 +1,4 @@
-"""Where noise and samples come from: the operating system, in every process anew.
+"""The randomness of noise and samples: from the operating system, anew in every process.
 
 torch's generators are not used for anything that protects: an unseeded ``torch.Generator()`` has
 the same constant seed in every process, and a user's ``torch.manual_seed`` would make the noise of
@@ -16,9 +16,9 @@ from cryptography.hazmat.primitives.ciphers import Cipher, algorithms, modes
 from numpy.typing import NDArray
 
 _ZEROS = bytes(1 << 20)
-# What one key of the stream cipher gives. Few enough that blocks which never repeat cannot be told
-# from random ones (2^-93 for a key, Bellare, Kilian, Rogaway 1994) and that little can be repeated
-# by whoever comes to see a key; enough that new keys cost nothing.
+# How many bytes one key of the stream cipher gives. Few enough that blocks which never repeat
+# cannot be told from random ones (advantage 2^-93 for a key, Bellare, Kilian, Rogaway 1994), and
+# that somebody who comes to see a key can repeat little; enough that new keys cost nothing.
 _KEY_BYTES = 4 << 20
 _forks = 0
 
@@ -32,12 +32,16 @@ os.register_at_fork(after_in_child=_count_fork)
 
 
 class Randomness(Protocol):
-    """A source of random bytes."""
+    """A source of random bytes.
+
+    Attributes:
+        private: whether nobody can repeat its bytes.
+    """
 
     private: bool
 
     def bytes(self, count: int) -> bytes:
-        """``count`` random bytes."""
+        """``count`` random bytes, all of them new."""
         ...
 
 
@@ -45,8 +49,11 @@ class SystemRandomness:
     """The operating system's cryptographic generator, through a stream cipher: AES-256 in
     counter mode under keys from it.
 
-    A key serves for 4 MiB and is then forgotten; a process that was forked off takes a new one. Its
-    number tells forks that Python does not see, the count those after which a number is met again.
+    A key serves for 4 MiB and is then forgotten.
+
+    Guarantee: No part of a stream is given out twice, and a process that was forked off takes a new
+        key. It is recognised by the process number, which also changes in forks that Python does
+        not see, and by a count of forks, for a process number that was used before.
     """
 
     private = True
@@ -72,9 +79,9 @@ class SystemRandomness:
 
 
 class SeededRandomness:
-    """A repeatable source for tests.
+    """A repeatable source for tests; each ``site`` has a stream of its own.
 
-    Whoever knows the seed can subtract the noise: nothing made with it is private.
+    Whoever knows the seed can subtract the noise, so nothing that is made with it is private.
     """
 
     private = False
@@ -90,19 +97,21 @@ class SeededRandomness:
 
 
 def randomness(seed: int | None, stream: str) -> Randomness:
-    """The operating system's randomness; a repeatable source of its own for each ``stream``
-    where a test gives a ``seed``.
+    """The operating system's randomness; with a ``seed``, as tests give one, a repeatable source
+    of its own for each ``stream``.
     """
     return SystemRandomness() if seed is None else SeededRandomness(seed, stream)
 
 
 def poisson_sample(records: int, sampling_rate: float, randomness: Randomness) -> NDArray[np.int64]:
-    """The indices of a Poisson sample: each of ``records`` records independently with
-    probability ``sampling_rate``.
+    """The indices of a Poisson sample of ``records`` records.
 
-    The decision compares a 64-bit integer with floor(q * 2^64), so the true probability is never
-    above q. Shape: (batch,), where the batch may be empty; its size is private and must not leave
-    the site.
+    Guarantee: Each record is in the sample independently of all others, with a probability of at
+        most ``sampling_rate``: the decision compares a 64-bit integer with floor(q * 2^64).
+
+    Returns:
+        Shape (batch,), rising; the batch may be empty. Its size is private and must not leave the
+        site.
     """
     if sampling_rate >= 1.0:
         return np.arange(records, dtype=np.int64)
@@ -111,12 +120,12 @@ def poisson_sample(records: int, sampling_rate: float, randomness: Randomness) -
 
 
 def gaussian(count: int, standard_deviation: float, randomness: Randomness) -> NDArray[np.float64]:
-    """``count`` normal variates with mean 0 by inversion; shape (count,).
+    """``count`` independent normal variates with mean 0; shape (count,).
 
-    53 uniform bits, centred in their cells, go through the inverse of the normal distribution
-    function, so the tails end at 8.2 standard deviations: a total variation distance of 2^-53 per
-    variate. Floating-point noise is not hardened against attacks on its low-order bits (Mironov
-    2012); docs/sharp-edges.md says so.
+    By inversion: 53 uniform bits, centred in their cells, go through the inverse of the normal
+    distribution function. So the tails end at 8.2 standard deviations, at a total variation
+    distance of 2^-53 per variate. Floating-point noise is not hardened against attacks on its
+    low-order bits (Mironov 2012); docs/sharp-edges.md says so.
     """
     from scipy.special import ndtri
 

@@ -1,4 +1,4 @@
-"""Integers to ciphertext words and back: quantiser, packing, masks, CKKS, checksum, keys.
+"""Secure aggregation: vectors to masked, encrypted words and their sum back to numbers.
 
 Knows nothing of learning or of transports.
 
@@ -8,10 +8,12 @@ The stages stand in this order (why: docs/secure-aggregation.md), each in a modu
 2. ``packing``: two values in one integer
 3. ``masks``: pairwise masks modulo 2^P
 4. ``ckks``: encryption, exact
-5. ``adding``: sums of words, by whoever holds no key
-6. ``ckks`` again, ``packing``, ``checksum``: decrypt, unpack, check
+5. ``adders``: sums of ciphertext words, without a key
+6. ``ckks``, ``packing`` and ``checksum``: decrypt, unpack, check
 
-``codec`` joins them for a member, ``parameters`` derives what all must agree on.
+``codec`` joins the stages of a member, ``parameters`` derives what all members must agree on,
+``self_test`` shows that all of it holds on this machine. What the sites of one run share is in
+``session``.
 """
 
 from privfl.secagg.adders import Adder, EvaluatorAdder, WordAdder

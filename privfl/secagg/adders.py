@@ -1,7 +1,7 @@
-"""Stage 5: whoever only adds holds words of 64 bits, no key, and no ciphertext object.
+"""Stage 5: sums of ciphertexts, by a side that holds no key.
 
-A ciphertext is 2 * N words below a prime q, so the sum of ciphertexts is the sum of their words
-modulo q.
+A ciphertext is 2 * N words of 64 bits, each below a prime q, so the sum of ciphertexts is the sum
+of their words modulo q. The adding side needs no key and no ciphertext object.
 """
 
 from __future__ import annotations
@@ -21,24 +21,27 @@ _PIECE = 1 << 15
 
 
 class Adder(Protocol):
-    """Adds blocks of contributions."""
+    """Adds the members' contributions to one sum, block by block."""
 
     def open(self, layout: Layout) -> None:
-        """Start a new sum of contributions of this layout; the one before is forgotten."""
+        """Start a new sum of contributions of this layout; the previous sum is forgotten."""
         ...
 
     def add(self, index: int, block: bytes | memoryview) -> None:
-        """Add one contributor's block ``index``.
+        """Add one member's block ``index``: little-endian words of 64 bits, each below q.
 
         Raises:
-            ProtocolError: it has not the length of this block.
+            ProtocolError: If the layout has no block ``index``, or ``block`` is not of its length.
         """
         ...
 
     def block(self, index: int) -> memoryview:
-        """The sum of all contributions' blocks ``index``, each word below q.
+        """The sum of all blocks ``index`` that were added, as bytes; each word is below q.
 
-        It must not change while it is being sent.
+        The memory is the adder's own: nothing may be added to this block while it is being sent.
+
+        Raises:
+            InternalError: If no block ``index`` was added.
         """
         ...
 
@@ -48,18 +51,16 @@ class Adder(Protocol):
 
 
 def _words(index: int, block: bytes | memoryview, layout: Layout) -> NDArray[np.uint64]:
-    if not 0 <= index < layout.blocks or memoryview(
-        block
-    ).nbytes != 8 * CIPHERTEXT_WORDS * layout.ciphertexts(index):
+    size = memoryview(block).nbytes
+    if not 0 <= index < layout.blocks or size != 8 * CIPHERTEXT_WORDS * layout.ciphertexts(index):
         raise ProtocolError(
-            f"a contribution's block {index} has {memoryview(block).nbytes} bytes, which is not "
-            f"its length"
+            f"a contribution's block {index} has {size} bytes, which is not its length"
         )
     return np.frombuffer(block, dtype="<u8")
 
 
 class WordAdder:
-    """Adds raw words in place as they arrive, at the speed of memory."""
+    """Adds words in place as they arrive; memory bandwidth is the limit."""
 
     def __init__(self, parameters: Parameters) -> None:
         self._prime, self._additions = parameters.prime, parameters.additions
@@ -95,26 +96,27 @@ class WordAdder:
 
 
 def reduce_words(words: NDArray[np.uint64], prime: int, additions: int) -> None:
-    """Bring sums of ``additions`` reduced words below ``prime``, in place."""
+    """Reduce sums of ``additions`` words, each below ``prime``, modulo ``prime``, in place."""
     for start in range(0, len(words), _PIECE):
         piece = words[start : start + _PIECE]
         for power in range((additions - 1).bit_length() - 1, -1, -1):
-            # The unsigned difference wraps around to something large where there is nothing to take
-            # away.
+            # Where there is nothing to subtract, the unsigned difference wraps around to a large
+            # number, and the minimum is the word itself.
             np.minimum(piece, piece - np.uint64(prime << power), out=piece)
 
 
 class EvaluatorAdder:
-    """Adds with TenSEAL's own evaluator: for a TenSEAL whose words were not proven to add up.
+    """Adds with TenSEAL's own evaluator: same sums as :class:`WordAdder`, slower.
 
-    Slower, same result.
+    For a TenSEAL with which :func:`privfl.secagg.self_test.prove` could not show that sums of words
+    are sums of ciphertexts.
     """
 
     def __init__(self, parameters: Parameters) -> None:
-        # A key of its own that encrypts nothing: it only shows what ciphertexts of these parameters
-        # look like.
+        # A key of its own that encrypts nothing and decrypts nothing: it only shows what precedes
+        # the words in a saved ciphertext of these parameters.
         sample = SumKey(parameters)
-        self._ring, self._front = sample.ring, sample.front
+        self._ring, self._prefix = sample.ring, sample.prefix
         self._sums: list[list[object] | None] = []
 
     def open(self, layout: Layout) -> None:
@@ -122,11 +124,10 @@ class EvaluatorAdder:
         self._sums = [None] * layout.blocks
 
     def add(self, index: int, block: bytes | memoryview) -> None:
-        words, total = (
-            _words(index, block, self._layout).reshape(-1, CIPHERTEXT_WORDS),
-            self._sums[index],
-        )
-        ciphertexts = [self._ring.ciphertext(self._front, row) for row in words]
+        words, total = _words(index, block, self._layout), self._sums[index]
+        ciphertexts = [
+            self._ring.ciphertext(self._prefix, row) for row in words.reshape(-1, CIPHERTEXT_WORDS)
+        ]
         if total is None:
             self._sums[index] = ciphertexts
         else:

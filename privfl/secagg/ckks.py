@@ -1,11 +1,10 @@
-"""Stages 4 and 6: CKKS through TenSEAL's SEAL layer, with integers in the coefficients, exact
-with certainty.
+"""Stages 4 and 6: CKKS through TenSEAL's SEAL layer, with integers in the coefficients.
 
-An encryption of zero is taken out of NTT form and Delta times the integer is added to each
-coefficient of c0. The error that SEAL adds is at most 21 per coefficient and ciphertext, so after
-decryption rounding to multiples of Delta gives the integer sum; no floating point and no Fourier
-transform takes part. N = 4096 with one prime of 54 to 60 bits (128-bit security allows 109),
-symmetric.
+An encryption of zero is taken out of NTT form, and Delta times the integer is added to each
+coefficient of c0. The error that SEAL adds is at most 21 per coefficient and ciphertext, so that
+rounding a decrypted sum to multiples of Delta gives the integer sum with certainty; no floating
+point and no Fourier transform takes part. Encryption is symmetric, with N = 4096 and one prime of
+54 to 60 bits (128-bit security allows 109).
 """
 
 from __future__ import annotations
@@ -21,10 +20,6 @@ from privfl.secagg.parameters import CIPHERTEXT_WORDS, DEGREE, Parameters
 from privfl.secagg.seal import body_of, load_body
 
 _WORD_BYTES = 8 * CIPHERTEXT_WORDS
-_HALF_BYTES = 8 * DEGREE
-# SEAL's serialised description of a generator: header, kind, 64 bytes of seed.
-SEED_BYTES = 81
-SEEDED_BYTES = _HALF_BYTES + SEED_BYTES
 
 
 @functools.cache
@@ -35,7 +30,15 @@ def _sealapi() -> Any:
 
 
 class Ring:
-    """SEAL's context for one prime, and what ciphertexts of it look like. It holds no key."""
+    """SEAL's context for one prime, and its ciphertexts as words. It holds no key.
+
+    Args:
+        prime: q, the modulus of the ciphertexts, which TenSEAL must choose too.
+
+    Raises:
+        InternalError: If TenSEAL chooses another prime for this many bits, or refuses the
+            parameters.
+    """
 
     def __init__(self, prime: int) -> None:
         seal = _sealapi()
@@ -52,11 +55,17 @@ class Ring:
         self.prime = prime
         self.evaluator = seal.Evaluator(self.context)
 
-    def ciphertext(self, front: bytes, words: NDArray[np.uint64]) -> Any:
-        """A ciphertext with these words; ``front``: what comes before the words in the body of
-        one of the same form.
+    def ciphertext(self, prefix: bytes, words: NDArray[np.uint64]) -> Any:
+        """A SEAL ciphertext with these words.
+
+        Args:
+            prefix: :meth:`prefix` of a ciphertext of the same form.
+            words: c0, then c1; shape (CIPHERTEXT_WORDS,).
+
+        Raises:
+            ProtocolError: If SEAL refuses to load the words.
         """
-        return load_body(_sealapi().Ciphertext(), self.context, front + words.tobytes())
+        return load_body(_sealapi().Ciphertext(), self.context, prefix + words.tobytes())
 
     def words(self, ciphertext: Any) -> NDArray[np.uint64]:
         """The words of a ciphertext: c0, then c1; shape (CIPHERTEXT_WORDS,)."""
@@ -65,38 +74,37 @@ class Ring:
         return words
 
     def copy_words(self, ciphertext: Any, out: NDArray[np.uint64]) -> None:
-        """Put the words of a ciphertext into ``out``."""
-        # As bytes, because in the body they do not stand at a multiple of 8.
+        """Copy the words of a ciphertext to ``out``; shape (CIPHERTEXT_WORDS,)."""
+        # As bytes, because the words do not begin at a multiple of 8 in the body.
         out.view(np.uint8)[:] = np.frombuffer(body_of(ciphertext), dtype=np.uint8)[-_WORD_BYTES:]
 
-    def expand(self, seeded: bytes, front: bytes) -> NDArray[np.uint64]:
-        """The words behind a seeded ciphertext; ``front`` as :attr:`SumKey.seeded_front`; shape
-        (CIPHERTEXT_WORDS,).
-
-        Raises:
-            ProtocolError: it is none.
+    def prefix(self, ciphertext: Any) -> bytes:
+        """The part of a saved body before the words; the same for all ciphertexts of one form (in
+        NTT form, or not).
         """
-        if len(seeded) != SEEDED_BYTES:
-            raise ProtocolError(
-                f"a seeded ciphertext has {len(seeded)} bytes, expected {SEEDED_BYTES}"
-            )
-        # SEAL makes c1 in NTT form; the zeros in the place of c0 are the same in both forms.
-        body = front + bytes(_HALF_BYTES) + seeded[_HALF_BYTES:]
-        carrier = load_body(_sealapi().Ciphertext(), self.context, body)
-        self.evaluator.transform_from_ntt_inplace(carrier)
-        words = self.words(carrier)
-        words[:DEGREE] = np.frombuffer(seeded[:_HALF_BYTES], dtype="<u8")
-        return words
-
-    def front(self, ciphertext: Any) -> bytes:
-        """What stands before the words; the same for all ciphertexts of one form."""
         return body_of(ciphertext)[:-_WORD_BYTES]
 
 
 class SumKey:
-    """The secret key shared by the members of one run: encrypts integers, decrypts their sum.
+    """The CKKS key that the members of one run share: encrypts integers, decrypts their sum.
 
-    In memory only.
+    It exists in memory only.
+
+    Guarantee: the sum of at most ``parameters.members`` encryptions under this key decrypts to the
+    exact sum of their integers modulo 2^P, with certainty (proof 1 of docs/secure-aggregation.md).
+    What :meth:`decrypt` returns carries nothing of the encryptions' errors.
+
+    Args:
+        parameters: Those of the sum.
+        secret: The bytes from :meth:`secret_bytes`; a new key if None.
+
+    Attributes:
+        ring: SEAL's context.
+        prefix: What precedes the words in the body of a ciphertext that is not in NTT form.
+
+    Raises:
+        ProtocolError: If ``secret`` is not a key for these parameters.
+        InternalError: If TenSEAL does not fit the parameters; see :class:`Ring`.
     """
 
     def __init__(self, parameters: Parameters, secret: bytes | None = None) -> None:
@@ -115,29 +123,24 @@ class SumKey:
         self._encryptor.encrypt_zero_symmetric(zero)
         # c0 is 0 and c1 is 1; SEAL refuses a ciphertext whose c1 is zero too.
         empty = np.repeat(np.array([0, 1], dtype="<u8"), DEGREE)
-        self._carrier = self.ring.ciphertext(self.ring.front(zero), empty)
+        self._carrier = self.ring.ciphertext(self.ring.prefix(zero), empty)
         self.ring.evaluator.transform_from_ntt_inplace(zero)
-        self.front = self.ring.front(zero)
-        self._room = np.empty(DEGREE, dtype=np.uint64)
-        # Words of encryptions of zero that were made ahead. Each is taken out before it is used,
-        # and so used once.
+        self.prefix = self.ring.prefix(zero)
+        self._scratch = np.empty(DEGREE, dtype=np.uint64)
+        # Words of encryptions of zero that were made ahead. Each is removed before it is used, and
+        # so used once.
         self._ahead: list[NDArray[np.uint64]] = []
 
-    @functools.cached_property
-    def seeded_front(self) -> bytes:
-        """What stands before c0 and seed in the body of a seeded ciphertext."""
-        return body_of(self._encryptor.encrypt_zero_symmetric())[:-SEEDED_BYTES]
-
     def secret_bytes(self) -> bytes:
-        """The key as bytes, to be sealed to another site and to go nowhere else."""
+        """The key as bytes, which may leave this process only sealed to another site."""
         return body_of(self._key)
 
     def encrypt(self, integers: NDArray[np.uint64], out: NDArray[np.uint64]) -> None:
-        """Encrypt integers modulo 2^P, whatever stands above their lowest P bits.
+        """Encrypt integers modulo 2^P; bits above the lowest P are ignored.
 
         Args:
-            integers: shape (DEGREE,).
-            out: where the words go: c0, then c1; shape (CIPHERTEXT_WORDS,).
+            integers: What to encrypt; shape (DEGREE,).
+            out: Filled with the words: c0, then c1; shape (CIPHERTEXT_WORDS,).
         """
         if self._ahead:
             out[:] = self._ahead.pop()
@@ -146,8 +149,10 @@ class SumKey:
         self._embed(integers, out[:DEGREE])
 
     def encrypt_ahead(self, most: int) -> bool:
-        """Do what takes longest of an :meth:`encrypt` to come, unless it is done for ``most`` of
-        them; whether there was anything to do.
+        """Make one encryption of zero, the slow part of :meth:`encrypt`, for a later call.
+
+        Returns:
+            Whether one was made; not if ``most`` of them are waiting to be used.
         """
         if len(self._ahead) >= most:
             return False
@@ -161,58 +166,47 @@ class SumKey:
         self.ring.evaluator.transform_from_ntt_inplace(self._zero)
         self.ring.copy_words(self._zero, out)
 
-    def encrypt_seeded(self, integers: NDArray[np.uint64]) -> bytes:
-        """Encrypt as :meth:`encrypt`, in half the size: c0, and instead of c1 the seed that
-        makes it (:meth:`Ring.expand`).
-        """
-        body = body_of(self._encryptor.encrypt_zero_symmetric())
-        whole = load_body(_sealapi().Ciphertext(), self.ring.context, body)
-        self.ring.evaluator.transform_from_ntt_inplace(whole)
-        c0 = self.ring.words(whole)[:DEGREE]
-        self._embed(integers, c0)
-        return c0.tobytes() + body[-SEED_BYTES:]
-
     def _embed(self, integers: NDArray[np.uint64], c0: NDArray[np.uint64]) -> None:
-        """c0 + Delta * r modulo q in place, r being the centred integers."""
-        p, room = self.parameters, self._room
-        prime, half, k = (
-            np.uint64(p.prime),
-            np.uint64(1 << (p.word_bits - 1)),
-            np.uint64(p.delta_bits),
-        )
-        # Delta * (r + 2^(P-1)) is not negative; what it is too much is taken from q, which is added
-        # so that nothing falls below zero.
-        np.add(integers, half, out=room)
-        np.bitwise_and(room, (half << np.uint64(1)) - np.uint64(1), out=room)
-        np.left_shift(room, k, out=room)
-        room += prime - (half << k)
-        c0 += room
-        # |Delta * r| < q / 4, so the sum is below 9 q / 4 < 2^62; the unsigned minimum takes q away
-        # twice where it can be taken.
+        """Add Delta * r to c0 modulo q, in place, where r is the centred integers."""
+        p, scratch = self.parameters, self._scratch
+        prime, half = np.uint64(p.prime), np.uint64(1 << (p.word_bits - 1))
+        shift = np.uint64(p.delta_bits)
+        # Delta * (r + 2^(P-1)) is not negative. Its excess, Delta * 2^(P-1), is subtracted from q,
+        # and q is added, so that nothing falls below zero.
+        np.add(integers, half, out=scratch)
+        np.bitwise_and(scratch, (half << np.uint64(1)) - np.uint64(1), out=scratch)
+        np.left_shift(scratch, shift, out=scratch)
+        scratch += prime - (half << shift)
+        c0 += scratch
+        # |Delta * r| < q / 4, so the sum is below 9 q / 4 < 2^62; the unsigned minimum subtracts q
+        # up to twice, where the difference is not negative.
         for _ in range(2):
-            np.subtract(c0, prime, out=room)
-            np.minimum(c0, room, out=c0)
+            np.subtract(c0, prime, out=scratch)
+            np.minimum(c0, scratch, out=c0)
 
     def decrypt(self, words: NDArray[np.uint64]) -> NDArray[np.uint64]:
-        """The sums of the integers behind summed words, modulo 2^P.
+        """The sums of integers that summed ciphertexts encrypt.
 
         Args:
-            words: those of one ciphertext after the other; shape (ciphertexts * CIPHERTEXT_WORDS,).
+            words: Sums modulo q of the words of ciphertexts, one ciphertext after the other; shape
+                (ciphertexts * CIPHERTEXT_WORDS,).
 
         Returns:
-            shape (ciphertexts * DEGREE,).
+            The sums, of which the lowest P bits count; shape (ciphertexts * DEGREE,).
 
         Raises:
-            ProtocolError: the words are no ciphertexts.
+            ProtocolError: If the words are not those of ciphertexts.
         """
         return self.round(self.coefficients(words))
 
     def coefficients(self, words: NDArray[np.uint64]) -> NDArray[np.int64]:
-        """The decrypted coefficients, centred modulo q: Delta times the sum plus the error;
-        shapes as with :meth:`decrypt`.
+        """The decrypted coefficients, centred modulo q: Delta times the sum plus the error.
+
+        Shapes are those of :meth:`decrypt`. The errors must not leave the members: with them the
+        key follows from ciphertexts by linear algebra (Li and Micciancio 2021).
 
         Raises:
-            ProtocolError: the words are no ciphertexts.
+            ProtocolError: If the words are not those of ciphertexts.
         """
         ring = self.ring
         if (
@@ -224,20 +218,19 @@ class SumKey:
             raise ProtocolError(
                 "the words of a ciphertext are not below its modulus, or not of its length"
             )
-        found = np.empty(len(words) // CIPHERTEXT_WORDS * DEGREE, dtype=np.int64)
-        for start in range(0, len(found), CIPHERTEXT_WORDS):
-            some = found[start : start + CIPHERTEXT_WORDS]
-            some[:] = self._opened(words[2 * start : 2 * (start + len(some))]).view(np.int64)[
-                : len(some)
-            ]
-        found -= (found > ring.prime // 2) * np.int64(ring.prime)
-        return found
+        centred = np.empty(len(words) // CIPHERTEXT_WORDS * DEGREE, dtype=np.int64)
+        for start in range(0, len(centred), CIPHERTEXT_WORDS):
+            piece = centred[start : start + CIPHERTEXT_WORDS]
+            opened = self._opened(words[2 * start : 2 * (start + len(piece))])
+            piece[:] = opened.view(np.int64)[: len(piece)]
+        centred -= (centred > ring.prime // 2) * np.int64(ring.prime)
+        return centred
 
     def _opened(self, words: NDArray[np.uint64]) -> NDArray[np.uint64]:
         """The coefficients of one ciphertext or of two; shape (CIPHERTEXT_WORDS,).
 
-        A plaintext has no way out of NTT form of its own. As the c0 of a ciphertext it has, and a
-        second one goes the same way as its c1.
+        SEAL transforms ciphertexts out of NTT form, but not plaintexts. So one plaintext is put in
+        the place of c0 of a ciphertext, and a second one in the place of its c1.
         """
         evaluator, opened = self.ring.evaluator, _sealapi().Ciphertext()
         try:
@@ -249,21 +242,20 @@ class SumKey:
                     self._carrier, self._plain(words[CIPHERTEXT_WORDS:]), opened
                 )
                 evaluator.add_plain_inplace(opened, first)
-        except (
-            Exception
-        ) as error:  # SEAL refuses a ciphertext or a result whose c1 is zero, and perhaps more
+        # SEAL refuses a ciphertext or a result whose c1 is zero, and perhaps more.
+        except Exception as error:
             raise ProtocolError("SEAL refuses to decrypt a ciphertext: it was altered") from error
         evaluator.transform_from_ntt_inplace(opened)
         return self.ring.words(opened)
 
     def _plain(self, words: NDArray[np.uint64]) -> Any:
-        sealed, plain = self.ring.ciphertext(self.front, words), _sealapi().Plaintext()
-        self.ring.evaluator.transform_to_ntt_inplace(sealed)
-        self._decryptor.decrypt(sealed, plain)
+        ciphertext, plain = self.ring.ciphertext(self.prefix, words), _sealapi().Plaintext()
+        self.ring.evaluator.transform_to_ntt_inplace(ciphertext)
+        self._decryptor.decrypt(ciphertext, plain)
         return plain
 
     def round(self, coefficients: NDArray[np.int64]) -> NDArray[np.uint64]:
-        """The multiples of Delta next to the coefficients, divided by Delta; shape as given."""
-        k = self.parameters.delta_bits
-        rounded = (coefficients + np.int64(1 << (k - 1))) >> np.int64(k)
+        """The coefficients divided by Delta and rounded to the nearest integer; same shape."""
+        shift = self.parameters.delta_bits
+        rounded = (coefficients + np.int64(1 << (shift - 1))) >> np.int64(shift)
         return rounded.view(np.uint64)

@@ -1,8 +1,8 @@
-"""The stages in their order, block by block: quantise, pack, mask, encrypt; and after the sum
-decrypt, unpack, check, rescale.
+"""The stages of a member in their order, block by block: quantise, pack, mask and encrypt a
+vector; decrypt, unpack and check a sum.
 
 A contribution is a row of packed integers, those of the vector and then those of its checksum, in
-ciphertexts of 4096. Blocks of ciphertexts leave one by one, so that sending and encrypting overlap
+ciphertexts of 4096. Blocks of ciphertexts leave one by one, so that encrypting and sending overlap
 and nobody holds more than one contribution.
 """
 
@@ -15,55 +15,44 @@ from numpy.typing import NDArray
 
 from privfl.errors import MismatchError, ProtocolError
 from privfl.secagg.checksum import ROW, Checksum, checksum_length
-from privfl.secagg.ckks import SEEDED_BYTES, Ring, SumKey
+from privfl.secagg.ckks import SumKey
 from privfl.secagg.layout import Layout
 from privfl.secagg.masks import Masks
 from privfl.secagg.packing import centred, pack, packed_length, unpack
 from privfl.secagg.parameters import CIPHERTEXT_WORDS, DEGREE, Parameters
 from privfl.secagg.quantise import Quantiser
 
-# Values that are worked on at a time: they stay in the processor's cache, and are whole rows of the
-# checksum.
+# How many values are worked on at a time: they stay in the processor's cache, and are whole rows of
+# the checksum.
 _PIECE = 4 * ROW
 
 
 def encrypt(
     vector: NDArray[np.generic], quantiser: Quantiser, checksum: Checksum, masks: Masks, key: SumKey
 ) -> Iterator[NDArray[np.uint64]]:
-    """One member's contribution, block by block; each block is a new array of words.
+    """One member's contribution, block by block.
+
+    Guarantee: to everybody but this member, key holders too, the contributions of the honest
+    members reveal at most the sum of their packed integers modulo 2^P (proof 2 of
+    docs/secure-aggregation.md), if ``masks`` serve no other contribution.
+
+    Args:
+        vector: What the member contributes; shape (values,).
+        quantiser: Makes its elements integers.
+        checksum: A new one, under the key of the attempt.
+        masks: This member's masks of the attempt, unused.
+        key: The key of the run.
+
+    Returns:
+        The blocks, each computed when it is asked for: a new array of words below q; shape
+        (ciphertexts of the block * CIPHERTEXT_WORDS,).
 
     Raises:
-        PrivflError: the vector does not fit; then nothing has been given out.
+        PrivflError: If the quantiser refuses the vector; no block has been made then.
     """
     return (
         _words(integers, key)
         for integers in _masked(vector, quantiser, checksum, masks, key.parameters)
-    )
-
-
-def encrypt_seeded(
-    vector: NDArray[np.generic], quantiser: Quantiser, checksum: Checksum, masks: Masks, key: SumKey
-) -> Iterator[bytes]:
-    """As :func:`encrypt` in half the size, for links that leave the machine: whoever adds makes
-    words of a block with :func:`expand`.
-    """
-    masked = _masked(vector, quantiser, checksum, masks, key.parameters)
-    return (
-        b"".join(key.encrypt_seeded(piece) for piece in integers.reshape(-1, DEGREE))
-        for integers in masked
-    )
-
-
-def expand(block: bytes, ring: Ring, front: bytes) -> NDArray[np.uint64]:
-    """The words of a block of seeded ciphertexts; needs no key (``front`` as
-    :attr:`SumKey.seeded_front`).
-
-    Raises:
-        ProtocolError: it is no such block.
-    """
-    pieces = [block[start : start + SEEDED_BYTES] for start in range(0, len(block), SEEDED_BYTES)]
-    return np.concatenate(
-        [ring.expand(piece, front) for piece in pieces] or [np.empty(0, dtype=np.uint64)]
     )
 
 
@@ -81,7 +70,7 @@ def _masked(
     masks: Masks,
     parameters: Parameters,
 ) -> Iterator[NDArray[np.uint64]]:
-    """The masked integers of a contribution, block by block, in whole ciphertexts."""
+    """The masked integers of a contribution, block by block, each filling whole ciphertexts."""
     quantiser.check(vector)
     layout = Layout(len(vector), parameters)
     checksum.blind(masks)
@@ -100,24 +89,31 @@ def _masked_block(
     masks: Masks,
 ) -> NDArray[np.uint64]:
     integers = np.zeros(layout.ciphertexts(number) * DEGREE, dtype=np.uint64)
-    where, fields = layout.values_of(number), layout.parameters.fields
-    for start in range(where.start, where.stop, _PIECE):
-        values = quantiser.integers(vector[start : min(start + _PIECE, where.stop)])
+    elements, fields = layout.values_of(number), layout.parameters.fields
+    for start in range(elements.start, elements.stop, _PIECE):
+        values = quantiser.integers(vector[start : min(start + _PIECE, elements.stop)])
         checksum.add(values.astype(np.float64, copy=False))
         packed = pack(values, layout.parameters)
-        at = (start - where.start) // fields
-        integers[at : at + len(packed)] = packed
-    here, there = layout.checks_of(number)
-    if here.stop > here.start:
-        integers[here] = checksum.integers()[there]
+        first = (start - elements.start) // fields
+        integers[first : first + len(packed)] = packed
+    in_block, in_checksum = layout.checks_of(number)
+    if in_block.stop > in_block.start:
+        integers[in_block] = checksum.integers()[in_checksum]
     masks.apply(integers)
     return integers
 
 
 class Decryption:
-    """Collects the blocks of one sum in their order.
+    """Decrypts one sum, whose blocks are added in order.
 
-    Nothing of it is given out before the checksum fits.
+    Guarantee: :meth:`totals` returns the exact sum of the members' integers, or raises
+    MismatchError but for a probability below 2^-63 (:mod:`privfl.secagg.checksum`). Nothing of a
+    sum leaves this object before its checksum fits.
+
+    Args:
+        values: How many elements the vectors have.
+        checksum: A new one, under the key of the attempt.
+        key: The key of the run.
     """
 
     def __init__(self, values: int, checksum: Checksum, key: SumKey) -> None:
@@ -129,34 +125,36 @@ class Decryption:
         self._next = 0
 
     def add(self, block: bytes | memoryview) -> None:
-        """Decrypt the next block.
+        """Decrypt the next block: little-endian words of 64 bits.
 
         Raises:
-            MismatchError: it is no block of this sum.
+            MismatchError: If the sum has no further block, or ``block`` is not of its length or not
+                made of ciphertexts.
         """
         layout, parameters = self._layout, self._key.parameters
-        if self._next >= layout.blocks or memoryview(
-            block
-        ).nbytes != 8 * CIPHERTEXT_WORDS * layout.ciphertexts(self._next):
+        size = memoryview(block).nbytes
+        if self._next >= layout.blocks or size != (
+            8 * CIPHERTEXT_WORDS * layout.ciphertexts(self._next)
+        ):
             raise MismatchError
         try:
             integers = self._key.decrypt(np.frombuffer(block, dtype="<u8"))
         except ProtocolError:
             raise MismatchError from None
-        where = layout.values_of(self._next)
-        count = where.stop - where.start
+        elements = layout.values_of(self._next)
+        count = elements.stop - elements.start
         totals = unpack(integers[: packed_length(count, parameters)], count, parameters)
-        self._totals[where] = totals
+        self._totals[elements] = totals
         self._checksum.add(totals.astype(np.float64))
-        here, there = layout.checks_of(self._next)
-        self._checks[there] = centred(integers[here], parameters.word_bits)
+        in_block, in_checksum = layout.checks_of(self._next)
+        self._checks[in_checksum] = centred(integers[in_block], parameters.word_bits)
         self._next += 1
 
     def totals(self) -> NDArray[np.int64]:
         """The sums of all members' integers; shape (values,).
 
         Raises:
-            MismatchError: a block is missing, or the checksum does not fit.
+            MismatchError: If a block is missing, or the checksum does not fit.
         """
         if self._next != self._layout.blocks or not self._checksum.fits(self._checks):
             raise MismatchError

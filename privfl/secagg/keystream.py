@@ -1,6 +1,4 @@
-"""Streams of pseudorandom words from a key: ChaCha20 (RFC 8439) of `cryptography`, and the keys
-from HKDF-SHA256 (RFC 5869).
-"""
+"""Streams of pseudorandom words: ChaCha20 (RFC 8439), under keys from HKDF-SHA256 (RFC 5869)."""
 
 from __future__ import annotations
 
@@ -15,12 +13,16 @@ _ZEROS = bytes(1 << 16)
 
 
 def derive_key(secret: bytes, salt: bytes, info: bytes) -> bytes:
-    """A key of 32 bytes for one purpose (``info``) and one occasion (``salt``)."""
+    """A key of 32 bytes for one purpose (``info``) on one occasion (``salt``), by HKDF-SHA256."""
     return HKDF(hashes.SHA256(), KEY_BYTES, salt=salt, info=info).derive(secret)
 
 
 class Keystream:
-    """The words of one key, each given out once. A key must never be used for two streams."""
+    """The ChaCha20 words of one key, each returned once.
+
+    Args:
+        key: 32 bytes. Two streams must never have the same key.
+    """
 
     def __init__(self, key: bytes) -> None:
         # The nonce is zero because every key serves a single stream; 2^32 blocks of 64 bytes are

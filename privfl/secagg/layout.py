@@ -1,4 +1,4 @@
-"""Where a vector lies in the integers, ciphertexts and blocks of a contribution."""
+"""Where the elements of a vector lie in the integers, ciphertexts and blocks of a contribution."""
 
 from __future__ import annotations
 
@@ -6,14 +6,23 @@ from privfl.secagg.checksum import checksum_length
 from privfl.secagg.packing import packed_length
 from privfl.secagg.parameters import DEGREE, Parameters
 
-# One mebibyte a block: small enough to stay in a cache and to overlap, large enough for the wire. A
-# block is whole rows of the checksum.
+# One mebibyte a block: small enough to stay in a cache and to overlap encryption with sending,
+# large enough for the wire. A block is whole rows of the checksum.
 CIPHERTEXTS_PER_BLOCK = 16
 BLOCK_INTEGERS = CIPHERTEXTS_PER_BLOCK * DEGREE
 
 
 class Layout:
-    """Where a vector of ``values`` elements lies in the integers and blocks of a contribution."""
+    """The packed integers of a vector, then those of its checksum, cut into ciphertexts and blocks.
+
+    Attributes:
+        values: How many elements the vector has.
+        parameters: Those of the sum.
+        packed: How many integers hold the vector.
+        integers: How many integers the contribution has, with the checksum's.
+        blocks: How many blocks those make.
+        all_ciphertexts: How many ciphertexts those make.
+    """
 
     def __init__(self, values: int, parameters: Parameters) -> None:
         self.values = values
@@ -33,8 +42,8 @@ class Layout:
         return slice(min(block * per_block, self.values), min((block + 1) * per_block, self.values))
 
     def checks_of(self, block: int) -> tuple[slice, slice]:
-        """Which integers of block number ``block`` are the checksum's, and which of the
-        checksum's integers they are.
+        """Which integers of block number ``block`` belong to the checksum, and which of the
+        checksum's integers those are.
         """
         first = block * BLOCK_INTEGERS
         start, end = max(self.packed, first), min(self.integers, first + BLOCK_INTEGERS)

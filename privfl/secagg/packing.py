@@ -1,5 +1,5 @@
-"""Stage 2: neighbouring values share one integer X of P bits, each in a field wide enough for
-the sum of all members.
+"""Stage 2: two neighbouring values share one integer X of P bits, each in a field of w bits that
+is wide enough for the sum of all members.
 """
 
 from __future__ import annotations
@@ -13,19 +13,22 @@ from privfl.secagg.parameters import Parameters
 
 
 def packed_length(values: int, parameters: Parameters) -> int:
-    """How many integers hold ``values`` values."""
+    """How many packed integers hold ``values`` values."""
     return -(-values // parameters.fields)
 
 
 def pack(
     values: NDArray[np.float64] | NDArray[np.int64], parameters: Parameters
 ) -> NDArray[np.uint64]:
-    """X = v0 + 2^w v1 modulo 2^64; shape (packed_length,).
+    """The packed integers X = v0 + 2^w v1 modulo 2^64 of a vector; shape (packed_length,).
 
-    An odd last value is alone in its integer.
+    If their number is odd, the last value is alone in its integer.
 
-    Values that keep to their fields make an X of at most 53 bits with two fields (P <= 52), so the
-    arithmetic in float64 is exact. Values that may not come as int64, whose arithmetic wraps.
+    Args:
+        values: Integers; shape (values,). As float64 they must fit their fields: then two make an X
+            of at most 53 bits (P <= 52), and the arithmetic is exact. As int64 they may be larger,
+            and wrap.
+        parameters: Those of the sum.
     """
     if parameters.fields == 1:
         return values.astype(np.int64).view(np.uint64)
@@ -39,8 +42,13 @@ def pack(
 
 
 def unpack(sums: NDArray[np.uint64], values: int, parameters: Parameters) -> NDArray[np.int64]:
-    """The ``values`` sums of values behind sums of packed integers, of which only the lowest P
-    bits count; shape (values,).
+    """The sums of values that sums of packed integers hold; shape (values,).
+
+    Args:
+        sums: Sums of packed integers, of which only the lowest P bits count; shape
+            (packed_length,).
+        values: How many values were packed.
+        parameters: Those of the sum.
     """
     if parameters.fields == 1:
         return centred(sums, parameters.word_bits)[:values]
@@ -53,12 +61,13 @@ def unpack(sums: NDArray[np.uint64], values: int, parameters: Parameters) -> NDA
 
 
 def centred(integers: NDArray[np.uint64], bits: int) -> NDArray[np.int64]:
-    """The lowest ``bits`` bits as a number in [-2^(bits-1), 2^(bits-1)); same shape."""
+    """The lowest ``bits`` bits as integers in [-2^(bits-1), 2^(bits-1)); same shape."""
     half, modulus = np.uint64(1 << (bits - 1)), np.uint64((1 << bits) - 1)
     return ((integers + half) & modulus).view(np.int64) - np.int64(half)
 
 
-# -- numbers too wide for one value or integer: sums of limbs are the limbs of the sum
+# Numbers too wide for one value or one packed integer travel as limbs, and join() takes sums of
+# limbs for the limbs of the sum.
 
 
 def limb_count(bits: int, limb_bits: int) -> int:
@@ -67,16 +76,26 @@ def limb_count(bits: int, limb_bits: int) -> int:
 
 
 def split(numbers: NDArray[np.uint64], limb_bits: int, count: int) -> NDArray[np.uint64]:
-    """Each number as ``count`` limbs in [0, 2^limb_bits), lowest first; shape (len(numbers) *
-    count,).
+    """The ``count`` limbs of each number, in [0, 2^limb_bits), lowest first.
+
+    Args:
+        numbers: Shape (numbers,).
+        limb_bits: The bits of one limb.
+        count: How many limbs each number has.
+
+    Returns:
+        The limbs of one number after those of the other; shape (numbers * count,).
     """
     shifts = np.uint64(limb_bits) * np.arange(count, dtype=np.uint64)
     return ((numbers[:, None] >> shifts) & np.uint64((1 << limb_bits) - 1)).reshape(-1)
 
 
 def join(limbs: Sequence[int], limb_bits: int, count: int) -> list[int]:
-    """The numbers, or sums of numbers, behind limbs or sums of limbs, exactly and of any size."""
+    """The numbers whose limbs :func:`split` made; the sums of numbers, if ``limbs`` are sums.
+
+    Exact, and of any size.
+    """
     return [
-        sum(limb << (limb_bits * place) for place, limb in enumerate(limbs[start : start + count]))
+        sum(limb << (limb_bits * index) for index, limb in enumerate(limbs[start : start + count]))
         for start in range(0, len(limbs), count)
     ]

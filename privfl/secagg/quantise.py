@@ -1,7 +1,7 @@
-"""Stage 1: vectors to integers of ``value_bits``, and sums of integers back to numbers.
+"""Stage 1: vectors to integers of ``value_bits`` bits, and sums of integers back to numbers.
 
-Integers travel through the first stages as float64, in which every integer below 2^53 is exact and
-arithmetic is fastest.
+The first stages hold integers as float64, in which every integer below 2^53 is exact and arithmetic
+is fastest.
 """
 
 from __future__ import annotations
@@ -19,32 +19,32 @@ from privfl.secagg.parameters import Parameters
 Rounding = Literal["nearest", "stochastic"]
 # Work on pieces that stay in the processor's cache.
 _PIECE = 1 << 14
-# Far from the ends of float64, where grids and sums would be infinite or zero.
+# Far from the ends of float64, at which grids and sums would be infinite or zero.
 LEAST_RANGE, LARGEST_RANGE = 2.0**-256, 2.0**256
 
 
 class Quantiser(Protocol):
-    """How numbers become integers and sums of integers become numbers again."""
+    """Makes the numbers of a vector integers, and sums of integers numbers again."""
 
     def check(self, vector: NDArray[np.generic]) -> None:
-        """Refuse a vector that does not fit, before anything of it leaves.
+        """Refuse a vector that cannot be summed, before anything of it leaves; shape (values,).
 
         Raises:
-            PrivflError: naming what does not fit.
+            PrivflError: If an element cannot become an integer of the sum; it says why.
         """
         ...
 
     def integers(self, values: NDArray[np.generic]) -> NDArray[np.float64] | NDArray[np.int64]:
-        """A piece of a checked vector as integers; same shape."""
+        """The integers of a piece of a checked vector; same shape."""
         ...
 
     def numbers(self, totals: NDArray[np.int64]) -> NDArray[np.generic]:
-        """What sums of integers stand for; same shape, and perhaps the same memory."""
+        """The numbers behind sums of integers; same shape, and perhaps the same memory."""
         ...
 
 
 class BoundedIntegers:
-    """int64 in, int64 out."""
+    """For vectors of integers, which must not be larger than a value of the sum can be."""
 
     def __init__(self, parameters: Parameters) -> None:
         self._limit = parameters.largest_value
@@ -66,14 +66,14 @@ class BoundedIntegers:
 
 
 class WrappingIntegers:
-    """int64 in, int64 out, for integers that are to wrap and not to be refused: their sum modulo
-    2^P is what is exact, not each of them.
+    """For vectors of integers that may be larger than a value of the sum: they wrap instead of
+    being refused, because a refusal, as a clipped value, would depend on the records.
 
-    A refusal would depend on the values, and so would a value that is cut. What a sum wraps to is
-    off by multiples of its field, and does not fit its checksum.
+    The sum is exact if every value and every total fits a field of w bits, which is wider than
+    ``value_bits``. A total that does not fit its field wraps, and then does not fit the checksum.
     """
 
-    # What the checksum takes.
+    # The checksum takes integers below this.
     _MOST = 1 << 38
 
     def check(self, vector: NDArray[np.generic]) -> None:
@@ -91,17 +91,24 @@ class WrappingIntegers:
 
 
 class FixedPoint:
-    """Numbers of a public range on a grid: x becomes round(x / g), with g = range / (2^(b-1) - 1).
+    """For vectors of numbers in a public range, which are rounded to a grid.
 
-    The error of a sum of n values is at most n g / 2 with ``nearest`` and n g with ``stochastic``
-    rounding, whose mean is zero: floor(x / g + u), u uniform on [0, 1) from the operating system's
-    randomness.
+    x becomes round(x / g), with g = range / (2^(b-1) - 1). The error of a sum of n values is at
+    most n g / 2 with ``nearest`` rounding. With ``stochastic`` rounding it is at most n g, with
+    mean zero: x becomes floor(x / g + u), u uniform on [0, 1) under a key from the operating
+    system's randomness.
 
     Args:
-        value_range: the public range; values are between -value_range and value_range.
+        parameters: Those of the sum.
+        value_range: The public range: values are between -value_range and value_range.
+        rounding: 'nearest' or 'stochastic'.
+
+    Attributes:
+        value_range: The public range.
+        grid: g, the distance of neighbouring points of the grid.
 
     Raises:
-        PrivflError: a range next to the ends of what float64 can hold.
+        PrivflError: If ``value_range`` is not between 2^-256 and 2^256.
     """
 
     def __init__(
@@ -124,7 +131,7 @@ class FixedPoint:
         ):
             if not np.isfinite(vector).all():
                 raise PrivflError("a vector to be summed contains NaN or infinite values")
-            # By how much it is beyond would be said in the clear to everybody.
+            # The sentence crosses the wire in the clear, so it does not say by how much.
             raise PrivflError(
                 f"a vector to be summed has values beyond the public range {self.value_range:g}; "
                 f"raise the range, which makes the grid coarser"
@@ -135,21 +142,19 @@ class FixedPoint:
         if self._dither is None:
             np.rint(scaled, out=scaled)
         else:
-            scaled += (self._dither.words(scaled.size) >> np.uint64(11)).astype(
-                np.float64
-            ) * 2.0**-53
+            words = self._dither.words(scaled.size) >> np.uint64(11)
+            scaled += words.astype(np.float64) * 2.0**-53
             np.floor(scaled, out=scaled)
-            # At the very end of the range 1 / g is rounded itself, and the floor may be one unit
-            # too much.
+            # 1 / g is rounded itself, so that at the end of the range the floor may be one unit too
+            # large.
             np.minimum(scaled, self._limit, out=scaled)
         return scaled
 
     def numbers(self, totals: NDArray[np.int64]) -> NDArray[np.float64]:
-        # In the same memory, piece by piece: large vectors cost more in new pages than in
+        # In the same memory, piece by piece: for large vectors new pages cost more time than the
         # arithmetic.
-        found = totals.view(np.float64)
+        numbers = totals.view(np.float64)
         for start in range(0, len(totals), _PIECE):
-            found[start : start + _PIECE] = (
-                totals[start : start + _PIECE].astype(np.float64) * self.grid
-            )
-        return found
+            piece = slice(start, start + _PIECE)
+            numbers[piece] = totals[piece].astype(np.float64) * self.grid
+        return numbers

@@ -1,9 +1,9 @@
-"""SEAL objects to bytes and back, in memory: the one place that saves or loads through
+"""SEAL objects to bytes and back, in memory: the only module that saves or loads through
 `tenseal.sealapi`.
 
-sealapi saves to and loads from a path only. Here the path leads to an anonymous file in memory,
-never to a named one, because some of what is saved are keys. Systems without such files are
-refused: loading from a pipe ends the process, because SEAL seeks.
+sealapi saves to and loads from paths only. Here the path is that of an anonymous file in memory,
+because some of the saved objects are keys, which must not reach a disk. Systems without such files
+are refused: a pipe is no substitute, because SEAL seeks and the process would end.
 
 SEAL's format (its documentation, "Serialization"): a header of 16 bytes, `<HBBBBHQ` = magic 0xA15E,
 header size, major and minor version, compression (0 none, 2 zstd), reserved, total size; then the
@@ -30,7 +30,11 @@ _LARGEST = 1 << 20
 
 
 class Memory:
-    """An anonymous file in memory, which has a path while it is open (Linux)."""
+    """An anonymous file in memory, which has a path while it is open (Linux).
+
+    Raises:
+        PrivflError: If the system has no such files.
+    """
 
     def __init__(self) -> None:
         if not hasattr(os, "memfd_create"):
@@ -41,16 +45,16 @@ class Memory:
         self._file = os.memfd_create("privfl", os.MFD_CLOEXEC)
         self._path = f"/proc/self/fd/{self._file}"
 
-    def save(self, thing: Any) -> bytes:
-        """What ``thing.save`` writes."""
-        thing.save(self._path)  # opens the path anew, which cuts what was there
+    def save(self, seal_object: Any) -> bytes:
+        """The bytes that SEAL saves of an object."""
+        seal_object.save(self._path)  # opens the path anew and so empties the file
         return os.pread(self._file, _LARGEST, 0)
 
-    def load(self, thing: Any, context: Any, saved: bytes) -> None:
-        """Let ``thing.load`` read ``saved``."""
+    def load(self, seal_object: Any, context: Any, saved: bytes) -> None:
+        """Let SEAL load an object from ``saved``."""
         os.ftruncate(self._file, 0)
         os.pwrite(self._file, saved, 0)
-        thing.load(context, self._path)
+        seal_object.load(context, self._path)
 
     def __del__(self) -> None:
         if hasattr(self, "_file"):
@@ -58,8 +62,8 @@ class Memory:
 
 
 class _Tools(threading.local):
-    """A place in memory and one decompressor for each thread: neither may be used by two at
-    once.
+    """One file in memory and one decompressor for each thread, because neither may serve two
+    threads at once.
     """
 
     def __init__(self) -> None:
@@ -70,9 +74,13 @@ class _Tools(threading.local):
 _tools = _Tools()
 
 
-def body_of(thing: Any) -> bytes:
-    """The body of a saved SEAL object, uncompressed."""
-    saved = _tools.memory.save(thing)
+def body_of(seal_object: Any) -> bytes:
+    """The body that SEAL saves of an object, uncompressed.
+
+    Raises:
+        InternalError: If TenSEAL does not save objects in the form that this module knows.
+    """
+    saved = _tools.memory.save(seal_object)
     magic, size, _, _, compression, _, total = _HEADER.unpack_from(saved)
     if (
         magic != _MAGIC
@@ -94,25 +102,29 @@ def body_of(thing: Any) -> bytes:
 
 @functools.cache
 def _version() -> tuple[int, int]:
-    """The (major, minor) that this TenSEAL's SEAL writes into headers."""
+    """(major, minor) of SEAL, as this TenSEAL writes them into headers."""
     from tenseal import sealapi
 
     _, _, major, minor, _, _, _ = _HEADER.unpack_from(_tools.memory.save(sealapi.Plaintext("0")))
     return major, minor
 
 
-def load_body(thing: Any, context: Any, body: bytes) -> Any:
-    """``thing`` after it loaded a body that :func:`body_of` gave, or one of the same form; SEAL
-    checks it against ``context``.
+def load_body(seal_object: Any, context: Any, body: bytes) -> Any:
+    """Load a body into a new SEAL object, and return the object.
+
+    Args:
+        seal_object: The object, for example a new ``sealapi.Ciphertext()``.
+        context: The SEALContext against which SEAL checks the body.
+        body: A result of :func:`body_of` for an object of this class, or bytes of the same form.
 
     Raises:
-        ProtocolError: it does not fit.
+        ProtocolError: If SEAL refuses the body.
     """
     header = _HEADER.pack(_MAGIC, _HEADER.size, *_version(), _PLAIN, 0, _HEADER.size + len(body))
     try:
-        _tools.memory.load(thing, context, header + body)
-    except Exception as error:  # whatever SEAL raises
+        _tools.memory.load(seal_object, context, header + body)
+    except Exception as error:  # SEAL raises several classes
         raise ProtocolError(
             "something encrypted does not load: it was altered, or made with other parameters"
         ) from error
-    return thing
+    return seal_object

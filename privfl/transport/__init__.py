@@ -1,6 +1,6 @@
-"""Moving frames between ranks.
+"""Frames and sums of words between ranks, over MPI or between threads.
 
-Knows nothing of what it carries; the MPI module is imported only when it is asked for.
+Knows nothing of what it carries. The MPI module is imported only where it is used.
 """
 
 from privfl.transport.base import CHUNK, HEAD_LIMIT, Frame, Reduction, Transport, finish

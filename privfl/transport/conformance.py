@@ -1,9 +1,9 @@
 """Checks that every transport must pass.
 
-Each runs on all ranks of a world at once: rank 0 and its peers play their parts.
+Each check runs on all ranks at once, and the ranks send to each other.
 
-For a transport of your own: give each rank its transport and call :func:`run`; it raises
-AssertionError naming what is wrong.
+To check a transport of your own, start at least three ranks and call :func:`run` at every one of
+them with its transport.
 """
 
 from __future__ import annotations
@@ -22,7 +22,18 @@ _SECONDS = 30.0
 
 
 def run(transport: Transport) -> list[str]:
-    """Run all checks on this rank; the names of those passed."""
+    """Run all checks on this rank. Collective over the transport's ranks.
+
+    Args:
+        transport: This rank's transport, which must have at least 3 ranks.
+
+    Returns:
+        The names of the checks, all of which passed.
+
+    Raises:
+        AssertionError: If the transport fails a check; it says which rank noticed what.
+        ValueError: If the transport has fewer than 3 ranks.
+    """
     if transport.size < 3:
         raise ValueError("the conformance checks need at least 3 ranks")
     for check in CHECKS:
@@ -36,25 +47,20 @@ def _peers(transport: Transport) -> list[int]:
 
 
 def _collect(transport: Transport, count: int) -> dict[int, list[Frame]]:
-    """``count`` frames from each peer, in order of arrival.
-
-    Nobody sends more before all have met.
-    """
-    got: dict[int, list[Frame]] = {peer: [] for peer in _peers(transport)}
-    for _ in range(count * len(got)):
+    """``count`` frames from each peer, in order of arrival; no peer may send more meanwhile."""
+    received: dict[int, list[Frame]] = {peer: [] for peer in _peers(transport)}
+    for _ in range(count * len(received)):
         frame = transport.receive(_SECONDS)
         assert frame is not None, f"rank {transport.rank}: nothing arrived within {_SECONDS:.0f} s"
-        got[frame.peer].append(frame)
-    assert all(len(frames) == count for frames in got.values()), (
+        received[frame.peer].append(frame)
+    assert all(len(frames) == count for frames in received.values()), (
         f"rank {transport.rank}: frames of one peer came twice or not at all"
     )
-    return got
+    return received
 
 
 def _meet(transport: Transport) -> None:
-    """Wait until every rank is here: rank 0 lets the others go on only when all its own frames
-    have come.
-    """
+    """A barrier: rank 0 lets the others go on when all of them have answered."""
     assert transport.flush(_SECONDS)
     if transport.rank == 0:
         for peer in _peers(transport):
@@ -70,7 +76,7 @@ def _meet(transport: Transport) -> None:
 
 
 def _in_silence(transport: Transport, part: Callable[[], None]) -> None:
-    """Run ``part`` while nobody sends to this rank: rank 0 first, then all others."""
+    """Run ``part`` while no rank sends to this one: first at rank 0, then at all others."""
     if transport.rank == 0:
         part()
         for peer in _peers(transport):
@@ -94,8 +100,8 @@ def _check_identity(transport: Transport) -> None:
 
 
 def _check_sizes_both_ways(transport: Transport) -> None:
-    """Payloads around every limit arrive whole, in order, and both directions do not wait for
-    each other.
+    """Payloads around every limit arrive whole and in order, and the two directions do not wait
+    for each other.
     """
     sizes = [0, 1, 4095, 4096, 4097, 1 << 20, CHUNK]
     for peer in _peers(transport):
@@ -112,7 +118,7 @@ def _check_sizes_both_ways(transport: Transport) -> None:
 
 
 def _check_many_unreceived(transport: Transport) -> None:
-    """Many sends may be under way at once, and temporary buffers may be dropped by the sender."""
+    """Many frames may be on their way at once, and the sender need not hold their buffers."""
     count = 200
     for peer in _peers(transport):
         for number in range(count):
@@ -124,7 +130,7 @@ def _check_many_unreceived(transport: Transport) -> None:
 
 
 def _check_memoryview_payload(transport: Transport) -> None:
-    """A flat buffer is sent as it is, also a slice of a larger one."""
+    """A contiguous buffer can be a payload, and so can a slice of a larger one."""
     whole = bytearray(_pattern(100_000, 1))
     for peer in _peers(transport):
         transport.send(peer, b"slice", memoryview(whole)[10_000:90_000])
@@ -133,7 +139,7 @@ def _check_memoryview_payload(transport: Transport) -> None:
 
 
 def _check_limits(transport: Transport) -> None:
-    """What is too large, or for nobody, is refused before anything is sent."""
+    """A frame that is too large, or for a rank that is not connected, is refused unsent."""
     peer = _peers(transport)[0]
     refused: list[Callable[[], None]] = [
         lambda: transport.send(peer, b"x" * (HEAD_LIMIT + 1)),
@@ -154,21 +160,21 @@ def _check_limits(transport: Transport) -> None:
 
 
 def _check_timeout(transport: Transport) -> None:
-    """Waiting for nothing ends on time and burns no processor."""
+    """A receive that gets nothing ends on time and uses little processor time."""
 
     def wait() -> None:
         wall, processor = time.monotonic(), time.process_time()
         assert transport.receive(0.3) is None
-        assert 0.2 < time.monotonic() - wall < 5.0, "a timeout was not kept"
-        # In-process ranks share one clock of processor time.
-        assert time.process_time() - processor < 0.2 * transport.size, "waiting burns the processor"
+        assert 0.2 < time.monotonic() - wall < 5.0, "a receive did not end at its timeout"
+        # Ranks that are threads share one clock of processor time.
+        assert time.process_time() - processor < 0.2 * transport.size, "waiting uses the processor"
         assert transport.receive(0.0) is None
 
     _in_silence(transport, wait)
 
 
 def _check_wake(transport: Transport) -> None:
-    """A readable descriptor ends the waiting, a quiet one does not."""
+    """A readable descriptor ends the waiting; one that is not readable does not."""
     reader, writer = socket.socketpair()
 
     def wait() -> None:
@@ -184,25 +190,25 @@ def _check_wake(transport: Transport) -> None:
             transport.send(peer, b"awake")
         for _ in _peers(transport):
             frame = transport.receive(_SECONDS, reader.fileno())
-            assert frame is not None, "a quiet descriptor ended the waiting"
+            assert frame is not None, "a descriptor that is not readable ended the waiting"
             assert frame.head == b"awake"
 
 
 def _check_reduce(transport: Transport) -> None:
-    """Sums of words modulo 2^64 reach rank 0 whole, in order, for several sets of members, and
+    """Sums of words modulo 2^64 reach rank 0 whole and in order, for several sets of members and
     several at a time.
     """
     for members in (range(1, transport.size), [transport.size - 1, 1], [1]):
         if transport.rank and transport.rank not in members:
             continue
         sizes = [1, 1000, 1 << 18]
-        given = [_numbers(size, number, transport.rank) for number, size in enumerate(sizes)]
-        under_way = [transport.reduce(list(members), words) for words in given]
-        assert all(part.done(_SECONDS) for part in under_way), (
+        arrays = [_numbers(size, number, transport.rank) for number, size in enumerate(sizes)]
+        parts = [transport.reduce(list(members), words) for words in arrays]
+        assert all(part.done(_SECONDS) for part in parts), (
             f"rank {transport.rank}: a sum did not end"
         )
         if transport.rank == 0:
-            for number, (size, words) in enumerate(zip(sizes, given, strict=True)):
+            for number, (size, words) in enumerate(zip(sizes, arrays, strict=True)):
                 expected = sum(_numbers(size, number, rank) for rank in (0, *members))
                 assert np.array_equal(words, expected), (
                     f"sum {number} of the ranks {list(members)} is wrong"
@@ -216,6 +222,7 @@ def _numbers(size: int, number: int, rank: int) -> NDArray[np.uint64]:
 
 
 def _check_members_of_a_sum(transport: Transport) -> None:
+    """A sum of other ranks than peers, or without this rank, is refused."""
     words = np.zeros(1, dtype=np.uint64)
     wrong: list[list[int]] = [[], [0, 1], [transport.size], [-1]]
     for members in wrong + ([[1 if transport.rank != 1 else 2]] if transport.rank else []):
@@ -227,9 +234,9 @@ def _check_members_of_a_sum(transport: Transport) -> None:
 
 
 def _check_unreadable_memory(transport: Transport) -> None:
-    """Everything still works between processes that may not read each other's memory.
+    """Frames and sums still work between processes that may not read each other's memory.
 
-    The last check: it cannot be undone.
+    This is the last check, because it cannot be undone.
     """
     forbid_reading()
     _meet(transport)

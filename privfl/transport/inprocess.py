@@ -1,5 +1,5 @@
-"""A transport between threads of one process: the twin of MPI, for tests and for running a
-federation without a launcher.
+"""A transport between threads of one process, for tests and for running a federation without a
+launcher.
 """
 
 from __future__ import annotations
@@ -20,11 +20,11 @@ from privfl.transport.base import Frame, check_limits, check_members, check_peer
 
 
 class Aborted(InternalError):  # noqa: N818  (an event of this world)
-    """Another rank of this in-process world called :meth:`InProcess.abort`."""
+    """A rank of this world of threads called :meth:`InProcess.abort`."""
 
 
 class _Sum:
-    """A sum of words that ranks add to as they come; it is rank 0's once all are there."""
+    """A sum of words, complete when rank 0 and all members have added theirs."""
 
     def __init__(self) -> None:
         self._lock = threading.Lock()
@@ -40,12 +40,18 @@ class _Sum:
             if not self._missing:
                 self._complete.set()
 
-    def take(self, timeout: float) -> NDArray[np.uint64] | None:
+    def wait(self, timeout: float) -> NDArray[np.uint64] | None:
         return self._total if self._complete.wait(timeout) else None
 
 
 class _Part:
-    """One rank's part in a sum. A member's is over at once, because its words are copied."""
+    """One rank's part in a sum. A member's is done at once, because its words are copied.
+
+    Args:
+        total: The sum, at rank 0; None at a member.
+        words: Where rank 0 gets the sum; shape (words,).
+        forget: Called when rank 0 has it.
+    """
 
     def __init__(
         self, total: _Sum | None, words: NDArray[np.uint64], forget: Callable[[], object]
@@ -55,16 +61,16 @@ class _Part:
     def done(self, timeout: float) -> bool:
         if self._total is None:
             return True
-        found = self._total.take(timeout)
-        if found is None:
+        total = self._total.wait(timeout)
+        if total is None:
             return False
-        self._words[:] = found
+        self._words[:] = total
         self._forget()
         return True
 
 
 class InProcess:
-    """One rank of a world of threads. Frames are copied when sent, as on a wire."""
+    """One rank of a world of threads; made by :func:`connect`. Frames are copied when sent."""
 
     def __init__(
         self,
@@ -79,9 +85,10 @@ class InProcess:
         self._inbox: collections.deque[Frame] = collections.deque()
         self._lock = threading.Lock()
         self._aborted = False
-        self._ready, self._ring = os.pipe()
-        os.set_blocking(self._ready, False)
-        os.set_blocking(self._ring, False)
+        # A byte in this pipe wakes the rank that waits in select().
+        self._wake_reader, self._wake_writer = os.pipe()
+        os.set_blocking(self._wake_reader, False)
+        os.set_blocking(self._wake_writer, False)
 
     @property
     def size(self) -> int:
@@ -102,16 +109,16 @@ class InProcess:
                 self._aborted = True
             else:
                 self._inbox.append(frame)
-        # A full pipe already holds a wake-up call.
-        with _ignoring_errors():
-            os.write(self._ring, b"\0")
+        # A full pipe will wake the rank anyway.
+        with _ignoring_blocking():
+            os.write(self._wake_writer, b"\0")
 
     def receive(self, timeout: float | None, wake: int | None = None) -> Frame | None:
         deadline = None if timeout is None else time.monotonic() + timeout
-        watched = [self._ready] if wake is None else [self._ready, wake]
+        watched = [self._wake_reader] if wake is None else [self._wake_reader, wake]
         while True:
-            with _ignoring_errors():
-                os.read(self._ready, 4096)
+            with _ignoring_blocking():
+                os.read(self._wake_reader, 4096)
             with self._lock:
                 if self._aborted:
                     raise Aborted("another rank ended the job")
@@ -123,18 +130,19 @@ class InProcess:
                 return None
 
     def reduce(self, members: Sequence[int], words: NDArray[np.uint64]) -> _Part:
-        names = check_members(self.rank, self.size, members)
-        self._reduced[names] += 1
-        name = (names, self._reduced[names])
-        total = self._sums[name]
-        total.add(self.rank, names, words)
-        return _Part(total if self.rank == 0 else None, words, lambda: self._sums.pop(name, None))
+        ranks = check_members(self.rank, self.size, members)
+        self._reduced[ranks] += 1
+        # Every rank counts its sums of one set of members, and so finds the same sum.
+        key = (ranks, self._reduced[ranks])
+        total = self._sums[key]
+        total.add(self.rank, ranks, words)
+        return _Part(total if self.rank == 0 else None, words, lambda: self._sums.pop(key, None))
 
     def flush(self, timeout: float) -> bool:
         return True
 
     def close(self) -> None:
-        """Nothing to give up: the other ranks may still send, and nobody will read it."""
+        """Nothing to do: what other ranks still send is never read."""
 
     def abort(self, code: int) -> NoReturn:
         for rank in self._world:
@@ -142,14 +150,14 @@ class InProcess:
         raise Aborted("this rank ended the job")
 
     def __del__(self) -> None:
-        os.close(self._ready)
-        os.close(self._ring)
+        os.close(self._wake_reader)
+        os.close(self._wake_writer)
 
 
-class _ignoring_errors:  # noqa: N801  (reads as a statement)
-    """Leave out BlockingIOError: an empty or a full pipe are both fine here.
+class _ignoring_blocking:  # noqa: N801  (reads as a statement)
+    """Suppress BlockingIOError, because an empty and a full pipe are both fine here.
 
-    contextlib.suppress costs twice as much.
+    contextlib.suppress takes twice as long.
     """
 
     def __enter__(self) -> None:
@@ -160,7 +168,7 @@ class _ignoring_errors:  # noqa: N801  (reads as a statement)
 
 
 def connect(size: int) -> list[InProcess]:
-    """The ``size`` ranks of a new in-process world."""
+    """The transports of the ``size`` ranks of a new world, in order of rank."""
     world: list[InProcess] = []
     sums: collections.defaultdict[tuple[object, ...], _Sum] = collections.defaultdict(_Sum)
     world.extend(InProcess(rank, world, sums) for rank in range(size))

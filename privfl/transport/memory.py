@@ -1,4 +1,4 @@
-"""Keeping other processes out of this one's memory, which transports must be able to live with."""
+"""Keeping other processes out of this one's memory; transports must work in spite of it."""
 
 from __future__ import annotations
 
@@ -12,11 +12,13 @@ _PR_GET_DUMPABLE, _PR_SET_DUMPABLE = 3, 4
 
 
 def forbid_reading() -> None:
-    """No core file of this process, and on Linux no reading of its memory by other processes of
-    the same user (only by root).
+    """Make this process leave no core file and, on Linux, unreadable for other processes.
+
+    Guarantee: afterwards, on Linux, no process of the same user can read this process's memory or
+    trace it; root can.
 
     Raises:
-        InternalError: the system did not do it.
+        InternalError: If the system did not make the process unreadable.
     """
     resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
     if sys.platform == "linux":

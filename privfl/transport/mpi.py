@@ -1,12 +1,14 @@
-"""The transport over MPI: the only module that imports mpi4py, and only when :func:`start` is
-called.
+"""The transport over MPI: the only module that imports mpi4py, and only when a function is called.
 
-Facts it is built on (measured with MPICH 5.0 and Open MPI 5.0): a blocking receive burns a core and
-delays signals, so every receive is an Irecv polled with back-off; a request dropped before it
-completed corrupts messages on some networks, so requests and buffers are kept until they are done;
-counts beyond 2 GiB fail in some libraries, so nothing larger than a chunk is sent; MPICH copies
-large messages straight out of another process's memory, which fails where a site forbids that, so
-this way (CMA) is switched off.
+Facts it is built on (measured with MPICH 5.0 and Open MPI 5.0):
+
+- A blocking receive occupies a core and delays signals. So every receive is an Irecv, polled with
+  growing pauses.
+- A request that is dropped before it completed corrupts messages on some networks. So requests and
+  buffers live until they are done.
+- Counts beyond 2 GiB fail in some libraries. So no message is larger than a chunk.
+- MPICH copies large messages straight out of another process's memory (CMA), which fails if that
+  process forbids it. So CMA is switched off.
 """
 
 from __future__ import annotations
@@ -28,7 +30,7 @@ from privfl.errors import PrivflError, ProtocolError
 from privfl.transport.base import CHUNK, HEAD_LIMIT, Frame, check_limits, check_members, check_peer
 
 _MAGIC = 0x70724D31
-# Magic, length of head, length of bulk, CRC-32 of head and bulk: it notices damage; what guards
+# Magic, length of head, length of bulk, CRC-32 of head and bulk. The CRC notices damage; protection
 # against forgery is in the payloads.
 _ENVELOPE = struct.Struct("<IIQI")
 # A payload that fits here travels with its envelope in one message.
@@ -36,12 +38,12 @@ _INLINE = 4096
 _ENVELOPE_BYTES = _ENVELOPE.size + HEAD_LIMIT + _INLINE
 _TAG_ENVELOPE, _TAG_BULK = 1, 2
 _FIRST_WAIT, _LONGEST_WAIT, _GROWTH = 50e-6, 2e-3, 1.5
-# Through shared memory MPICH moves 8 KiB each time it is let work, and its queues hold 64 such
+# Through shared memory MPICH moves 8 KiB for each call that polls it, and its queues hold 64 such
 # cells.
 _BURST = 64
 
 
-# One process must not need to read another's memory: MPICH's own switch, then Open MPI's.
+# No process may need to read another's memory: the switches of MPICH and of Open MPI.
 WITHOUT_CMA = {"MPIR_CVAR_CH4_CMA_ENABLE": "0", "OMPI_MCA_smsc": "^cma"}
 
 
@@ -49,7 +51,7 @@ def start() -> MPITransport:
     """Initialise MPI and return this rank's transport. Collective over all ranks.
 
     Raises:
-        PrivflError: no MPI library can be loaded.
+        PrivflError: If no MPI library can be loaded.
     """
     import mpi4py
 
@@ -70,15 +72,18 @@ def start() -> MPITransport:
 
 
 def over(comm: Any) -> MPITransport:
-    """The transport over a communicator of the user's program. Collective over its ranks."""
+    """This rank's transport over an mpi4py communicator of the user's program.
+
+    Collective over the ranks of ``comm``.
+    """
     from mpi4py import MPI
 
     return MPITransport(MPI, comm)
 
 
 def library() -> tuple[str, str]:
-    """(version line of the MPI library, path of the loaded shared object or '' where the system
-    does not tell).
+    """The MPI library: the first line of its version, and the path of its shared object ('' if the
+    system does not show it).
     """
     import mpi4py
 
@@ -96,8 +101,8 @@ def library() -> tuple[str, str]:
 
 
 class _Incoming:
-    """The one receive that is posted for a peer: first an envelope, then, if the payload did not
-    fit, the payload.
+    """The one receive that is posted for a peer: for an envelope, and then for its payload if that
+    did not fit the envelope.
     """
 
     def __init__(self, comm: Any, peer: int) -> None:
@@ -113,9 +118,12 @@ class _Incoming:
         return self._expected is not None
 
     def completed(self) -> Frame | None:
-        """Take what has arrived, post the next receive; the frame if it is complete.
+        """Take what has arrived and post the next receive; returns the frame if it is complete.
 
-        After an error this peer is not heard any more.
+        After an error nothing more is received from this peer.
+
+        Raises:
+            ProtocolError: If what arrived is not a frame, or was damaged on the way.
         """
         self.request = None
         if self._expected is None:
@@ -134,7 +142,7 @@ class _Incoming:
         return frame
 
     def _open_envelope(self) -> tuple[bytes, int, bytes | NDArray[np.uint8]]:
-        """(head, digest, payload or an empty buffer of the announced size).
+        """(head, digest, payload), or instead of a payload that did not fit a buffer of its length.
 
         Lengths are checked before anything is allocated.
         """
@@ -152,26 +160,31 @@ class _Incoming:
 
 
 class _Reduction:
-    """One sum under way. Its buffer is kept until it is over."""
+    """This rank's part in a sum; it holds the buffer until MPI is done with it."""
 
     def __init__(self, transport: MPITransport, request: Any, words: NDArray[np.uint64]) -> None:
         self._transport, self._request, self._words = transport, request, words
         transport.reductions.add(self)
 
     def done(self, timeout: float) -> bool:
-        over = self._transport.wait_until(self._request.Test, timeout)
-        if over:
+        is_done = self._transport.wait_until(self._request.Test, timeout)
+        if is_done:
             self._transport.reductions.discard(self)
-        return over
+        return is_done
 
 
 class MPITransport:
-    """One rank of an MPI communicator; frames go between rank 0 and every other rank."""
+    """One rank of an MPI communicator. Making it is collective over the communicator's ranks.
+
+    Args:
+        mpi: The module mpi4py.MPI.
+        comm: The communicator, which is duplicated.
+    """
 
     def __init__(self, mpi: Any, comm: Any) -> None:
         self._mpi = mpi
-        # A communicator of our own, so that no message of the user's program can meet ours.
-        # Collective, as the next lines.
+        # A communicator of its own, so that this transport's messages and those of the user's
+        # program cannot be confused.
         self._comm = comm.Dup()
         self.rank: int = self._comm.Get_rank()
         self.size: int = self._comm.Get_size()
@@ -197,7 +210,7 @@ class MPITransport:
         self._start(envelope, to, _TAG_ENVELOPE)
         if length > _INLINE:
             self._start(bulk, to, _TAG_BULK)
-        # So that what was sent before moves on while the next piece is being made.
+        # So that earlier messages proceed while the next piece is being made.
         self._progress_sends()
 
     def _start(self, buffer: bytes | memoryview, to: int, tag: int) -> None:
@@ -205,11 +218,11 @@ class MPITransport:
         self._outgoing.append((request, buffer, memoryview(buffer).nbytes))
 
     def _progress(self) -> bool:
-        """Let MPI work; True if anything was completed."""
+        """Let MPI work; returns whether anything completed."""
         large = (
             bool(self.reductions)
-            or any(i.large for i in self._incoming)
-            or any(s[2] > _ENVELOPE_BYTES for s in self._outgoing)
+            or any(incoming.large for incoming in self._incoming)
+            or any(length > _ENVELOPE_BYTES for _, _, length in self._outgoing)
         )
         return any(self._progress_once() for _ in range(_BURST if large else 1))
 
@@ -232,8 +245,8 @@ class MPITransport:
     def receive(self, timeout: float | None, wake: int | None = None) -> Frame | None:
         deadline = None if timeout is None else time.monotonic() + timeout
         pause = _FIRST_WAIT
-        # What has arrived is used up before more is taken in: at most one frame of each peer waits
-        # here, the rest with its sender.
+        # What has arrived is returned before more is received: at most one frame of each peer waits
+        # here, and the rest at its sender.
         while not self._inbox:
             moved = self._progress()
             if self._inbox:
@@ -243,7 +256,7 @@ class MPITransport:
             left = pause if deadline is None else min(pause, deadline - time.monotonic())
             if left <= 0.0:
                 return None
-            # Waiting on the descriptor is the pause: it ends early when there is something to read.
+            # Waiting for the descriptor is the pause, which ends early if it is readable.
             if select.select([] if wake is None else [wake], [], [], left)[0]:
                 return None
             pause = min(pause * _GROWTH, _LONGEST_WAIT)
@@ -252,10 +265,10 @@ class MPITransport:
     def reduce(self, members: Sequence[int], words: NDArray[np.uint64]) -> _Reduction:
         comm = self._comm_of(check_members(self.rank, self.size, members))
         kind = self._mpi.UINT64_T
-        ours, theirs = (
+        summand, total = (
             (self._mpi.IN_PLACE, [words, kind]) if self.rank == 0 else ([words, kind], None)
         )
-        return _Reduction(self, comm.Ireduce(ours, theirs, op=self._mpi.SUM, root=0), words)
+        return _Reduction(self, comm.Ireduce(summand, total, op=self._mpi.SUM, root=0), words)
 
     def _comm_of(self, members: tuple[int, ...]) -> Any:
         """The communicator of rank 0 and exactly these members, made once."""
@@ -273,7 +286,9 @@ class MPITransport:
         return self.wait_until(lambda: not self._outgoing, timeout)
 
     def wait_until(self, ready: Callable[[], bool], timeout: float) -> bool:
-        """Let MPI work until ``ready()``; False if that took longer than ``timeout`` seconds."""
+        """Let MPI work until ``ready()`` is true, or for ``timeout`` seconds; returns whether it
+        is.
+        """
         deadline = time.monotonic() + timeout
         pause = _FIRST_WAIT
         while not ready():
@@ -292,8 +307,8 @@ class MPITransport:
                 incoming.request.Cancel()
                 incoming.request.Wait()
         self._incoming.clear()
-        # What is still under way needs its communicator; a program that opens and closes many
-        # transports must not run out of them.
+        # A program that opens and closes many transports must not run out of communicators, but a
+        # message or a sum that is not done still needs its own.
         if not self._outgoing and not self.reductions:
             for comm in [*self._among.values(), self._comm]:
                 comm.Free()

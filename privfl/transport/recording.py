@@ -1,4 +1,4 @@
-"""A wrapper around any transport that keeps what crossed the wire, for replays and audits."""
+"""A wrapper around any transport that records what crosses the wire, for replays and audits."""
 
 from __future__ import annotations
 
@@ -14,8 +14,15 @@ from privfl.transport.base import Frame, Reduction, Transport
 
 @dataclass(frozen=True)
 class Recorded:
-    """One frame as one rank saw it: ``sent`` by ``rank`` to ``peer``, or received from it; or
-    its words in a sum (``summed``).
+    """One frame at one rank, or the words that it adds to a sum.
+
+    Attributes:
+        rank: The rank at which it was recorded.
+        peer: The rank at the other end.
+        sent: Whether ``rank`` sent it to ``peer``; otherwise ``rank`` received it.
+        head: The head of the frame; empty for words of a sum.
+        bulk: The bulk of the frame, or the words as bytes.
+        summed: Whether it is words of a sum.
     """
 
     rank: int
@@ -27,7 +34,13 @@ class Recorded:
 
 
 class Recording:
-    """Behaves as ``inner`` and calls ``keep`` with a copy of every frame sent and received."""
+    """A transport that behaves as another one and records every frame and every sum's words.
+
+    Args:
+        inner: The transport that does the work.
+        keep: Called with a copy of each frame after it was sent or received, and of the words that
+            a rank other than 0 adds to a sum.
+    """
 
     def __init__(self, inner: Transport, keep: Callable[[Recorded], None]) -> None:
         self._inner = inner
@@ -47,10 +60,10 @@ class Recording:
         return frame
 
     def reduce(self, members: Sequence[int], words: NDArray[np.uint64]) -> Reduction:
-        mine = words.tobytes()
+        summand = words.tobytes()
         part = self._inner.reduce(members, words)
         if self.rank:
-            self._keep(Recorded(self.rank, 0, True, b"", mine, summed=True))
+            self._keep(Recorded(self.rank, 0, True, b"", summand, summed=True))
         return part
 
     def flush(self, timeout: float) -> bool:

@@ -122,8 +122,8 @@ def test_pld_of_others(q: float, sigma: float, steps: int, delta: float, epsilon
 
 @pytest.mark.parametrize(("q", "sigma", "steps", "upper"), MICROSOFT)
 def test_microsofts_grid(q: float, sigma: float, steps: int, upper: float):
-    found = epsilon_of([steps_of(q, sigma, steps)], 1e-6, "pld", FINE).upper
-    assert upper - 0.012 <= found <= upper
+    bound = epsilon_of([steps_of(q, sigma, steps)], 1e-6, "pld", FINE).upper
+    assert upper - 0.012 <= bound <= upper
 
 
 def test_the_exact_gaussian():
@@ -132,9 +132,9 @@ def test_the_exact_gaussian():
     assert dpa.get_epsilon_gaussian(1.0, 1e-5) == pytest.approx(4.3771781, abs=1e-7)
     assert dpa.get_sigma_gaussian(1.0, 1e-5) == pytest.approx(3.7306316, abs=1e-7)
     for sigma, exact in ((1.0, 4.3771781), (3.7306316348159374, 1.0)):
-        found = epsilon_of([Gaussian(noise_multiplier=sigma)], 1e-5, "pld", FINE)
-        assert found.lower <= exact <= found.upper + 1e-7
-        assert found.upper == pytest.approx(exact, abs=1e-6)
+        bounds = epsilon_of([Gaussian(noise_multiplier=sigma)], 1e-5, "pld", FINE)
+        assert bounds.lower <= exact <= bounds.upper + 1e-7
+        assert bounds.upper == pytest.approx(exact, abs=1e-6)
 
 
 # -- properties ------------------------------------------------------------------------------------
@@ -171,11 +171,11 @@ def test_pld_is_monotone(q: float, sigma: float, steps: int, delta: float):
     def epsilon(*row: float, delta: float = delta) -> float:
         return epsilon_of([steps_of(*row)], delta, "pld").upper
 
-    found = epsilon(q, sigma, steps)
-    assert epsilon(q, sigma, steps * 2) >= found - ROUNDING
-    assert epsilon(q * 0.9, sigma, steps) <= found + ROUNDING
-    assert epsilon(q, sigma * 1.1, steps) <= found + ROUNDING
-    assert epsilon(q, sigma, steps, delta=delta * 2) <= found
+    bound = epsilon(q, sigma, steps)
+    assert epsilon(q, sigma, steps * 2) >= bound - ROUNDING
+    assert epsilon(q * 0.9, sigma, steps) <= bound + ROUNDING
+    assert epsilon(q, sigma * 1.1, steps) <= bound + ROUNDING
+    assert epsilon(q, sigma, steps, delta=delta * 2) <= bound
 
 
 @settings(max_examples=20, deadline=None)
@@ -292,8 +292,8 @@ def test_edges(kind: str):
     )
     assert epsilon_of([steps_of(0.1, 50.0, 1)], 0.5, kind) == nothing
     for q, sigma, steps in ((1.0, 1.0, 1), (0.5, 0.6, 10), (0.01, 5.0, 1)):
-        found = epsilon_of([steps_of(q, sigma, steps)], 0.9, kind)
-        assert 0.0 <= found.lower <= found.upper < 20.0
+        bounds = epsilon_of([steps_of(q, sigma, steps)], 0.9, kind)
+        assert 0.0 <= bounds.lower <= bounds.upper < 20.0
     assert epsilon_of([steps_of(1.0, 1.0)], 0.9, kind).upper == 0.0
     for delta in (0.0, 1.0, -1.0, 1.5, math.nan):
         for events in ([], [steps_of(0.1, 1.0)], [NonPrivate(what="x")]):
@@ -336,9 +336,9 @@ def test_a_person_with_several_records(records: int, text: str):
 @pytest.mark.long
 @pytest.mark.parametrize("rows", [[(0.01, 1.5, 20)], [(0.3, 6.0, 10), (1.0, 20.0, 5)]])
 def test_more_records_cost_more(rows: list[tuple[float, float, int]]):
-    found = [person_epsilon(history(rows), 1e-5, k) for k in (1, 2, 3)]
-    assert found[0] < found[1] < found[2]
-    assert found[0] == epsilon_of(history(rows), 1e-5, "pld").upper
+    bounds = [person_epsilon(history(rows), 1e-5, k) for k in (1, 2, 3)]
+    assert bounds[0] < bounds[1] < bounds[2]
+    assert bounds[0] == epsilon_of(history(rows), 1e-5, "pld").upper
 
 
 @pytest.mark.parametrize("k", [2, 4])
@@ -346,8 +346,8 @@ def test_several_records_of_which_all_take_part_move_the_sum_as_one_large_record
     import dp_accounting as dpa
 
     exact = dpa.get_epsilon_gaussian(8.0 / k / math.sqrt(10), 1e-5)
-    found = person_epsilon([Gaussian(noise_multiplier=8.0, steps=10)], 1e-5, k)
-    assert exact - 1e-9 <= found <= exact + 0.01
+    bound = person_epsilon([Gaussian(noise_multiplier=8.0, steps=10)], 1e-5, k)
+    assert exact - 1e-9 <= bound <= exact + 0.01
 
 
 @pytest.mark.long

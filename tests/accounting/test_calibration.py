@@ -28,21 +28,21 @@ def test_calibration_is_tight_and_never_above(target: float, delta: float, q: fl
 
 def test_calibration_by_opacus():
     """Opacus needs 1.416 for epsilon 8 at q = 0.04 over 2249 steps."""
-    found = least_noise_multiplier(
+    noise = least_noise_multiplier(
         lambda noise: epsilon_of([steps_of(0.04, noise, 2249)], 1e-5).upper, 8.0
     )
-    assert found == pytest.approx(1.416, abs=1e-3)
+    assert noise == pytest.approx(1.416, abs=1e-3)
 
 
 @pytest.mark.slow
 def test_calibration_of_the_exact_gaussian():
-    """The noise for epsilon 1 at 1e-5 is 3.7306316 (Balle and Wang 2018); ours is the next one
-    up with four decimals.
+    """The noise for epsilon 1 at 1e-5 is 3.7306316 (Balle and Wang 2018); the answer is the next
+    one up with four decimals.
     """
-    found = least_noise_multiplier(
+    noise = least_noise_multiplier(
         lambda noise: epsilon_of([steps_of(1.0, noise)], 1e-5, "pld", 1e-4).upper, 1.0
     )
-    assert found == 3.7307
+    assert noise == 3.7307
 
 
 def test_an_unreachable_target_is_none():
@@ -72,7 +72,7 @@ def test_it_is_the_least_on_the_grid(scale: float, power: float, target: float, 
     def epsilon(noise: float) -> float:
         return math.inf if noise < none_below else scale * noise**-power if noise < 5000.0 else 0.0
 
-    found = least_noise_multiplier(epsilon, target)
-    assert found is not None
-    assert epsilon(found) <= target
-    assert found == 1e-4 or epsilon(round(found * 1e4 - 1) / 1e4) > target
+    noise = least_noise_multiplier(epsilon, target)
+    assert noise is not None
+    assert epsilon(noise) <= target
+    assert noise == 1e-4 or epsilon(round(noise * 1e4 - 1) / 1e4) > target

@@ -60,9 +60,9 @@ def test_the_divergences_are_never_below_the_integral_and_exact_at_whole_orders(
 ):
     low = np.array(ORDERS) < 20
     expected = np.array([integrated(q, sigma, order) for order in np.array(ORDERS)[low]])
-    found = divergences(steps_of(q, sigma))[low]
-    assert (found >= expected * (1 - 1e-9) - 1e-11).all()
-    np.testing.assert_allclose(found[WHOLE[low]], expected[WHOLE[low]], rtol=1e-6, atol=1e-11)
+    bounds = divergences(steps_of(q, sigma))[low]
+    assert (bounds >= expected * (1 - 1e-9) - 1e-11).all()
+    np.testing.assert_allclose(bounds[WHOLE[low]], expected[WHOLE[low]], rtol=1e-6, atol=1e-11)
 
 
 @given(noises)
@@ -96,15 +96,15 @@ def test_no_noise_has_no_finite_order():
 @pytest.mark.parametrize("q", [1e-12, 1e-3, 0.1, 1.0])
 def test_hardly_any_noise_is_never_cheaper_than_some(q: float):
     """Far down dp-accounting returns NaN, of which max(0, NaN) makes a step that costs nothing."""
-    some = epsilons(ORDERS, divergences(steps_of(q, 0.1)), 1e-5).min()
+    least = epsilons(ORDERS, divergences(steps_of(q, 0.1)), 1e-5).min()
     for power in (-324, -300, -170, *range(-165, -140), -101, -99, -50, -10, -3):
         for event in (
             steps_of(q, 10.0**power),
             DiscreteGaussian(sampling_rate=q, noise_multiplier=10.0**power, sensitivity=1.01),
         ):
-            found = divergences(event)
-            assert not np.isnan(found).any()
-            assert epsilons(ORDERS, found, 1e-5).min() >= some
+            bounds = divergences(event)
+            assert not np.isnan(bounds).any()
+            assert epsilons(ORDERS, bounds, 1e-5).min() >= least
 
 
 # From so small that they cost nothing to more than anybody spends.
@@ -127,9 +127,9 @@ def test_the_conversion_is_that_of_dp_accounting(divergence: np.ndarray, delta: 
         compute_epsilon([order], [value], delta)[0]
         for order, value in zip(ORDERS, divergence, strict=True)
     ]
-    found = epsilons(ORDERS, divergence, delta)
-    np.testing.assert_allclose(found, expected, rtol=1e-9, atol=1e-12)
-    assert found.min() == pytest.approx(
+    computed = epsilons(ORDERS, divergence, delta)
+    np.testing.assert_allclose(computed, expected, rtol=1e-9, atol=1e-12)
+    assert computed.min() == pytest.approx(
         compute_epsilon(ORDERS, divergence, delta)[0], rel=1e-9, abs=1e-12
     )
 
@@ -140,15 +140,15 @@ def test_the_conversion_is_that_of_dp_accounting(divergence: np.ndarray, delta: 
 def test_a_share_of_delta_is_a_smaller_delta(
     divergence: np.ndarray, delta: float, weights: np.ndarray
 ):
-    found = epsilons(ORDERS, divergence, delta, weights)
+    computed = epsilons(ORDERS, divergence, delta, weights)
     for i in range(0, len(ORDERS), 10):
         alone = (
             epsilons(ORDERS[i : i + 1], divergence[i : i + 1], delta * weights[i])[0]
             if weights[i]
             else math.inf
         )
-        assert found[i] == pytest.approx(alone, rel=1e-12)
-    assert np.isinf(found[weights == 0.0]).all()
+        assert computed[i] == pytest.approx(alone, rel=1e-12)
+    assert np.isinf(computed[weights == 0.0]).all()
 
 
 @pytest.mark.slow

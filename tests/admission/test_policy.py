@@ -24,14 +24,14 @@ RUN = "ab" * 16
 def policy(small: Path, tmp_path: Path) -> Any:
     """From the keys of a site file and settings of the experiment to what site aa would spend."""
 
-    def found(keys: dict[str, Any], *settings: str) -> RunPlan:
+    def admitted(keys: dict[str, Any], *settings: str) -> RunPlan:
         (tmp_path / "aa.yaml").write_text(yaml.safe_dump(keys))
         return admit("aa", load_experiment(small, settings), load_site(tmp_path, "aa"))
 
-    return found
+    return admitted
 
 
-BOOK = {"ledger": "aa.ledger", "budget": {"epsilon": 2.0, "delta": 1e-5}}
+LEDGER = {"ledger": "aa.ledger", "budget": {"epsilon": 2.0, "delta": 1e-5}}
 TARGET = ("privacy={target_epsilon: 1.0, delta: 1.0e-5, max_grad_norm: 1.0}",)
 
 
@@ -58,21 +58,22 @@ TARGET = ("privacy={target_epsilon: 1.0, delta: 1.0e-5, max_grad_norm: 1.0}",)
         (
             {"metrics": []},
             (),
-            r"\(metrics in its site file\): accuracy would leave; allow it there",
+            r"\(metrics in its site file\): accuracy would leave the site; allow it there",
         ),
         (
             {"metrics": ["auc"]},
             ("evaluation={metrics: {accuracy: 'task.py:accuracy'}, target_epsilon: 1}",),
-            r"\(metrics in its site file\): accuracy would leave",
+            r"\(metrics in its site file\): accuracy would leave the site",
         ),
         (
-            BOOK,
+            LEDGER,
             (),
-            r"accuracy would leave without noise .*; allow it there, or say evaluation.records: "
+            r"accuracy would leave the site without noise .*; allow it there, or set "
+            r"evaluation.records: "
             r"private",
         ),
         (
-            BOOK | {"exact_metrics": ["accuracy"]},
+            LEDGER | {"exact_metrics": ["accuracy"]},
             ("insecure_test_seed=1",),
             "insecure_test_seed is set, with which nothing is private; remove it",
         ),
@@ -111,8 +112,8 @@ def test_what_the_refusals_name_passes(policy: Any):
         f"privacy={{target_epsilon: {target}, delta: 1.0e-5, max_grad_norm: 1.0}}",
     )
     assert 2.0 <= accepted.training.noise_multiplier < 2.001
-    assert policy(BOOK | {"exact_metrics": ["accuracy"]}, *TARGET).kept
-    assert policy(BOOK, *TARGET, "evaluation.records=private").metrics is not None
+    assert policy(LEDGER | {"exact_metrics": ["accuracy"]}, *TARGET).kept
+    assert policy(LEDGER, *TARGET, "evaluation.records=private").metrics is not None
 
 
 @pytest.mark.parametrize(
@@ -144,9 +145,9 @@ def test_broken_policies(tmp_path: Path, keys: dict[str, Any], sentence: str):
 
 def test_a_ledger_lies_beside_the_site_file(tmp_path: Path):
     (tmp_path / "aa.yaml").write_text(
-        "ledger: books/aa.ledger\nbudget: {epsilon: 1, delta: 1.0e-5}\n"
+        "ledger: ledgers/aa.ledger\nbudget: {epsilon: 1, delta: 1.0e-5}\n"
     )
-    assert load_site(tmp_path, "aa").ledger.file == str(tmp_path / "books" / "aa.ledger")
+    assert load_site(tmp_path, "aa").ledger.file == str(tmp_path / "ledgers" / "aa.ledger")
     (tmp_path / "aa.yaml").write_text(
         "ledger: {file: aa.ledger, network_file_system: true}\nbudget: {epsilon: 1, delta: "
         "1.0e-5}\n"
@@ -157,16 +158,16 @@ def test_a_ledger_lies_beside_the_site_file(tmp_path: Path):
 # -- budgets ---------------------------------------------------------------------------------------
 
 
-def spend(path: Path, found: RunPlan, steps: int) -> None:
+def spend(path: Path, plan: RunPlan, steps: int) -> None:
     """What a run of so many steps writes."""
-    with Ledger.write(path, "aa", found.filters) as book:
-        book.charge("training", found.training.times(steps), RUN, 1)
+    with Ledger.write(path, "aa", plan.filters) as ledger:
+        ledger.charge("training", plan.training.times(steps), RUN, 1)
 
 
-KEPT = BOOK | {"exact_metrics": ["accuracy"]}
+KEPT = LEDGER | {"exact_metrics": ["accuracy"]}
 
 
-def test_the_target_is_met_in_the_filter_where_a_book_is_kept(policy: Any):
+def test_the_target_is_met_in_the_filter_where_a_ledger_is_kept(policy: Any):
     alone, kept = policy({}, *TARGET), policy(KEPT, *TARGET)
     assert (alone.accountant, kept.accountant) == ("rdp", "filter")
     assert 0.99 < alone.planned_epsilon <= 1.0
@@ -174,7 +175,7 @@ def test_the_target_is_met_in_the_filter_where_a_book_is_kept(policy: Any):
     assert kept.training.noise_multiplier > alone.training.noise_multiplier, (
         "adaptivity has a price"
     )
-    # A run without a book is charged against its own plan, and that is enough for exactly all of
+    # A run without a ledger is charged against its own plan, and that is enough for exactly all of
     # its steps.
     limit = alone.filters["training"]
     assert limit.admits_plan(limit.cost(alone.training))
@@ -183,8 +184,8 @@ def test_the_target_is_met_in_the_filter_where_a_book_is_kept(policy: Any):
 
 def test_exactly_as_many_rounds_fit_as_the_refusal_says(policy: Any, tmp_path: Path):
     keys = KEPT | {"budget": {"epsilon": 5.0, "delta": 1e-5}}
-    found = policy(keys, "rounds=50", "privacy.noise_multiplier=2.0")
-    spend(tmp_path / "aa.ledger", found, found.training.steps)
+    plan = policy(keys, "rounds=50", "privacy.noise_multiplier=2.0")
+    spend(tmp_path / "aa.ledger", plan, plan.training.steps)
     with pytest.raises(PrivflError) as caught:
         policy(keys, "rounds=2000", "privacy.noise_multiplier=2.0")
     words = str(caught.value).split()
@@ -226,9 +227,9 @@ def test_the_folder_of_a_ledger_must_be_there(policy: Any, tmp_path: Path):
         policy(KEPT | {"ledger": "away/aa.ledger"}, *TARGET)
 
 
-def test_another_sites_book_is_refused(policy: Any, tmp_path: Path):
-    found = policy(KEPT, *TARGET)
-    with Ledger.write(tmp_path / "aa.ledger", "bbb", found.filters):
+def test_another_sites_ledger_is_refused(policy: Any, tmp_path: Path):
+    plan = policy(KEPT, *TARGET)
+    with Ledger.write(tmp_path / "aa.ledger", "bbb", plan.filters):
         pass
     with pytest.raises(PrivflError, match=r"belongs to site bbb, not to aa"):
         policy(KEPT, *TARGET)
@@ -236,19 +237,19 @@ def test_another_sites_book_is_refused(policy: Any, tmp_path: Path):
 
 def test_metrics_have_a_budget_of_their_own(policy: Any, tmp_path: Path):
     settings = (*TARGET, "evaluation={metrics: {accuracy: 'task.py:accuracy'}, every: 1}")
-    found = policy(BOOK, *settings)
-    assert found.metrics.steps == 2
-    assert 0.99 < found.epsilon("evaluation", [found.metrics]) <= 1.0
-    with Ledger.write(tmp_path / "aa.ledger", "aa", found.filters) as book:
-        most = found.filters["evaluation"].times(
-            book.spent("evaluation"), found.filters["evaluation"].cost(found.metrics.once())
+    plan = policy(LEDGER, *settings)
+    assert plan.metrics.steps == 2
+    assert 0.99 < plan.epsilon("evaluation", [plan.metrics]) <= 1.0
+    with Ledger.write(tmp_path / "aa.ledger", "aa", plan.filters) as ledger:
+        most = plan.filters["evaluation"].times(
+            ledger.spent("evaluation"), plan.filters["evaluation"].cost(plan.metrics.once())
         )
-        book.charge("evaluation", found.metrics.times(most - 1), RUN, 1)
+        ledger.charge("evaluation", plan.metrics.times(most - 1), RUN, 1)
     with pytest.raises(
         PrivflError,
         match=r"for its evaluation records, .* 1 of the 2 releases of metrics .* would fit",
     ):
-        policy(BOOK, *settings)
+        policy(LEDGER, *settings)
 
 
 def test_by_default_private_metrics_leave_once(small: Path):
@@ -266,8 +267,8 @@ def test_private_metrics_need_an_epsilon(small: Path):
         load_experiment(small, ("evaluation.records=private",))
     with pytest.raises(PrivflError, match=r"metrics of public records get no noise"):
         load_experiment(small, ("evaluation.target_epsilon=1",))
-    found: Experiment = load_experiment(small, ("evaluation.records=private", *TARGET))
-    assert found.metrics_target == 1.0
+    experiment: Experiment = load_experiment(small, ("evaluation.records=private", *TARGET))
+    assert experiment.metrics_target == 1.0
 
 
 def test_unreachable_targets(policy: Any):
@@ -282,12 +283,12 @@ def test_unreachable_targets(policy: Any):
         )
 
 
-def test_the_filter_of_a_new_book_is_planned_for_the_budget(policy: Any):
-    found = policy(KEPT, *TARGET)
-    expected = RenyiFilter.planned(2.0, 1e-5, found.training.once())
-    steps = PoissonGaussian(sampling_rate=0.1, noise_multiplier=found.training.noise_multiplier)
-    assert found.filters["training"].planned_order == expected.planned_order
+def test_the_filter_of_a_new_ledger_is_planned_for_the_budget(policy: Any):
+    plan = policy(KEPT, *TARGET)
+    expected = RenyiFilter.planned(2.0, 1e-5, plan.training.once())
+    steps = PoissonGaussian(sampling_rate=0.1, noise_multiplier=plan.training.noise_multiplier)
+    assert plan.filters["training"].planned_order == expected.planned_order
     assert (
-        found.filters["training"].times(expected.nothing(), expected.cost(steps))
-        > found.training.steps
+        plan.filters["training"].times(expected.nothing(), expected.cost(steps))
+        > plan.training.steps
     )

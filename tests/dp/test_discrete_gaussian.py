@@ -95,7 +95,7 @@ def test_samples_have_the_exact_probabilities(deviation: float, cell: int):
     assert chi_square(samples, exact(deviation, math.ceil(8 * deviation)), cell) > RARE
 
 
-def test_places_within_a_bin_have_the_exact_probabilities():
+def test_positions_within_a_bin_have_the_exact_probabilities():
     """At a deviation of 10^4 a bin is 512 wide; what all samples are modulo that is uniform but
     for less than 10^-1000.
     """
@@ -121,12 +121,12 @@ def test_moments_of_wide_noise(deviation: float):
 def test_tails_appear_as_often_as_they_should():
     """Beyond 5 deviations lies one sample in 1.7 million."""
     noise = DiscreteGaussian(1000.0, SystemRandomness())
-    found, pieces, limits = np.zeros(2, dtype=int), 10, (4000, 5000)
+    beyond, pieces, limits = np.zeros(2, dtype=int), 10, (4000, 5000)
     for _ in range(pieces):
         samples = np.abs(noise.draw(4_000_000))
-        found += [np.count_nonzero(samples > limit) for limit in limits]
+        beyond += [np.count_nonzero(samples > limit) for limit in limits]
     probabilities = exact(1000.0, 12_000)
-    for count, limit in zip(found.tolist(), limits, strict=True):
+    for count, limit in zip(beyond.tolist(), limits, strict=True):
         expected = stats.poisson(pieces * 4_000_000 * 2 * probabilities[12_000 + limit + 1 :].sum())
         assert expected.ppf(RARE) <= count <= expected.isf(RARE), limit
 
@@ -140,8 +140,8 @@ def test_a_draw_is_the_accepted_candidates_in_their_order():
     """None twice, none left out: a choice among them would need to know them."""
     drawn, pieces = (DiscreteGaussian(1e4, SeededRandomness(4, "a")) for _ in range(2))
     accepted = np.concatenate([pieces._candidates(discrete_gaussian._PIECE) for _ in range(2)])
-    found = drawn.draw(3 * discrete_gaussian._PIECE)
-    assert np.array_equal(found[: len(accepted)], accepted)
+    samples = drawn.draw(3 * discrete_gaussian._PIECE)
+    assert np.array_equal(samples[: len(accepted)], accepted)
 
 
 @pytest.mark.parametrize("deviation", [0.0, -1.0, 0.49, 2.0**40 * 1.01, math.inf, math.nan])
@@ -191,7 +191,7 @@ def test_the_staircase_covers_the_range_and_lies_above_the_curve(deviation: floa
     assert width == 1 or 16 <= deviation / width < 32
     assert noise.starts == list(range(noise.starts[0], -noise.starts[0], width))
     assert -noise.starts[0] >= 12.0 * deviation
-    # The place's bits and those of the acceptance do not overlap.
+    # The bits of the position and those of the acceptance do not overlap.
     assert noise._bits + noise._fine_bits <= 64
     accepted = mpmath.mpf(0)
     with mpmath.workdps(60):
@@ -209,7 +209,7 @@ def test_the_staircase_covers_the_range_and_lies_above_the_curve(deviation: floa
 
 @pytest.mark.parametrize("deviation", DEVIATIONS)
 def test_the_float_of_the_acceptance_is_within_its_bound(deviation: float):
-    """Places everywhere in bins everywhere; the proof says below 2^-43, the sampler relies on
+    """Integers everywhere in bins everywhere; the proof says below 2^-43, the sampler relies on
     2^-40.
     """
     noise = DiscreteGaussian(deviation, SystemRandomness())
@@ -222,10 +222,10 @@ def test_the_float_of_the_acceptance_is_within_its_bound(deviation: float):
     x = noise._offsets[entries] + generator.integers(0, 1 << noise._bits, len(entries))
     chances = noise._chances(x, entries)
     with mpmath.workdps(60):
-        for place, entry, chance in zip(
+        for value, entry, chance in zip(
             x.tolist(), entries.tolist(), chances.tolist(), strict=True
         ):
-            height = mpmath.exp(-(mpmath.mpf(place) ** 2) / (2 * mpmath.mpf(deviation) ** 2))
+            height = mpmath.exp(-(mpmath.mpf(value) ** 2) / (2 * mpmath.mpf(deviation) ** 2))
             assert abs(noise.scale * height / noise.weights[noise._bins[entry]] - chance) < 2.0**-43
     assert noise._tolerance >= 2.0**-40 + 2.0**-noise._fine_bits
 
@@ -276,20 +276,20 @@ class _Given:
 @pytest.mark.parametrize("deviation", [50.0, 1e4, 2.0**24 + 0.5])
 def test_the_last_of_128_bits_decides(deviation: float):
     noise = DiscreteGaussian(deviation, _Given(0))
-    place = len(noise.weights) // 2 + 20
-    x = noise.starts[place] + (1 << noise._bits) - 1
+    bin_of_x = len(noise.weights) // 2 + 20
+    x = noise.starts[bin_of_x] + (1 << noise._bits) - 1
     with mpmath.workdps(90):
         chance = (
             noise.scale
             * mpmath.exp(-(mpmath.mpf(x) ** 2) / (2 * mpmath.mpf(deviation) ** 2))
-            / noise.weights[place]
+            / noise.weights[bin_of_x]
         )
         boundary = int(mpmath.floor(chance * 2 ** (noise._fine_bits + 128)))
     first, rest = divmod(boundary, 1 << 128)
     assert 0 < rest < (1 << 128) - 1
     for more, expected in ((rest, True), (rest + 1, False)):
         noise._randomness = _Given(more)
-        assert noise._accepts(x, place, first) is expected
+        assert noise._accepts(x, bin_of_x, first) is expected
 
 
 @pytest.mark.parametrize(
@@ -314,13 +314,13 @@ def test_floats_decide_only_where_their_error_cannot_matter(
     asked = []
     monkeypatch.setattr(noise, "_chances", lambda x, entry: np.array([chance]))
     monkeypatch.setattr(noise, "_accepts", lambda *arguments: asked.append(arguments) or True)
-    found = noise._candidates(1).tolist()
-    x, place = (
+    accepted = noise._candidates(1).tolist()
+    x, bin_of_x = (
         int(noise._offsets[0 if noise._thresholds[0] > 0 else 1024]),
         int(noise._bins[0 if noise._thresholds[0] > 0 else 1024]),
     )
-    assert asked == ([(x, place, first)] if expected == "asks" else [])
-    assert found == ([] if expected == "rejects" else [x])
+    assert asked == ([(x, bin_of_x, first)] if expected == "asks" else [])
+    assert accepted == ([] if expected == "rejects" else [x])
 
 
 # -- sums of shares --------------------------------------------------------------------------------
@@ -404,9 +404,9 @@ def _in_child(source: SystemRandomness, fork: Callable[[], int]) -> bytes:
         os._exit(0)
     os.close(writer)
     with os.fdopen(reader, "rb") as pipe:
-        found = pipe.read()
+        drawn = pipe.read()
     os.waitpid(child, 0)
-    return found
+    return drawn
 
 
 @pytest.mark.parametrize("how", ["python", "unseen by python", "number met again"])
@@ -432,19 +432,19 @@ def test_every_key_comes_from_the_system_and_serves_for_so_much(monkeypatch: pyt
     monkeypatch.setattr(randomness, "_KEY_BYTES", 1000)
     monkeypatch.setattr(os, "urandom", urandom)
     source = SystemRandomness()
-    given = b"".join(source.bytes(count) for count in (7, 100, 0, 1500, 1393))
+    drawn = b"".join(source.bytes(count) for count in (7, 100, 0, 1500, 1393))
     assert [len(key) for key in keys] == [32, 32, 32]
     expected = [
         Cipher(algorithms.AES256(key), modes.CTR(bytes(16))).encryptor().update(bytes(1000))
         for key in keys
     ]
-    assert given == b"".join(expected)
+    assert drawn == b"".join(expected)
 
 
 def test_many_bytes_at_once():
-    found = SystemRandomness().bytes(randomness._KEY_BYTES + (3 << 19) + 5)
-    assert len(found) == randomness._KEY_BYTES + (3 << 19) + 5
-    counts = np.bincount(np.frombuffer(found, dtype=np.uint8), minlength=256)
+    drawn = SystemRandomness().bytes(randomness._KEY_BYTES + (3 << 19) + 5)
+    assert len(drawn) == randomness._KEY_BYTES + (3 << 19) + 5
+    counts = np.bincount(np.frombuffer(drawn, dtype=np.uint8), minlength=256)
     assert stats.chisquare(counts).pvalue > RARE
-    blocks = np.frombuffer(found[: len(found) // 16 * 16], dtype="V16")
+    blocks = np.frombuffer(drawn[: len(drawn) // 16 * 16], dtype="V16")
     assert len(np.unique(blocks)) == len(blocks)

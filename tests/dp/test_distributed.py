@@ -62,8 +62,8 @@ def fits(values: NDArray[np.float64], deviation: float) -> bool:
     """Whether the sum of squares is one of normal variates with this standard deviation; both
     tails.
     """
-    found = stats.chi2(values.size).cdf(float(((values / deviation) ** 2).sum()))
-    return LEAST_P < found < 1 - LEAST_P
+    probability = stats.chi2(values.size).cdf(float(((values / deviation) ** 2).sum()))
+    return LEAST_P < probability < 1 - LEAST_P
 
 
 # -- shares of the noise ---------------------------------------------------------------------------
@@ -128,10 +128,10 @@ def test_a_sum_is_rounded_to_the_nearest_step_and_its_share_is_added_exactly():
     one.draw_ahead(1000)
     assert one._ahead is not None
     share = one._ahead.copy()
-    found = one.add(total)
-    assert found.dtype == np.int64
+    noisy = one.add(total)
+    assert noisy.dtype == np.int64
     rounded = [round(Fraction(x) / Fraction(chosen.step)) for x in total.tolist()]
-    assert (found - share).tolist() == rounded
+    assert (noisy - share).tolist() == rounded
 
 
 def test_every_share_is_used_once(monkeypatch: pytest.MonkeyPatch):
@@ -166,18 +166,20 @@ def test_every_share_is_used_once(monkeypatch: pytest.MonkeyPatch):
 @pytest.mark.parametrize("bits", [12, 16, 22, 27])
 def test_the_grid_is_the_finest_of_16_bits_that_holds_the_range(value_range: float, bits: int):
     largest = 2 ** (bits - 1) - 1
-    found = grid(
+    chosen = grid(
         value_range=value_range,
         largest_total=largest,
         max_grad_norm=value_range,
         noise_multiplier=1.0,
         parameters=1,
     )
-    fraction, exponent = math.frexp(found.step)
+    fraction, exponent = math.frexp(chosen.step)
     assert math.ldexp(fraction, 16).is_integer()
-    assert value_range <= found.step * largest
-    assert value_range > (found.step - math.ldexp(1.0, exponent - 16)) * largest
-    assert found.deviation == pytest.approx(value_range / math.sqrt(SITES - COLLUSION) / found.step)
+    assert value_range <= chosen.step * largest
+    assert value_range > (chosen.step - math.ldexp(1.0, exponent - 16)) * largest
+    assert chosen.deviation == pytest.approx(
+        value_range / math.sqrt(SITES - COLLUSION) / chosen.step
+    )
 
 
 def test_a_grid_on_which_rounding_moves_a_sum_too_far_is_refused():

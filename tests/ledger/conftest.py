@@ -1,4 +1,4 @@
-"""Where the books of these tests lie."""
+"""Where the ledgers of these tests lie."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Whatever ends the process: what was released was charged before, and the book goes on where it
+"""Whatever ends the process: what was released was charged before, and the ledger goes on where it
 stopped.
 """
 
@@ -22,7 +22,7 @@ import pytest
 from privfl.errors import PrivflError
 from privfl.ledger import Ledger, Row
 from tests.conftest import ROOT
-from tests.ledger.books import CHEAP, METRICS, RUN, STEP, limit, open_book
+from tests.ledger.ledgers import CHEAP, METRICS, RUN, STEP, limit, open_ledger
 from tests.ledger.worker import work
 
 pytestmark = pytest.mark.slow
@@ -80,9 +80,9 @@ def check(path: Path, released: Path, whole: list[tuple[object, ...]] | None = N
     """
     seen = released_in(released)
     try:
-        with Ledger.read(path) as book:
-            rows = list(book.rows)
-            assert book.problems() == []
+        with Ledger.read(path) as ledger:
+            rows = list(ledger.rows)
+            assert ledger.problems() == []
     except PrivflError as error:
         rows, said = [], str(error)
     assert rows or "holds nothing yet" in said or "there is no ledger" in said
@@ -98,19 +98,19 @@ def check(path: Path, released: Path, whole: list[tuple[object, ...]] | None = N
             assert after.mechanism == before.number
     if whole is not None:
         assert [meaning(row) for row in rows] == whole[: len(rows)]
-    with open_book(path) as book:
-        assert book.rows[: len(rows)] == rows
-        spent = book.spent("training")
-        known = STEP in book.events.values()
-        charge = book.charge("training", STEP, RUN, 99)
+    with open_ledger(path) as ledger:
+        assert ledger.rows[: len(rows)] == rows
+        spent = ledger.spent("training")
+        known = STEP in ledger.events.values()
+        charge = ledger.charge("training", STEP, RUN, 99)
         assert charge.number == max(len(rows), 1) + (1 if known else 2)
-        np.testing.assert_allclose(book.spent("training"), spent + limit().cost(STEP), rtol=1e-12)
+        np.testing.assert_allclose(ledger.spent("training"), spent + limit().cost(STEP), rtol=1e-12)
         # What it says is as it was found, so that it can be killed again.
-        book.refund(charge, "signal")
+        ledger.refund(charge, "signal")
     assert not path.with_name(path.name + "-journal").exists()
-    with Ledger.read(path) as book:
-        assert book.problems() == []
-        assert (book.spent("training") == spent).all()
+    with Ledger.read(path) as ledger:
+        assert ledger.problems() == []
+        assert (ledger.spent("training") == spent).all()
     return len(rows)
 
 
@@ -120,9 +120,15 @@ def undisturbed(folder: Path) -> tuple[list[tuple[object, ...]], int]:
     """
     counter = itertools.count()
     work(folder / "whole", folder / "whole.released", ROUNDS, lambda: next(counter) and None)
-    with Ledger.read(folder / "whole") as book:
-        assert {row.kind for row in book.rows} == {"opened", "run", "mechanism", "charge", "refund"}
-        rows = [meaning(row) for row in book.rows]
+    with Ledger.read(folder / "whole") as ledger:
+        assert {row.kind for row in ledger.rows} == {
+            "opened",
+            "run",
+            "mechanism",
+            "charge",
+            "refund",
+        }
+        rows = [meaning(row) for row in ledger.rows]
     return rows, next(counter)
 
 
@@ -132,15 +138,15 @@ def killed_at_each(
     """Kill a fresh run at each of these points; how many rows were left, of all."""
     left = set()
     for point in points:
-        place = folder / str(point)
-        place.mkdir()
+        work_folder = folder / str(point)
+        work_folder.mkdir()
         counter = itertools.count()
 
         def tick(point: int = point, counter: Iterable[int] = counter) -> None:
             if next(counter) == point:
                 os.kill(os.getpid(), signal.SIGKILL)
 
-        path, released = place / "north.ledger", place / "released"
+        path, released = work_folder / "north.ledger", work_folder / "released"
         assert (
             child(
                 lambda path=path, released=released, tick=tick: work(path, released, ROUNDS, tick)
@@ -172,7 +178,7 @@ def test_killed_at_every_point(tmp_path: Path):
 
 
 def killed_by_parent(folder: Path, times: int, seed: int) -> None:
-    """Kill process after process that works on the same book, each at a random instant after a
+    """Kill process after process that works on the same ledger, each at a random instant after a
     few releases.
     """
     rng = random.Random(seed)
@@ -220,9 +226,9 @@ def torn(folder: Path, sizes: Iterable[int]) -> None:
     whole, _ = undisturbed(folder)
     left = []
     for size, action in itertools.product(sizes, (signal.SIG_DFL, signal.SIG_IGN)):
-        place = folder / f"{size}-{action}"
-        place.mkdir()
-        path, released = place / "north.ledger", place / "released"
+        work_folder = folder / f"{size}-{action}"
+        work_folder.mkdir()
+        path, released = work_folder / "north.ledger", work_folder / "released"
         code = out_of_room(path, released, size, action)
         assert code == (-signal.SIGXFSZ if action == signal.SIG_DFL else 2)
         left.append(check(path, released, whole))
@@ -261,9 +267,9 @@ def test_killed_before_each_system_call_of_sqlite(tmp_path: Path, call: str):
         pytest.skip("strace is not installed")
     left = set()
     for number in itertools.count(1):
-        place = tmp_path / str(number)
-        place.mkdir()
-        path, released = place / "north.ledger", place / "released"
+        work_folder = tmp_path / str(number)
+        work_folder.mkdir()
+        path, released = work_folder / "north.ledger", work_folder / "released"
         command = [
             "strace",
             "-f",

@@ -1,4 +1,4 @@
-"""A book that the disk, or a hand, has changed: it is found damaged, or what it says is the
+"""A ledger that the disk, or a hand, has changed: it is found damaged, or what it says is the
 same.
 """
 
@@ -17,7 +17,7 @@ from privfl.accounting import ACCOUNTS
 from privfl.errors import DamagedError, PrivflError
 from privfl.ledger import Ledger
 from privfl.ledger.rows import chained
-from tests.ledger.books import RUN, STEP, a_dozen_rows, by_sql, open_book
+from tests.ledger.ledgers import RUN, STEP, a_dozen_rows, by_sql, open_ledger
 
 
 @pytest.fixture
@@ -26,55 +26,55 @@ def path(tmp_path: Path) -> Path:
     return tmp_path / "north.ledger"
 
 
-def flipped(path: Path, places: Iterable[int], seed: int) -> tuple[int, int]:
+def flipped(path: Path, offsets: Iterable[int], seed: int) -> tuple[int, int]:
     """Flip a random bit of each byte in turn, in a fresh copy each; how often that was found,
     and how often it changed nothing.
     """
-    with Ledger.read(path) as book:
+    with Ledger.read(path) as ledger:
         rows, spent, filters = (
-            book.rows,
-            [book.spent(account) for account in ACCOUNTS],
-            book.filters,
+            ledger.rows,
+            [ledger.spent(account) for account in ACCOUNTS],
+            ledger.filters,
         )
     good, copy, rng = path.read_bytes(), path.with_name("copy.ledger"), random.Random(seed)
-    found = same = 0
-    for place in places:
+    detected = unchanged = 0
+    for offset in offsets:
         bad = bytearray(good)
-        bad[place] ^= 1 << rng.randrange(8)
+        bad[offset] ^= 1 << rng.randrange(8)
         copy.write_bytes(bad)
         try:
-            with Ledger.read(copy) as book:
-                assert book.rows == rows, place
-                assert book.filters == filters, place
+            with Ledger.read(copy) as ledger:
+                assert ledger.rows == rows, offset
+                assert ledger.filters == filters, offset
                 for account, expected in zip(ACCOUNTS, spent, strict=True):
-                    np.testing.assert_array_equal(book.spent(account), expected)
+                    np.testing.assert_array_equal(ledger.spent(account), expected)
                 # Whatever this says, it says it.
-                book.problems()
-            same += 1
+                ledger.problems()
+            unchanged += 1
         except PrivflError:
-            found += 1
-    return found, same
+            detected += 1
+    return detected, unchanged
 
 
 @pytest.mark.slow
 def test_a_flipped_bit_is_found_or_changes_nothing(path: Path):
     size = path.stat().st_size
-    # The header, and places anywhere.
-    places = [*range(0, 110, 2), *random.Random(2).sample(range(size), 300)]
-    found, same = flipped(path, places, seed=3)
-    assert found > 100
-    assert same > 50
+    # The header, and bytes anywhere.
+    offsets = [*range(0, 110, 2), *random.Random(2).sample(range(size), 300)]
+    detected, unchanged = flipped(path, offsets, seed=3)
+    assert detected > 100
+    assert unchanged > 50
 
 
 @pytest.mark.long
 @pytest.mark.timeout(1800)
 def test_a_flipped_bit_in_every_byte_is_found_or_changes_nothing(path: Path):
-    found, same = flipped(path, range(path.stat().st_size), seed=4)
+    detected, unchanged = flipped(path, range(path.stat().st_size), seed=4)
     # All that is stored of the rows must be found: the larger part is text of the bodies.
-    with Ledger.read(path) as book:
-        stored = sum(len(str(value)) for row in book.rows for value in row)
-    assert found > 0.95 * stored
-    assert same > 1000
+    with Ledger.read(path) as ledger:
+        stored = sum(len(str(value)) for row in ledger.rows for value in row)
+    assert detected > 0.95 * stored
+    assert unchanged > 1000
 
 
 @pytest.mark.long
@@ -94,14 +94,14 @@ def test_a_file_that_was_cut_is_found(path: Path, size: int):
 
 @pytest.mark.parametrize("page", range(5))
 def test_a_page_of_zeros_is_found_or_changes_nothing(path: Path, page: int):
-    with Ledger.read(path) as book:
-        rows = book.rows
+    with Ledger.read(path) as ledger:
+        rows = ledger.rows
     bad = bytearray(path.read_bytes())
     bad[page * 4096 : (page + 1) * 4096] = bytes(4096)
     path.write_bytes(bad)
     try:
-        with Ledger.read(path) as book:
-            assert book.rows == rows
+        with Ledger.read(path) as ledger:
+            assert ledger.rows == rows
     except PrivflError:
         pass
 
@@ -147,8 +147,8 @@ def assert_damaged(path: Path, what: object) -> None:
 
 def test_every_changed_column_of_every_row_is_found(path: Path):
     good = path.read_bytes()
-    with Ledger.read(path) as book:
-        rows = book.rows
+    with Ledger.read(path) as ledger:
+        rows = ledger.rows
     tried = 0
     for row in rows:
         for name, value in row._asdict().items():
@@ -165,18 +165,20 @@ def test_every_changed_column_of_every_row_is_found(path: Path):
 
 def test_every_changed_number_of_a_mechanism_and_of_the_limits_is_found(path: Path):
     good = path.read_bytes()
-    with Ledger.read(path) as book:
-        bodies = {row.number: row.body for row in book.rows if row.kind in ("opened", "mechanism")}
+    with Ledger.read(path) as ledger:
+        bodies = {
+            row.number: row.body for row in ledger.rows if row.kind in ("opened", "mechanism")
+        }
     assert sorted(bodies) == [1, 3, 5, 9]
     for number, body in bodies.items():
         # Every digit in turn, of a sample of them: exponents, signs and the last place of a double
         # are among them.
-        digits = [place for place, character in enumerate(body) if character.isdigit()]
-        for place in random.Random(number).sample(digits, 60):
-            other = body[:place] + str((int(body[place]) + 1) % 10) + body[place + 1 :]
+        digits = [offset for offset, character in enumerate(body) if character.isdigit()]
+        for offset in random.Random(number).sample(digits, 60):
+            other = body[:offset] + str((int(body[offset]) + 1) % 10) + body[offset + 1 :]
             path.write_bytes(good)
             by_sql(path, ("UPDATE rows SET body = ? WHERE number = ?", (other, number)))
-            assert_damaged(path, (number, place))
+            assert_damaged(path, (number, offset))
 
 
 @pytest.mark.parametrize(
@@ -218,7 +220,7 @@ def test_rows_taken_out_put_in_and_moved_are_found(path: Path, statements: list[
     assert_damaged(path, statements)
 
 
-def test_a_book_without_its_table_is_no_book(path: Path):
+def test_a_ledger_without_its_table_is_no_ledger(path: Path):
     by_sql(path, "ALTER TABLE rows RENAME TO lines")
     for opened in (lambda: Ledger.read(path), lambda: Ledger.write(path, "north", {})):
         with pytest.raises(PrivflError, match=r"holds nothing yet|is not a ledger"):
@@ -226,8 +228,8 @@ def test_a_book_without_its_table_is_no_book(path: Path):
 
 
 def test_a_row_with_a_hash_of_its_own_breaks_the_next(path: Path):
-    with Ledger.read(path) as book:
-        rows = book.rows
+    with Ledger.read(path) as ledger:
+        rows = ledger.rows
     forged = rows[9]._replace(steps=1)
     by_sql(
         path,
@@ -241,16 +243,16 @@ def test_a_row_with_a_hash_of_its_own_breaks_the_next(path: Path):
 
 
 def test_a_row_of_another_history_does_not_fit(path: Path):
-    """Two copies of one book that went on apart, as after a backup: rows of one are no rows of
+    """Two copies of one ledger that went on apart, as after a backup: rows of one are no rows of
     the other.
     """
     other = path.with_name("other.ledger")
     other.write_bytes(path.read_bytes())
     for copy, steps in ((path, 5), (other, 1)):
-        with open_book(copy) as book:
-            book.charge("training", STEP.times(steps), RUN, 4)
-            book.charge("training", STEP.times(2), RUN, 5)
-            last = book.rows[-1]
+        with open_ledger(copy) as ledger:
+            ledger.charge("training", STEP.times(steps), RUN, 4)
+            ledger.charge("training", STEP.times(2), RUN, 5)
+            last = ledger.rows[-1]
     by_sql(path, ("UPDATE rows SET time = ?, hash = ? WHERE number = 14", (last.time, last.hash)))
     with pytest.raises(DamagedError, match="row 14 was changed"):
         Ledger.read(path)

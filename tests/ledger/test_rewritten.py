@@ -1,4 +1,4 @@
-"""Books that a hand changed and whose chain fits all the same: opening one, or a fresh look,
+"""Ledgers that a hand changed and whose chain fits all the same: opening one, or a fresh look,
 finds what no run would have written.
 """
 
@@ -10,7 +10,7 @@ import pytest
 
 from privfl.errors import DamagedError
 from privfl.ledger import Ledger
-from tests.ledger.books import RUN, STEP, a_dozen_rows, by_sql, limit, open_book, rewrite
+from tests.ledger.ledgers import RUN, STEP, a_dozen_rows, by_sql, limit, open_ledger, rewrite
 
 
 def test_a_refund_after_its_run_is_found(path: Path):
@@ -38,17 +38,17 @@ def test_triggers_are_refused(path: Path):
         "END",
     )
     with pytest.raises(DamagedError, match="triggers or views"):
-        open_book(path)
+        open_ledger(path)
 
 
-# -- a rewritten book whose chain fits -------------------------------------------------------------
+# -- a rewritten ledger whose chain fits -----------------------------------------------------------
 
 
 def found_by_a_look(path: Path) -> list[str]:
     """What opening and `problems` find together."""
     try:
-        with Ledger.read(path) as book:
-            return book.problems()
+        with Ledger.read(path) as ledger:
+            return ledger.problems()
     except DamagedError as error:
         return [str(error)]
 
@@ -57,8 +57,8 @@ def test_cached_divergences_that_are_not_those_of_the_event_are_found(path: Path
     a_dozen_rows(path).close()
 
     def cheaper(rows: list[list[object]]) -> None:
-        with Ledger.read(path) as book:
-            value = book.rows[2].facts()["divergences"][30]
+        with Ledger.read(path) as ledger:
+            value = ledger.rows[2].facts()["divergences"][30]
         rows[2][8] = str(rows[2][8]).replace(repr(value), repr(value * 0.999), 1)
 
     rewrite(path, cheaper)
@@ -78,9 +78,9 @@ def test_a_charge_beyond_the_budget_is_found(path: Path):
 
 
 def test_a_budget_that_was_filled_exactly_is_no_problem(path: Path):
-    with open_book(path) as book:
-        while room := limit().times(book.spent("training"), limit().cost(STEP)):
-            book.charge("training", STEP.times(min(room, 37)), RUN, 1)
+    with open_ledger(path) as ledger:
+        while room := limit().times(ledger.spent("training"), limit().cost(STEP)):
+            ledger.charge("training", STEP.times(min(room, 37)), RUN, 1)
     assert found_by_a_look(path) == []
 
 

@@ -1,4 +1,4 @@
-"""The file under a book: one writer, its owner's only, on a local disk, and never a file that is
+"""The file under a ledger: one writer, its owner's only, on a local disk, and never a file that is
 somebody else's.
 """
 
@@ -21,17 +21,17 @@ from privfl.errors import DamagedError, PrivflError
 from privfl.ledger import Ledger, storage
 from privfl.ledger.storage import APPLICATION, Storage, file_system
 from tests.conftest import ROOT
-from tests.ledger.books import RUN, STEP, a_dozen_rows, by_sql, open_book
+from tests.ledger.ledgers import RUN, STEP, a_dozen_rows, by_sql, open_ledger
 
 
 def refused(
     action: Callable[[], object], *parts: str, kind: type[PrivflError] = PrivflError
 ) -> None:
     """``action`` ends with one sentence that has all of ``parts``."""
-    with pytest.raises(PrivflError) as found:
+    with pytest.raises(PrivflError) as caught:
         action()
-    assert type(found.value) is kind
-    said = str(found.value)
+    assert type(caught.value) is kind
+    said = str(caught.value)
     assert "\n" not in said
     for part in parts:
         assert part in said
@@ -42,10 +42,9 @@ def refused(
 HOLDER = """
 import sys, time
 from pathlib import Path
-from typing import Any
-from tests.ledger.books import open_book
-book = open_book(Path(sys.argv[1]))
-print(len(book.rows), flush=True)
+from tests.ledger.ledgers import open_ledger
+ledger = open_ledger(Path(sys.argv[1]))
+print(len(ledger.rows), flush=True)
 time.sleep(600)
 """
 
@@ -59,40 +58,40 @@ def test_a_second_writer_is_refused_until_the_first_is_killed(path: Path):
         assert holder.stdout is not None
         assert holder.stdout.readline() == b"1\n"
         refused(
-            lambda: open_book(path),
+            lambda: open_ledger(path),
             "is in use by another run",
             f"process {holder.pid} on {os.uname().nodename}",
             "wait",
         )
-        with Ledger.read(path) as book:
-            assert len(book.rows) == 1
+        with Ledger.read(path) as ledger:
+            assert len(ledger.rows) == 1
     finally:
         holder.send_signal(signal.SIGKILL)
         holder.wait()
-    with open_book(path) as book:
-        book.charge("training", STEP, RUN, 1)
-        refused(lambda: open_book(path), "in this process itself: close()")
+    with open_ledger(path) as ledger:
+        ledger.charge("training", STEP, RUN, 1)
+        refused(lambda: open_ledger(path), "in this process itself: close()")
 
 
 def test_a_second_writer_is_refused_until_the_first_closes(path: Path):
-    first = open_book(path)
-    refused(lambda: open_book(path), "in this process itself: close()")
+    first = open_ledger(path)
+    refused(lambda: open_ledger(path), "in this process itself: close()")
     first.close()
     first.close()
-    open_book(path).close()
+    open_ledger(path).close()
 
 
-def test_a_process_that_was_forked_does_not_keep_a_closed_book(path: Path):
+def test_a_process_that_was_forked_does_not_keep_a_closed_ledger(path: Path):
     """As the workers of a data loader are."""
-    book = open_book(path)
+    ledger = open_ledger(path)
     reading, writing = os.pipe()
     child = os.fork()
     if child == 0:
         os.read(reading, 1)
         os._exit(0)
     try:
-        book.close()
-        open_book(path).close()
+        ledger.close()
+        open_ledger(path).close()
     finally:
         os.write(writing, b"x")
         os.waitpid(child, 0)
@@ -101,8 +100,8 @@ def test_a_process_that_was_forked_does_not_keep_a_closed_book(path: Path):
 def test_a_second_writer_by_another_name_is_refused(path: Path):
     alias = path.with_name("alias")
     alias.symlink_to(path)
-    with open_book(path):
-        refused(lambda: open_book(alias), "in this process itself: close()")
+    with open_ledger(path):
+        refused(lambda: open_ledger(alias), "in this process itself: close()")
 
 
 @pytest.mark.parametrize("spoil", ["charge", "site", "text"])
@@ -110,27 +109,27 @@ def test_a_failed_opening_leaves_no_lock(path: Path, spoil: str):
     a_dozen_rows(path).close()
     good = path.read_bytes()
     if spoil == "text":
-        path.write_text("not a book at all\n" * 100)
+        path.write_text("not a ledger at all\n" * 100)
     elif spoil == "charge":
         by_sql(path, "UPDATE rows SET steps = steps + 1 WHERE kind = 'charge'")
     with pytest.raises(PrivflError) as error:
         Ledger.write(path, "south", {})
     assert "in use" not in str(error.value)
     path.write_bytes(good)
-    open_book(path).close()
+    open_ledger(path).close()
     del error
 
 
 def test_a_reader_works_beside_a_writer(path: Path):
-    with open_book(path) as book:
+    with open_ledger(path) as ledger:
         for round_ in range(3):
-            book.charge("training", STEP, RUN, round_)
+            ledger.charge("training", STEP, RUN, round_)
             with Ledger.read(path) as look:
-                assert look.rows == book.rows
+                assert look.rows == ledger.rows
             with Ledger.read(path) as look, Ledger.read(path) as other:
                 # Both stay open over the next charge.
-                book.charge("training", STEP, RUN, round_)
-                assert look.head == other.head != book.head
+                ledger.charge("training", STEP, RUN, round_)
+                assert look.head == other.head != ledger.head
 
 
 # -- the file itself -------------------------------------------------------------------------------
@@ -139,8 +138,8 @@ def test_a_reader_works_beside_a_writer(path: Path):
 def test_it_is_for_its_owner_only(path: Path):
     old = os.umask(0)
     try:
-        with open_book(path) as book:
-            book.charge("training", STEP, RUN, 1)
+        with open_ledger(path) as ledger:
+            ledger.charge("training", STEP, RUN, 1)
             left = sorted(entry.name for entry in path.parent.iterdir())
             assert left == ["north.ledger", "north.ledger.lock"]
             for entry in path.parent.iterdir():
@@ -164,41 +163,41 @@ def connections(monkeypatch: pytest.MonkeyPatch) -> list[sqlite3.Connection]:
 
 
 def test_what_sqlite_was_told(path: Path, connections: list[sqlite3.Connection]):
-    with closing(Storage.write(path)) as book:
+    with closing(Storage.write(path)) as ledger:
         connection = connections[-1]
         assert connection.execute("PRAGMA journal_mode").fetchone() == ("delete",)
         assert connection.execute("PRAGMA synchronous").fetchone() == (3,)
         assert connection.execute("PRAGMA application_id").fetchone() == (APPLICATION,)
         assert connection.execute("PRAGMA user_version").fetchone() == (storage.VERSION,)
         assert connection.execute("PRAGMA foreign_keys").fetchone() is not None
-        assert book.sound() == "ok"
+        assert ledger.sound() == "ok"
 
 
 def test_a_full_disk_is_one_sentence_and_adds_nothing(
     path: Path, connections: list[sqlite3.Connection]
 ):
-    with a_dozen_rows(path) as book:
-        before, rows = path.read_bytes(), list(book.rows)
+    with a_dozen_rows(path) as ledger:
+        before, rows = path.read_bytes(), list(ledger.rows)
         pages = connections[-1].execute("PRAGMA page_count").fetchone()[0]
         connections[-1].execute(f"PRAGMA max_page_count = {pages}")
-        spent = book.spent("training")
+        spent = ledger.spent("training")
         refused(
-            lambda: book.begin_run("cd" * 16, {"long": "x" * 100_000}),
+            lambda: ledger.begin_run("cd" * 16, {"long": "x" * 100_000}),
             "cannot use the ledger",
             "full",
             "look at its disk",
         )
-        assert book.rows == rows
-        assert (book.spent("training") == spent).all()
+        assert ledger.rows == rows
+        assert (ledger.spent("training") == spent).all()
         assert path.read_bytes() == before
         connections[-1].execute("PRAGMA max_page_count = 100000")
-        book.charge("training", STEP, RUN, 9)
-    with Ledger.read(path) as book:
-        assert book.rows[:-1] == rows
-        assert book.problems() == []
+        ledger.charge("training", STEP, RUN, 9)
+    with Ledger.read(path) as ledger:
+        assert ledger.rows[:-1] == rows
+        assert ledger.problems() == []
 
 
-# -- not a book ------------------------------------------------------------------------------------
+# -- not a ledger ----------------------------------------------------------------------------------
 
 
 def foreign(path: Path, *, wal: bool = False) -> None:
@@ -229,7 +228,7 @@ def cut_short(path: Path) -> None:
     path.write_bytes(path.read_bytes()[:6000])
 
 
-NOT_BOOKS = {
+NOT_LEDGERS = {
     "text": (lambda path: path.write_text("site: north\n" * 200), "is damaged"),
     "short text": (lambda path: path.write_text("hello"), "is damaged"),
     "database": (foreign, "is not a ledger of privfl"),
@@ -244,17 +243,17 @@ NOT_BOOKS = {
 }
 
 
-@pytest.mark.parametrize("name", NOT_BOOKS)
-def test_what_is_not_a_book_is_refused_and_left_alone(path: Path, name: str):
-    make, said = NOT_BOOKS[name]
+@pytest.mark.parametrize("name", NOT_LEDGERS)
+def test_what_is_not_a_ledger_is_refused_and_left_alone(path: Path, name: str):
+    make, said = NOT_LEDGERS[name]
     make(path)
     before = path.read_bytes()
-    with pytest.raises(PrivflError) as found:
-        open_book(path)
-    assert said in str(found.value)
-    assert "\n" not in str(found.value)
+    with pytest.raises(PrivflError) as caught:
+        open_ledger(path)
+    assert said in str(caught.value)
+    assert "\n" not in str(caught.value)
     assert path.read_bytes() == before
-    with pytest.raises(PrivflError, match=r"^(the )?(ledger )?[^\n]*$") as found:
+    with pytest.raises(PrivflError, match=r"^(the )?(ledger )?[^\n]*$") as caught:
         Ledger.read(path)
     assert path.read_bytes() == before
     assert {entry.name for entry in path.parent.iterdir()} <= {path.name, path.name + ".lock"}
@@ -262,14 +261,14 @@ def test_what_is_not_a_book_is_refused_and_left_alone(path: Path, name: str):
 
 def test_a_folder_is_refused(path: Path):
     path.mkdir()
-    refused(lambda: open_book(path), "cannot use the ledger", "Is a directory")
+    refused(lambda: open_ledger(path), "cannot use the ledger", "Is a directory")
     refused(lambda: Ledger.read(path), "there is no ledger")
     assert list(path.iterdir()) == []
 
 
 def test_a_folder_that_does_not_exist_is_named(path: Path):
     refused(
-        lambda: open_book(path / "deeper" / "x"),
+        lambda: open_ledger(path / "deeper" / "x"),
         f"cannot use the ledger {path}/deeper/x",
         "No such file",
     )
@@ -277,21 +276,21 @@ def test_a_folder_that_does_not_exist_is_named(path: Path):
     assert not path.exists()
 
 
-def test_an_empty_file_begins_a_book(path: Path):
+def test_an_empty_file_begins_a_ledger(path: Path):
     path.touch()
     refused(lambda: Ledger.read(path), "holds nothing yet")
-    with open_book(path) as book:
-        book.charge("training", STEP, RUN, 1)
-    with Ledger.read(path) as book:
-        assert len(book.rows) == 3
+    with open_ledger(path) as ledger:
+        ledger.charge("training", STEP, RUN, 1)
+    with Ledger.read(path) as ledger:
+        assert len(ledger.rows) == 3
 
 
 # -- older files -----------------------------------------------------------------------------------
 
 
 def test_an_older_file_is_brought_up_to_date(path: Path, monkeypatch: pytest.MonkeyPatch):
-    with a_dozen_rows(path) as book:
-        rows = list(book.rows)
+    with a_dozen_rows(path) as ledger:
+        rows = list(ledger.rows)
     asked = []
 
     def first(connection: sqlite3.Connection) -> None:
@@ -303,15 +302,15 @@ def test_an_older_file_is_brought_up_to_date(path: Path, monkeypatch: pytest.Mon
 
     monkeypatch.setattr(storage, "VERSION", 3)
     monkeypatch.setattr(storage, "MIGRATIONS", {1: first, 2: second})
-    with open_book(path) as book:
+    with open_ledger(path) as ledger:
         with closing(sqlite3.connect(path)) as connection:
             assert connection.execute("PRAGMA user_version").fetchone() == (3,)
-        assert book.rows == rows
-        book.charge("training", STEP, RUN, 9)
-    open_book(path).close()
+        assert ledger.rows == rows
+        ledger.charge("training", STEP, RUN, 9)
+    open_ledger(path).close()
     assert asked == [(1, True), (2, True)]
     monkeypatch.setattr(storage, "VERSION", 1)
-    refused(lambda: open_book(path), "newer privfl (format 3)")
+    refused(lambda: open_ledger(path), "newer privfl (format 3)")
 
 
 def test_a_migration_that_fails_changes_nothing(path: Path, monkeypatch: pytest.MonkeyPatch):
@@ -324,11 +323,11 @@ def test_a_migration_that_fails_changes_nothing(path: Path, monkeypatch: pytest.
 
     monkeypatch.setattr(storage, "VERSION", 2)
     monkeypatch.setattr(storage, "MIGRATIONS", {1: half})
-    refused(lambda: open_book(path), "syntax error", kind=DamagedError)
+    refused(lambda: open_ledger(path), "syntax error", kind=DamagedError)
     monkeypatch.undo()
     assert path.read_bytes() == before
-    with open_book(path) as book:
-        assert len(book.rows) == 12
+    with open_ledger(path) as ledger:
+        assert len(ledger.rows) == 12
 
 
 def test_a_migration_may_add_to_the_file(path: Path, monkeypatch: pytest.MonkeyPatch):
@@ -340,8 +339,8 @@ def test_a_migration_may_add_to_the_file(path: Path, monkeypatch: pytest.MonkeyP
         {1: lambda connection: connection.execute("CREATE INDEX runs ON rows (run)")},
     )
     for _ in range(2):
-        with open_book(path) as book:
-            assert len(book.rows) == 12
+        with open_ledger(path) as ledger:
+            assert len(ledger.rows) == 12
 
 
 # -- network file systems --------------------------------------------------------------------------
@@ -363,7 +362,7 @@ MOUNTS = r"""
 
 
 @pytest.mark.parametrize(
-    ("place", "kind"),
+    ("path", "kind"),
     [
         ("/etc/north.ledger", "ext4"),
         ("/north.ledger", "ext4"),
@@ -382,10 +381,10 @@ MOUNTS = r"""
         ("/home/me/../../tmp/north.ledger", "tmpfs"),
     ],
 )
-def test_the_file_system_of_a_place(tmp_path: Path, place: str, kind: str):
+def test_the_file_system_of_a_path(tmp_path: Path, path: str, kind: str):
     mounts = tmp_path / "mountinfo"
     mounts.write_text(MOUNTS.lstrip(), encoding="utf-8")
-    assert file_system(Path(place), mounts=str(mounts)) == kind
+    assert file_system(Path(path), mounts=str(mounts)) == kind
 
 
 def test_the_file_system_behind_a_link(tmp_path: Path):
@@ -396,8 +395,8 @@ def test_the_file_system_behind_a_link(tmp_path: Path):
     (tmp_path / "far").mkdir()
     (tmp_path / "near").symlink_to(tmp_path / "far")
     assert file_system(tmp_path / "near" / "x", mounts=str(mounts)) == "nfs"
-    (tmp_path / "book").symlink_to(tmp_path / "far" / "book")
-    assert file_system(tmp_path / "book", mounts=str(mounts)) == "nfs"
+    (tmp_path / "ledger").symlink_to(tmp_path / "far" / "ledger")
+    assert file_system(tmp_path / "ledger", mounts=str(mounts)) == "nfs"
 
 
 def test_a_system_that_does_not_say(tmp_path: Path):
@@ -416,12 +415,12 @@ def test_a_network_file_system_needs_leave(path: Path, monkeypatch: pytest.Monke
         "network_file_system: true",
     )
     assert list(path.parent.iterdir()) == []
-    with Ledger.write(path, "north", {}, network=True) as book:
-        book.charge("training", STEP, RUN, 1)
+    with Ledger.write(path, "north", {}, network=True) as ledger:
+        ledger.charge("training", STEP, RUN, 1)
     Ledger.read(path).close()
 
 
 @pytest.mark.parametrize("kind", ["ext4", "xfs", "btrfs", "tmpfs", "overlay", "zfs", ""])
 def test_a_local_file_system_does_not(path: Path, monkeypatch: pytest.MonkeyPatch, kind: str):
     monkeypatch.setattr(storage, "file_system", lambda _: kind)
-    open_book(path).close()
+    open_ledger(path).close()

@@ -1,7 +1,7 @@
 """A process that charges and releases, as a site does, until it ends or is ended: `python -m
-tests.ledger.worker BOOK RELEASED ROUNDS`.
+tests.ledger.worker LEDGER RELEASED ROUNDS`.
 
-Everything it does to the book and to the outside is announced to `tick`, just before and just
+Everything it does to the ledger and to the outside is announced to `tick`, just before and just
 after, so that it can be killed there.
 """
 
@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 from unittest import mock
 
-from tests.ledger.books import CHEAP, METRICS, open_book
+from tests.ledger.ledgers import CHEAP, METRICS, open_ledger
 
 
 def release(released: Path, charge: int) -> None:
@@ -28,7 +28,7 @@ def release(released: Path, charge: int) -> None:
 
 
 def work(path: Path, released: Path, rounds: int, tick: Callable[[], None] = lambda: None) -> None:
-    """Open the book and run: every third round a new mechanism until there are no more, some
+    """Open the ledger and run: every third round a new mechanism until there are no more, some
     rounds with metrics, some taken back.
     """
 
@@ -49,20 +49,22 @@ def work(path: Path, released: Path, rounds: int, tick: Callable[[], None] = lam
         mock.patch.object(
             sqlite3, "connect", functools.partial(sqlite3.connect, factory=Announcing)
         ),
-        open_book(path) as book,
+        open_ledger(path) as ledger,
     ):
-        run = f"{len(book.rows):032x}"
-        book.begin_run(run, {"rounds": rounds})
+        run = f"{len(ledger.rows):032x}"
+        ledger.begin_run(run, {"rounds": rounds})
         for round_ in range(1, rounds + 1):
-            charge = book.charge("training", CHEAP[round_ // 3 % len(CHEAP)].times(3), run, round_)
+            charge = ledger.charge(
+                "training", CHEAP[round_ // 3 % len(CHEAP)].times(3), run, round_
+            )
             if round_ % 4 == 2:
-                book.refund(charge, "peer")
+                ledger.refund(charge, "peer")
                 continue
-            book.make_final(charge)
+            ledger.make_final(charge)
             leave(charge.number)
             if round_ % 5 == 1:
-                charge = book.charge("evaluation", METRICS, run, round_)
-                book.make_final(charge)
+                charge = ledger.charge("evaluation", METRICS, run, round_)
+                ledger.make_final(charge)
                 leave(charge.number)
 
 

@@ -1,4 +1,4 @@
-"""Killed at any instant, a site's book shows at least everything that left, and the next run
+"""Killed at any instant, a site's ledger shows at least everything that left, and the next run
 goes on with it.
 """
 
@@ -14,7 +14,7 @@ from typing import Any
 import pytest
 
 from privfl.ledger import Ledger
-from tests.ledger.books import METRICS, RUN, STEP, open_book
+from tests.ledger.ledgers import METRICS, RUN, STEP, open_ledger
 
 
 @pytest.fixture
@@ -42,16 +42,16 @@ def job(small: Path, tmp_path: Path) -> Any:
     return run
 
 
-def everything_that_left_is_in_the_book(tmp_path: Path) -> int:
+def everything_that_left_is_in_the_ledger(tmp_path: Path) -> int:
     if not (tmp_path / "aa.ledger").exists() or not (tmp_path / "left").read_text():
         return 0
-    with Ledger.read(tmp_path / "aa.ledger") as book:
-        assert book.problems() == []
+    with Ledger.read(tmp_path / "aa.ledger") as ledger:
+        assert ledger.problems() == []
         charged = {
-            (row.run, row.round, row.account) for row in book.charges() if row.kind == "charge"
+            (row.run, row.round, row.account) for row in ledger.charges() if row.kind == "charge"
         }
         refunded = {
-            (row.run, row.round, row.account) for row in book.charges() if row.kind == "refund"
+            (row.run, row.round, row.account) for row in ledger.charges() if row.kind == "refund"
         }
     left = [tuple(json.loads(line)) for line in (tmp_path / "left").read_text().splitlines()]
     assert set(left) <= charged - refunded
@@ -71,33 +71,33 @@ def test_a_run_that_was_killed(job: Any, tmp_path: Path):
     # more, six messages.
     for point in (23, 35, 52):
         assert job(point)[0] == -signal.SIGKILL
-        everything_that_left_is_in_the_book(tmp_path)
-    left = everything_that_left_is_in_the_book(tmp_path)
+        everything_that_left_is_in_the_ledger(tmp_path)
+    left = everything_that_left_is_in_the_ledger(tmp_path)
     assert left > 2
-    assert _count(job) > 52, "the next run goes on with the same book"
-    assert everything_that_left_is_in_the_book(tmp_path) > left
+    assert _count(job) > 52, "the next run goes on with the same ledger"
+    assert everything_that_left_is_in_the_ledger(tmp_path) > left
 
 
 @pytest.mark.long
 @pytest.mark.timeout(1800)
 def test_a_run_that_was_killed_anywhere(job: Any, tmp_path: Path):
-    """Every point of a run, each killed run going on with the book that the one before left."""
+    """Every point of a run, each killed run going on with the ledger that the one before left."""
     point = 1
     while job(point)[0] == -signal.SIGKILL:
-        everything_that_left_is_in_the_book(tmp_path)
+        everything_that_left_is_in_the_ledger(tmp_path)
         point += 1
     assert point > 40
-    assert everything_that_left_is_in_the_book(tmp_path) > point
+    assert everything_that_left_is_in_the_ledger(tmp_path) > point
 
 
 def test_that_check_sees_a_release_before_its_charge(tmp_path: Path):
     """Nothing was charged in round 4, and what was charged at first in round 3 was given back."""
     left = [[RUN, 1, "training"], [RUN, 1, "evaluation"], [RUN, 2, "training"]]
-    with open_book(tmp_path / "aa.ledger") as book:
-        book.begin_run(RUN, {})
+    with open_ledger(tmp_path / "aa.ledger") as ledger:
+        ledger.begin_run(RUN, {})
         for run, round_, account in left:
-            book.charge(account, STEP if account == "training" else METRICS, run, round_)
-        book.refund(book.charge("training", STEP, RUN, 3), "peer")
+            ledger.charge(account, STEP if account == "training" else METRICS, run, round_)
+        ledger.refund(ledger.charge("training", STEP, RUN, 3), "peer")
     for early in (
         [RUN, 4, "training"],
         [RUN, 3, "training"],
@@ -105,8 +105,8 @@ def test_that_check_sees_a_release_before_its_charge(tmp_path: Path):
         ["cd" * 16, 1, "training"],
     ):
         (tmp_path / "left").write_text("".join(json.dumps(line) + "\n" for line in left))
-        assert everything_that_left_is_in_the_book(tmp_path) == 3
+        assert everything_that_left_is_in_the_ledger(tmp_path) == 3
         with open(tmp_path / "left", "a") as file:
             file.write(json.dumps(early) + "\n")
         with pytest.raises(AssertionError):
-            everything_that_left_is_in_the_book(tmp_path)
+            everything_that_left_is_in_the_ledger(tmp_path)

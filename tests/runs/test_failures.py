@@ -168,7 +168,7 @@ def test_a_metric_that_raises_in_the_middle_of_a_sum_hangs_nobody(
     edit(small.parent / "task.py", "def model():", "calls = []\n\n\ndef model():")
     one_sentence(
         summing(),
-        "site bbb: evaluating model and metrics on the held-out records raised AssertionError",
+        "site bbb: evaluating model and metrics on the evaluation records raised AssertionError",
     )
 
 

@@ -1,4 +1,4 @@
-"""Pinned identities: who the other sites are is known beforehand, or the run says that it is
+"""Pinned identities: a site knows beforehand who the other sites are, or the run says that it does
 not.
 """
 
@@ -39,9 +39,9 @@ def sites(tmp_path: Path) -> Path:
 
 
 def one_sentence(job: Job, *parts: str) -> None:
-    said = [line for line in job.err.splitlines() if line.startswith("privfl: ")]
-    assert (job.code, len(said)) == (2, 1), job.err
-    assert all(part in said[0] for part in parts), said
+    sentences = [line for line in job.err.splitlines() if line.startswith("privfl: ")]
+    assert (job.code, len(sentences)) == (2, 1), job.err
+    assert all(part in sentences[0] for part in parts), sentences
 
 
 def test_keys_are_made_once_readable_for_their_owner_and_shown(tmp_path: Path):
@@ -110,8 +110,8 @@ def test_one_account_is_a_single_trust_domain_whatever_is_pinned(
         *reports,
     }
     names = {path.name for path in (tmp_path / "of_aa").iterdir()}
-    (book,) = {name for name in names if name.endswith(".ledger")}
-    assert names == {"model.safetensors", "site.log", "heads.jsonl", book, f"{book}.lock"}
+    (ledger,) = {name for name in names if name.endswith(".ledger")}
+    assert names == {"model.safetensors", "site.log", "heads.jsonl", ledger, f"{ledger}.lock"}
     for file in (tmp_path / "of_aa").iterdir():
         assert stat.S_IMODE(file.stat().st_mode) == 0o600, (
             "logs quote what user code says of records"
@@ -235,10 +235,10 @@ def test_what_is_no_public_key(text: str):
 
 
 def test_everything_that_is_agreed_on_is_in_the_digest():
-    def party(site: str) -> Member:
+    def member(site: str) -> Member:
         return Member(site, ExchangeKey().public, Identity().public)
 
-    members = (party("a"), party("b"))
+    members = (member("a"), member("b"))
     base = Roster.of("run", "digest", derive(2, 20), members)
     assert base.digest == Roster.of("run", "digest", derive(2, 20), members).digest
     others = [
@@ -246,7 +246,7 @@ def test_everything_that_is_agreed_on_is_in_the_digest():
         Roster.of("run", "other", derive(2, 20), members),
         Roster.of("run", "digest", derive(2, 21), members),
         Roster.of("run", "digest", derive(2, 20), members[::-1]),
-        Roster.of("run", "digest", derive(2, 20), (members[0], party("b"))),
+        Roster.of("run", "digest", derive(2, 20), (members[0], member("b"))),
         Roster.of(
             "run",
             "digest",

@@ -1,5 +1,5 @@
-"""What masks hide: every proper subset of contributions is uniform for key holders; and how
-their absence, reuse or a wrong place shows.
+"""What masks hide: every proper subset of contributions is uniform for key holders; and that tests
+notice masks that are absent, reused, or applied at another stage.
 """
 
 from __future__ import annotations
@@ -41,7 +41,7 @@ def correlated(integers: np.ndarray, truth: np.ndarray, bits: int) -> bool:
     x = (integers.astype(np.float64) + 0.5) / 2.0**bits
     fields = (integers & np.uint64((1 << (bits // 2)) - 1)).astype(np.float64)
     limit = 5 / np.sqrt(len(truth))
-    return any(abs(np.corrcoef(found[: len(truth)], truth)[0, 1]) > limit for found in (x, fields))
+    return any(abs(np.corrcoef(read[: len(truth)], truth)[0, 1]) > limit for read in (x, fields))
 
 
 def leaks(
@@ -50,9 +50,9 @@ def leaks(
     bits = members.parameters.word_bits
     for size in range(1, len(vectors)):
         for subset in itertools.combinations(range(len(vectors)), size):
-            found = members.integers([contributions[i] for i in subset], LENGTH)[: LENGTH // 2]
+            masked_sum = members.integers([contributions[i] for i in subset], LENGTH)[: LENGTH // 2]
             truth = np.sum([vectors[i] for i in subset], axis=0)[::2].astype(np.float64)
-            if not uniform(found, bits) or correlated(found, truth, bits):
+            if not uniform(masked_sum, bits) or correlated(masked_sum, truth, bits):
                 return True
     return False
 
@@ -122,15 +122,15 @@ def masked(members: Members, number: int, transcript: bytes) -> np.ndarray:
     return zeros
 
 
-def test_masks_cancel_for_exactly_the_members_who_were_told_the_same():
+def test_masks_cancel_for_exactly_the_members_with_one_transcript():
     members = Members(3, 16)
     members.attempt = 1
     assert not np.sum([masked(members, i, b"t") for i in range(3)], axis=0, dtype=np.uint64).any()
     members.attempt = 2
-    told = np.sum(
+    total = np.sum(
         [masked(members, i, b"u" if i == 2 else b"t") for i in range(3)], axis=0, dtype=np.uint64
     )
-    assert scipy.stats.kstest(told / 2.0**64, "uniform").pvalue > ALARM
+    assert scipy.stats.kstest(total / 2.0**64, "uniform").pvalue > ALARM
     members.attempt = 3
     two = masked(members, 0, b"t") + masked(members, 1, b"t")
     assert scipy.stats.kstest(two / 2.0**64, "uniform").pvalue > ALARM
@@ -171,7 +171,7 @@ def test_checksums_show_a_key_holder_no_more_than_the_sum(monkeypatch: pytest.Mo
         """Per attempt: whether the sums of limbs are what the bare checksums, which a key holder
         can compute for a guess, would give.
         """
-        found = []
+        equal = []
         for attempt in range(200):
             members.attempt = attempt + 1
             sums, guess = [
@@ -189,8 +189,8 @@ def test_checksums_show_a_key_holder_no_more_than_the_sum(monkeypatch: pytest.Mo
             check = Checksum(key, members.parameters)
             check.add(np.sum(values, axis=0))
             assert check.fits(sums.view(np.int64))
-            found.append(np.array_equal(sums, guess))
-        return found
+            equal.append(np.array_equal(sums, guess))
+        return equal
 
     assert all(carried(blinded=False))
     members.pairs = [
@@ -241,7 +241,7 @@ def signs_from_carries(members: Members, contributions: list[list[np.ndarray]]) 
 def test_masks_on_ciphertext_words_would_leak_what_masks_on_integers_do_not(
     monkeypatch: pytest.MonkeyPatch,
 ):
-    """Why masks stand before the encryption (design.md and docs/secure-aggregation.md): two
+    """Why masking comes before the encryption (docs/secure-aggregation.md): two
     members whose values add up to zero.
     """
     members = Members(2, 24)

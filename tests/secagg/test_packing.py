@@ -1,4 +1,4 @@
-"""Two values in one integer come apart again, whatever was added."""
+"""Two values that share an integer are separated again, whatever was added."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ def test_sums_of_packed_integers_are_packed_sums(
     assert all(len(x) == packed_length(length, p) for x in packed)
     total = np.sum(packed, axis=0, dtype=np.uint64)
     assert np.array_equal(unpack(total, length, p), vectors.sum(axis=0))
-    # Whatever stands above the lowest P bits does not matter.
+    # Bits above the lowest P do not matter.
     noise = random.integers(0, 1 << (64 - p.word_bits), len(total), dtype=np.uint64) << np.uint64(
         p.word_bits
     )
@@ -46,8 +46,14 @@ def test_sums_of_packed_integers_are_packed_sums(
 @pytest.mark.parametrize("bits", [1, 12, 52, 59])
 def test_centred(bits: int):
     half = 1 << (bits - 1)
-    given = [0, half - 1, half, (1 << bits) - 1, 1 << bits]
-    assert centred(np.array(given, dtype=np.uint64), bits).tolist() == [0, half - 1, -half, -1, 0]
+    integers = [0, half - 1, half, (1 << bits) - 1, 1 << bits]
+    assert centred(np.array(integers, dtype=np.uint64), bits).tolist() == [
+        0,
+        half - 1,
+        -half,
+        -1,
+        0,
+    ]
 
 
 @given(

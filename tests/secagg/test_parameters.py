@@ -26,13 +26,13 @@ COUNTS = [2, 3, 4, 5, 7, 8, 9, 16, 17, 32, 33, 64, 65, 100, 128, 256, 512, 1000,
 
 
 def every() -> list[Parameters]:
-    found = []
+    parameters = []
     for members, bits in itertools.product(COUNTS, range(LEAST_BITS, MOST_BITS + 1)):
         try:
-            found.append(derive(members, bits))
+            parameters.append(derive(members, bits))
         except PrivflError:
             continue
-    return found
+    return parameters
 
 
 @pytest.mark.parametrize("bits", range(54, 61))
@@ -87,10 +87,10 @@ def test_what_does_not_fit_is_refused_with_what_does():
 
 
 def test_a_set_that_is_not_exact_says_so():
-    found = derive(4, 22)
-    assert found.exact
+    exact = derive(4, 22)
+    assert exact.exact
     for changes in ({"members": 8}, {"value_bits": 23}, {"prime": largest_prime(58)}):
-        assert not replace(found, **changes).exact
+        assert not replace(exact, **changes).exact
 
 
 def test_the_usual_bits_cost_nothing():

@@ -49,7 +49,7 @@ def test_what_is_beyond_the_range_is_refused():
     with pytest.raises(PrivflError, match="values beyond the public range 1;") as refusal:
         FixedPoint(P, 1.0).check(np.array([0.0, -1.0625]))
     assert "0625" not in str(refusal.value), (
-        "how far beyond is nobody's business: the sentence crosses the wire"
+        "the sentence crosses the wire and must not say how far beyond"
     )
 
 

@@ -1,4 +1,4 @@
-"""A site's part in a sum: what all members must have been told alike, numbers that take several
+"""A site's part in a sum: what all members must agree on, numbers that take several
 values, and the end of the keys.
 """
 
@@ -27,15 +27,15 @@ P = derive(3, 20)
 @pytest.fixture
 def sums() -> list[SumSession]:
     exchange = [ExchangeKey() for _ in SITES]
-    parties = [
+    members = [
         Member(site, key.public, Identity().public)
         for site, key in zip(SITES, exchange, strict=True)
     ]
-    agreement = Roster.of("run", "digest", P, parties)
+    roster = Roster.of("run", "digest", P, members)
     keys = RunKeys.make(P)
-    sealed = dict(seal_keys(keys, exchange[0], agreement))
-    others = [open_keys(sealed[i], exchange[i], agreement, SITES[i], P) for i in (1, 2)]
-    return [SumSession(agreement, own, k) for own, k in zip(exchange, [keys, *others], strict=True)]
+    sealed = dict(seal_keys(keys, exchange[0], roster))
+    others = [open_keys(sealed[i], exchange[i], roster, SITES[i], P) for i in (1, 2)]
+    return [SumSession(roster, own, k) for own, k in zip(exchange, [keys, *others], strict=True)]
 
 
 def total(opened: list[SumAttempt], contributions: list[Any], layout: Any) -> list[np.ndarray]:
@@ -58,18 +58,18 @@ def open_all(
     ]
 
 
-def test_sites_that_were_told_alike_get_the_sum(sums: list[SumSession]):
+def test_sites_that_agree_get_the_sum(sums: list[SumSession]):
     opened = open_all(sums, 5, [["update", 1.0]] * 3)
     vectors = [np.arange(5) * k for k in (1, -7, 100)]
     contributions = [one.contribution(v) for one, v in zip(opened, vectors, strict=True)]
-    for found in total(opened, contributions, layout_of(5, P, wide=False)):
-        assert np.array_equal(found, np.sum(vectors, axis=0))
+    for decoded in total(opened, contributions, layout_of(5, P, wide=False)):
+        assert np.array_equal(decoded, np.sum(vectors, axis=0))
 
 
 @pytest.mark.parametrize(
     "different", [["metrics", 1.0], ["update", 2.0], ["update", 1.0, {"records": {"a": 2}}]]
 )
-def test_sites_that_were_told_different_things_do_not_decode_and_give_the_keys_up(
+def test_sites_that_disagree_do_not_decode_and_give_the_keys_up(
     sums: list[SumSession], different: list[Any]
 ):
     opened = open_all(sums, 5, [["update", 1.0], ["update", 1.0], different])
@@ -108,8 +108,10 @@ def test_wide_numbers_are_summed_to_a_billionth(sums: list[SumSession]):
         one.wide_contribution(metrics_to_integers(n, P))
         for one, n in zip(opened, NUMBERS, strict=True)
     ]
-    for found in total(opened, contributions, layout):
-        assert np.abs(metrics_from_totals(found, P) - np.sum(NUMBERS, axis=0)).max() <= 3 * 2.0**-31
+    for decoded in total(opened, contributions, layout):
+        assert (
+            np.abs(metrics_from_totals(decoded, P) - np.sum(NUMBERS, axis=0)).max() <= 3 * 2.0**-31
+        )
 
 
 def limbs_of_the_sum(sums: list[SumSession], round_: int) -> np.ndarray:

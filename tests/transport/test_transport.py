@@ -21,19 +21,19 @@ def test_in_process():
 
 
 def test_recording_changes_nothing_and_keeps_everything():
-    kept: list[Recorded] = []
+    frames: list[Recorded] = []
     lock = threading.Lock()
 
     def keep(recorded: Recorded) -> None:
         with lock:
-            kept.append(recorded)
+            frames.append(recorded)
 
     assert (
         in_threads([Recording(transport, keep) for transport in connect(3)], conformance.run)
         == [NAMES] * 3
     )
-    sent = sorted((r.rank, r.peer, r.head, r.bulk) for r in kept if r.sent and not r.summed)
-    received = sorted((r.peer, r.rank, r.head, r.bulk) for r in kept if not r.sent)
+    sent = sorted((r.rank, r.peer, r.head, r.bulk) for r in frames if r.sent and not r.summed)
+    received = sorted((r.peer, r.rank, r.head, r.bulk) for r in frames if not r.sent)
     assert sent == received
     assert len(sent) > 800
 

@@ -1,4 +1,4 @@
 """What the sites of one run share: roster, keys, sums, range, metrics, replicas.
 
-No wire, no learning.
+Knows nothing of learning or of transports.
 """

@@ -1,5 +1,5 @@
-"""A site's way into a run: what its members agree on, and the keys, which are used once all
-signatures have been checked.
+"""How a site joins a run: it signs the roster, checks all signatures, and makes or opens the
+keys.
 """
 
 from __future__ import annotations
@@ -15,54 +15,63 @@ from privfl.secagg.session.sums import SumSession
 
 
 class Handshake:
-    """What one site has of a run's roster and keys, step by step: sign, verify, and make or open
-    the keys.
+    """One site's handshake with the other members of a run, whose messages the coordinator relays.
+
+    The steps are :meth:`sign`, :meth:`verify` and, at all sites but the one that makes the keys,
+    :meth:`open`, in this order.
+
+    Guarantee: a site whose peers are pinned ends the handshake only if every other member is one of
+    these peers and has signed its own exchange key for this run, this experiment and these
+    parameters, so that what is sealed to a member can be opened by that member alone. Without
+    pinned peers this holds only if the coordinator relays the members' keys unchanged.
 
     Args:
-        site: the name of this site.
-        identity: the key it signs with.
-        peers: the identities it has pinned, by site; empty if it has pinned none.
-        parameters: those of the run's encrypted sums.
+        site: The name of this site.
+        identity: The key it signs with.
+        peers: The identities it has pinned, by site; empty if it has pinned none.
+        parameters: Those of the run's sums.
+
+    Attributes:
+        exchange: This site's X25519 key of this run.
     """
 
     def __init__(
         self, site: str, identity: Identity, peers: Mapping[str, str], parameters: Parameters
     ) -> None:
         self.exchange = ExchangeKey()
-        self._site, self._identity, self._peers, self._parameters = (
-            site,
-            identity,
-            peers,
-            parameters,
-        )
+        self._site, self._identity = site, identity
+        self._peers, self._parameters = peers, parameters
         self._roster: Roster | None = None
         self._sums: SumSession | None = None
 
     def sign(self, roster: Roster) -> bytes:
-        """The signature under the roster, after it was held against what this site knows of
-        itself and of pinned peers.
+        """Compare the roster with this site's own keys and its pinned peers, and sign its digest.
+
+        Returns:
+            The signature; 64 bytes.
 
         Raises:
-            ProtocolError: If the relay shows other keys for this site than it sent, or a key twice.
-            PrivflError: If a member shows another identity than the one that is pinned for it.
+            ProtocolError: If the roster does not have this site once with the keys that it sent, or
+                has a name or a key twice.
+            PrivflError: If a member's identity is not the one that this site has pinned for it.
         """
         roster.check(self._site, self.exchange, self._identity, self._peers)
         self._roster = roster
         return self._identity.sign(roster.digest)
 
     def verify(self, signatures: Mapping[str, str], *, make_key: bool) -> list[tuple[int, bytes]]:
-        """Check the signatures of all members, without which no key is used.
+        """Check the signatures of all members; no key may be used before.
 
         Args:
-            signatures: by site, in hexadecimal.
-            make_key: whether this site makes the keys of the run.
+            signatures: By site, in hexadecimal.
+            make_key: Whether this site makes the keys of the run; the first member does.
 
         Returns:
             The keys sealed to every other member, as (index of the member, sealed); empty unless
             ``make_key``.
 
         Raises:
-            ProtocolError: If a signature is missing or does not fit.
+            ProtocolError: If a member's signature is missing or not valid.
         """
         self.roster.check_signatures(signatures)
         if not make_key:
@@ -72,10 +81,11 @@ class Handshake:
         return seal_keys(keys, self.exchange, self.roster)
 
     def open(self, sealed: bytes) -> None:
-        """Take the keys that the first site sealed.
+        """Open the keys that the first member sealed to this site.
 
         Raises:
-            ProtocolError: If the first site did not seal them for this run and this site.
+            ProtocolError: If ``sealed`` was not sealed by the first member of this roster to this
+                site, or was altered.
         """
         self._take(open_keys(sealed, self.exchange, self.roster, self._site, self._parameters))
 
@@ -84,7 +94,7 @@ class Handshake:
 
     @property
     def ready(self) -> bool:
-        """Whether the keys are there."""
+        """Whether this site has the keys of the run."""
         return self._sums is not None
 
     @property
@@ -100,18 +110,19 @@ class Handshake:
 
     @property
     def sums(self) -> SumSession:
-        """What opens this run's sums, and holds its keys.
+        """This site's part in the sums of the run.
 
         Raises:
-            InternalError: If the keys are not there yet.
+            InternalError: If this site does not have the keys yet.
         """
         if self._sums is None:
-            raise InternalError("the run's keys were needed before they were there")
+            raise InternalError("the run's keys were needed before this site had them")
         return self._sums
 
     def protections(self, members: int) -> dict[str, bool]:
-        """Which protections are in place at this moment for a sum of so many members, told from
-        the objects that provide them.
+        """Which protections a sum of ``members`` members has at this moment, by name.
+
+        Each answer is read from the objects that provide the protection, not from a setting.
         """
         sums = self._sums
         return {

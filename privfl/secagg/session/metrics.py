@@ -1,4 +1,4 @@
-"""Metrics as integers: exact sums of numbers on a fine grid, each as several values of a
+"""Metrics as integers on a fine grid, which are summed exactly; each takes several values of a
 contribution.
 """
 
@@ -12,19 +12,24 @@ from privfl.secagg.layout import Layout
 from privfl.secagg.packing import join, limb_count, split
 from privfl.secagg.parameters import Parameters
 
-# Metrics are summed exactly as multiples of 2^-30 below 2^32 in size, each as several values.
+# Metrics are multiples of 2^-30 whose sums are below 2^32 in size, modulo 2^64 on this grid.
 _METRIC_GRID, _LARGEST_METRIC = 2.0**-30, 2.0**32
 
 
 def limbs(parameters: Parameters) -> int:
+    """How many values of a contribution hold one number modulo 2^64."""
     return limb_count(64, parameters.value_bits - 1)
 
 
 def metrics_to_integers(numbers: NDArray[np.float64], parameters: Parameters) -> NDArray[np.int64]:
-    """Numbers of at most 2^32 / members in size on the grid of metrics.
+    """Metrics as integers: multiples of 2^-30, rounded; same shape.
+
+    Args:
+        numbers: One site's metrics, each at most 2^32 / members in size; shape (numbers,).
+        parameters: Those of the sum.
 
     Raises:
-        PrivflError: a number is not finite or too large.
+        PrivflError: If a number is NaN, infinite or too large.
     """
     if not (np.abs(numbers) <= _LARGEST_METRIC / parameters.members).all():
         raise PrivflError(
@@ -35,7 +40,12 @@ def metrics_to_integers(numbers: NDArray[np.float64], parameters: Parameters) ->
 
 
 def metrics_from_totals(totals: NDArray[np.int64], parameters: Parameters) -> NDArray[np.float64]:
-    """The sums of numbers behind the sums of their limbs."""
+    """The sums of metrics that sums of limbs hold; shape (numbers,).
+
+    Args:
+        totals: The decrypted sums of the limbs; shape (numbers * limbs,).
+        parameters: Those of the sum.
+    """
     wrapped = [
         total % (1 << 64)
         for total in join(totals.tolist(), parameters.value_bits - 1, limbs(parameters))
@@ -44,15 +54,17 @@ def metrics_from_totals(totals: NDArray[np.int64], parameters: Parameters) -> ND
 
 
 def layout_of(numbers: int, parameters: Parameters, *, wide: bool) -> Layout:
-    """Where a vector of so many numbers lies in the blocks of a contribution.
+    """The layout of contributions of ``numbers`` numbers.
 
     Args:
-        wide: whether each number is one modulo 2^64 that takes several values, as those of metrics
-            do.
+        numbers: How many there are.
+        parameters: Those of the sum.
+        wide: Whether they are numbers modulo 2^64, as metrics are, of which each takes
+            :func:`limbs` values.
     """
     return Layout(numbers * limbs(parameters) if wide else numbers, parameters)
 
 
 def to_limbs(numbers: NDArray[np.uint64], parameters: Parameters) -> NDArray[np.int64]:
-    """Each number modulo 2^64 as the values of a contribution; shape (numbers * limbs,)."""
+    """Numbers modulo 2^64 as values of a contribution; shape (numbers * limbs,)."""
     return split(numbers, parameters.value_bits - 1, limbs(parameters)).view(np.int64)

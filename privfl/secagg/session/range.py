@@ -1,5 +1,5 @@
-"""The range of a round's updates, on which the sites agree among themselves: a power of two over
-the maxima of all.
+"""The range of a round's updates on which the sites agree: a power of two above the largest element
+of all sites' updates.
 """
 
 from __future__ import annotations
@@ -17,7 +17,13 @@ _LEAST = 256
 
 
 def seal_exponent(keys: RunKeys, vector: NDArray[np.float64], context: bytes) -> str:
-    """The least e with |x| < 2^e for all of ``vector``, sealed for all sites; in hexadecimal."""
+    """The least e with |x| < 2^e for all x of ``vector``, sealed for all sites; in hexadecimal.
+
+    Args:
+        keys: The keys of the run.
+        vector: This site's update; shape (parameters,).
+        context: Names site and round; :func:`agreed_range` needs the same.
+    """
     largest = float(np.abs(vector).max()) if len(vector) else 0.0
     exponent = int(np.frexp(largest)[1]) if largest else -_LEAST
     return keys.seal_note(
@@ -28,12 +34,17 @@ def seal_exponent(keys: RunKeys, vector: NDArray[np.float64], context: bytes) ->
 def agreed_range(
     keys: RunKeys, sealed: Mapping[str, str], sites: Sequence[str], context: Callable[[str], bytes]
 ) -> float:
-    """The power of two that bounds the vectors of all sites.
+    """The power of two that bounds the updates of all sites.
 
-    ``context``: from a site's name to what its exponent was sealed for.
+    Args:
+        keys: The keys of the run.
+        sealed: The sealed exponents, by site.
+        sites: The sites that must be there.
+        context: Returns the context in which the exponent of a site was sealed.
 
     Raises:
-        ProtocolError: a note was altered, or is of another site or round.
+        ProtocolError: If ``sealed`` is not of exactly ``sites``, or an exponent was altered or is
+            that of another site or round.
     """
     if set(sealed) != set(sites):
         raise ProtocolError(

@@ -1,11 +1,10 @@
-"""Replicas that differ by rounding: one site lends its own to the others, sealed, and they take
-it if it is near enough.
+"""Replicas that differ by rounding are made equal: one site sends its own to the others, sealed,
+and they take it if it is near enough to theirs.
 """
 
 from __future__ import annotations
 
 import json
-from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -13,34 +12,45 @@ from numpy.typing import NDArray
 from privfl.errors import PrivflError, ProtocolError
 from privfl.secagg.session.keys import RunKeys
 
-# Of the largest parameter: some hundred times the rounding of float32, and far below what a step
-# moves.
+# Relative to the largest parameter: about a hundred times the rounding of float32, and far less
+# than a step changes.
 _TOLERANCE = 2.0**-16
 
 
-def tag(keys: RunKeys, facts: Any, replica: NDArray[np.float32]) -> str:
-    """A keyed digest of a replica and of ``facts``, as JSON, that must be the same at every
-    site; in hexadecimal.
+def tag(keys: RunKeys, facts: object, replica: NDArray[np.float32]) -> str:
+    """A keyed digest of a replica and of ``facts`` (as JSON), which must be the same at every site;
+    in hexadecimal.
 
-    Without the sites' key nobody can test a guess of the replica.
+    Guarantee: the digest does not help anybody without the keys of the run to test a guess of the
+    replica.
     """
     return keys.tag(json.dumps(facts), replica.tobytes())
 
 
 def seal(keys: RunKeys, replica: NDArray[np.float32], context: bytes) -> bytes:
-    """The replica for the other sites' eyes alone. ``context`` names run and round."""
+    """The replica, sealed so that only sites of the run can read it. ``context`` names run and
+    round.
+    """
     return keys.seal_note(replica.astype("<f4").tobytes(), context)
 
 
 def open_near(
     keys: RunKeys, sealed: bytes, own: NDArray[np.float32], context: bytes
 ) -> NDArray[np.float32]:
-    """The replica that another site lent, if it is this site's ``own`` but for rounding; shape
-    (parameters,).
+    """The replica that another site sealed, if it differs from this site's by rounding only.
+
+    Args:
+        keys: The keys of the run.
+        sealed: The other site's replica, from :func:`seal`.
+        own: This site's replica; shape (parameters,).
+        context: What it was sealed for.
+
+    Returns:
+        The other site's replica; shape (parameters,).
 
     Raises:
-        ProtocolError: it was altered, or is of another round or model.
-        PrivflError: it is too far away for rounding to explain.
+        ProtocolError: If ``sealed`` was altered, or is of another round or model.
+        PrivflError: If the replicas differ by more than rounding explains.
     """
     lent = np.frombuffer(keys.open_note(sealed, context), dtype="<f4")
     if lent.shape != own.shape:

@@ -1,8 +1,10 @@
-"""What the sites of a run must agree on before one of them uses a key, and the signatures under it.
+"""The members of a run with their public keys, and their signatures under all of it.
 
-The coordinator relays the sites' public keys. So that it cannot put its own in their place, nor
-invent or leave out a member, every site signs a digest of all of them with its own identity, and
-checks all other signatures, against pinned identities where its site file has them.
+The coordinator relays the sites' public keys. So that it can neither replace a key by its own nor
+invent or leave out a member, every site signs a digest of the roster with its own identity and
+checks the signatures of all others, before it uses a key. If its site file pins the identities of
+the others, it accepts no other identity for them. Without pinned identities the coordinator could
+invent all other members.
 """
 
 from __future__ import annotations
@@ -19,14 +21,18 @@ from privfl.secagg import ExchangeKey, Parameters
 
 PINNED: Final = "pinned keys"
 SINGLE: Final = "single trust domain"
-# One set of keys lasts for one run; a run that gives its keys up ends.
+# One set of keys serves one run; a run that gives up its keys ends.
 KEY_EPOCH = 1
 
 
 @dataclass(frozen=True)
 class Member:
-    """One site as the relay presents it: its name, its X25519 key of this run, its Ed25519
-    identity.
+    """One site as the coordinator relays it.
+
+    Attributes:
+        site: The name of the site.
+        exchange_key: Its X25519 public key of this run; 32 bytes.
+        identity: Its Ed25519 public key, in the text form of :mod:`privfl.identity`.
     """
 
     site: str
@@ -35,7 +41,7 @@ class Member:
 
     @classmethod
     def relayed(cls, site: str, exchange_key: str, identity: str) -> Member:
-        """A member from what came over the wire, where ``exchange_key`` is in hexadecimal.
+        """A member from the fields of a message, in which ``exchange_key`` is in hexadecimal.
 
         Raises:
             ProtocolError: If ``exchange_key`` is not in hexadecimal.
@@ -48,7 +54,12 @@ class Member:
 
 @dataclass(frozen=True)
 class Roster:
-    """The members of a run in their order, and the digest that all of them sign."""
+    """The members of a run.
+
+    Attributes:
+        members: All of them, in their order; the first makes the keys.
+        digest: SHA-256 of everything on which they must agree; what each of them signs.
+    """
 
     members: tuple[Member, ...]
     digest: bytes
@@ -57,7 +68,11 @@ class Roster:
     def of(
         cls, run: str, experiment_digest: str, parameters: Parameters, members: Sequence[Member]
     ) -> Roster:
-        """hash(run, experiment, parameters of the encryption, all keys, key epoch)."""
+        """The roster of a run, with its digest.
+
+        The digest is over the run, the experiment, the parameters of the sums, the names and both
+        public keys of all members in their order, and the key epoch.
+        """
         text = [
             "privfl agreement 1",
             run,
@@ -71,16 +86,23 @@ class Roster:
     def check(
         self, site: str, own: ExchangeKey, identity: Identity, pinned: Mapping[str, str]
     ) -> None:
-        """Hold the relayed members against what this site knows, before it signs.
+        """Compare the relayed members with what this site knows, before it signs.
+
+        Args:
+            site: The name of this site.
+            own: Its exchange key of this run.
+            identity: Its identity.
+            pinned: The identities that it has pinned, by site; empty if it has pinned none.
 
         Raises:
-            ProtocolError: its own keys are not there under its name, or a key is there twice.
-            PrivflError: a member shows another identity than the one this site has pinned.
+            ProtocolError: If the roster does not have this site once with both of its keys, or has
+                a name or a key twice.
+            PrivflError: If a member's identity is not the one that this site has pinned for it.
         """
-        mine = [
+        own_entries = [
             (member.exchange_key, member.identity) for member in self.members if member.site == site
         ]
-        if mine != [(own.public, identity.public)]:
+        if own_entries != [(own.public, identity.public)]:
             raise ProtocolError(
                 f"the coordinator relays other keys for site {site} than those it sent: a key was "
                 f"swapped on the way"
@@ -97,10 +119,14 @@ class Roster:
                 )
 
     def check_signatures(self, signatures: Mapping[str, str]) -> None:
-        """Every member, and nobody else, signed this digest; signatures are in hexadecimal.
+        """Check that every member, and nobody else, signed the digest.
+
+        Args:
+            signatures: By site, in hexadecimal.
 
         Raises:
-            ProtocolError: naming the first member whose signature is missing or does not fit.
+            ProtocolError: If the signatures are not those of exactly the members' names, or one of
+                them is not valid; it names the first such site.
         """
         if set(signatures) != {member.site for member in self.members}:
             raise ProtocolError(

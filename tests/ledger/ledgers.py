@@ -1,4 +1,4 @@
-"""Books to try things on, and what a hand on the file can do to them."""
+"""Ledgers to try things on, and what a hand on the file can do to them."""
 
 from __future__ import annotations
 
@@ -30,29 +30,29 @@ def limit(epsilon: float = 3.0, plan: Event = STEP) -> RenyiFilter:
     return RenyiFilter.planned(epsilon, 1e-5, plan)
 
 
-def open_book(path: Path, epsilon: float = 3.0) -> Ledger:
-    """The book of site 'north', with the same budget for both accounts."""
+def open_ledger(path: Path, epsilon: float = 3.0) -> Ledger:
+    """The ledger of site 'north', with the same budget for both accounts."""
     return Ledger.write(
         path, "north", {"training": limit(epsilon), "evaluation": limit(epsilon, METRICS)}
     )
 
 
 def a_dozen_rows(path: Path) -> Ledger:
-    """An open book with a row of every kind: 12 of them."""
-    book = open_book(path)
-    book.begin_run(RUN, {"experiment": "heart", "rounds": 3})
-    book.charge("training", STEP.times(10), RUN, 1)  # rows 3 and 4
-    book.charge("evaluation", METRICS, RUN, 1)  # 5 and 6
-    book.refund(book.charge("training", STEP.times(20), RUN, 2), "peer")  # 7 and 8
-    book.charge("training", OTHER.times(2), RUN, 2)  # 9 and 10
-    book.charge("evaluation", METRICS.times(2), RUN, 2)  # 11
-    book.charge("training", STEP.times(7), RUN, 3)  # 12
-    assert len(book.rows) == 12
-    return book
+    """An open ledger with a row of every kind: 12 of them."""
+    ledger = open_ledger(path)
+    ledger.begin_run(RUN, {"experiment": "heart", "rounds": 3})
+    ledger.charge("training", STEP.times(10), RUN, 1)  # rows 3 and 4
+    ledger.charge("evaluation", METRICS, RUN, 1)  # 5 and 6
+    ledger.refund(ledger.charge("training", STEP.times(20), RUN, 2), "peer")  # 7 and 8
+    ledger.charge("training", OTHER.times(2), RUN, 2)  # 9 and 10
+    ledger.charge("evaluation", METRICS.times(2), RUN, 2)  # 11
+    ledger.charge("training", STEP.times(7), RUN, 3)  # 12
+    assert len(ledger.rows) == 12
+    return ledger
 
 
 def by_sql(path: Path, *statements: tuple[str, Iterable[object]] | str) -> None:
-    """Change a book behind its back."""
+    """Change a ledger behind its back."""
     with closing(sqlite3.connect(path, isolation_level=None)) as connection:
         for statement in statements:
             connection.execute(

@@ -1,4 +1,4 @@
-"""The self-proof notices each stage that does not do what the others rely on."""
+"""The self-test notices each stage that does not do what the others rely on."""
 
 from __future__ import annotations
 
@@ -34,16 +34,16 @@ def wrong_rounding(self, coefficients):
 
 
 @pytest.mark.parametrize(
-    ("place", "name", "sabotage", "sentence"),
+    ("owner", "name", "sabotage", "sentence"),
     [
         (masks.Masks, "apply", no_masks, "masks hide nothing"),
         (ckks.SumKey, "round", wrong_rounding, "a sum of three vectors is wrong"),
     ],
 )
 def test_a_stage_that_fails_is_refused(
-    monkeypatch: pytest.MonkeyPatch, place, name, sabotage, sentence
+    monkeypatch: pytest.MonkeyPatch, owner, name, sabotage, sentence
 ):
-    monkeypatch.setattr(place, name, sabotage)
+    monkeypatch.setattr(owner, name, sabotage)
     with pytest.raises(PrivflError, match=sentence):
         self_test.prove()
 
