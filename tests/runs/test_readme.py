@@ -118,15 +118,6 @@ assert 0 < engine.get_epsilon(1e-5) < 10
 """
 
 
-def test_the_engine_runs_as_the_readme_shows(tmp_path: Path):
-    (snippet,) = blocks("python")
-    (tmp_path / "program.py").write_text(BEFORE + snippet + AFTER)
-    job = run_job(3, [sys.executable, str(tmp_path / "program.py")], cwd=tmp_path)
-    assert job.code == 0, job.err
-    assert job.out.count("has spent epsilon") == 3
-    assert len(list(tmp_path.glob("*.ledger"))) == 3
-
-
 LOOP = """
 for x, y in loader:
     optimizer.zero_grad()
@@ -135,33 +126,26 @@ for x, y in loader:
 """
 
 
-def test_a_loop_of_ones_own_saves_and_loads_as_shown(tmp_path: Path):
-    page = blocks("python", "docs/own-loop.md")
+def test_the_engine_runs_saves_and_loads_as_shown(tmp_path: Path):
+    """Three programs in one job: the README's, and a loop of one's own before and after a save."""
+    (front,) = blocks("python")
     # Every rank is a site with files of its own.
     make, checkpoint = (
-        re.sub(r'"(zurich|epoch3)', r'f"{MPI.COMM_WORLD.rank}\1', block) for block in page
+        re.sub(r'"(zurich|epoch3)', r'f"{MPI.COMM_WORLD.rank}\1', block)
+        for block in blocks("python", "docs/own-loop.md")
     )
     save, load = checkpoint.split("# In the next program, after make_private:\n")
-    first = [
-        BEFORE,
-        "import privfl",
-        make,
-        LOOP,
-        save,
-        "spent = engine.get_epsilon(1e-5)",
-        "engine.close()",
+    programs = [
+        *[BEFORE, front, AFTER, "engine.close()"],
+        *[BEFORE, make, LOOP, save, "spent = engine.get_epsilon(1e-5)", "engine.close()"],
+        *[BEFORE, make, load, "assert engine.get_epsilon(1e-5) == spent > 0", LOOP],
+        *["assert engine.get_epsilon(1e-5) > spent", AFTER],
     ]
-    second = [
-        BEFORE,
-        make,
-        load,
-        "assert engine.get_epsilon(1e-5) == spent > 0",
-        LOOP,
-        "assert engine.get_epsilon(1e-5) > spent",
-    ]
-    (tmp_path / "program.py").write_text("\n".join([*first, *second, AFTER]))
+    (tmp_path / "program.py").write_text("\n".join(programs))
     job = run_job(3, [sys.executable, str(tmp_path / "program.py")], cwd=tmp_path)
     assert job.code == 0, job.err
+    assert job.out.count("has spent epsilon") == 3
+    assert len(list(tmp_path.glob("*.ledger"))) == 6
     assert len(list(tmp_path.glob("*epoch3.pt"))) == 3
 
 
@@ -275,3 +259,13 @@ def test_documented_commands_exist():
     for page in DOCUMENTS:
         for command in re.findall(r"`privfl ([a-z]+)", page.read_text()):
             assert cli.get_command(click.Context(cli), command), f"{page.name}: privfl {command}"
+
+
+def test_code_that_documents_name_exists():
+    folders = ("privfl", "tests", "benchmarks", "examples")
+    files = [path.as_posix() for folder in folders for path in (ROOT / folder).rglob("*")]
+    yours = {"file.py", "mine/digits.py"}
+    for page in DOCUMENTS:
+        for name in re.findall(r"`([\w/]+\.py|privfl/[\w/]+)`", page.read_text()):
+            where = f"{page.name}: {name}"
+            assert name in yours or any(f.endswith(f"/{name.rstrip('/')}") for f in files), where
