@@ -9,7 +9,6 @@ from typing import Any
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from opacus.optimizers import DPOptimizer
 from torch import nn
 
 from privfl.accounting import (
@@ -21,14 +20,11 @@ from privfl.accounting import (
 )
 from privfl.dp.accountant import EventAccountant
 from privfl.dp.checks import check_constants
+from privfl.dp.clipping import ExampleClipper
 from privfl.dp.engine_arguments import LoopArguments, noise_of
 from privfl.dp.engine_backend import EngineBackend, LoopFacts, Steps
-from privfl.dp.optimizer import (
-    SecureSumGhostOptimizer,
-    SecureSumOptimizer,
-    SystemNoiseGhostOptimizer,
-    SystemNoiseOptimizer,
-)
+from privfl.dp.ghost import GhostClipper
+from privfl.dp.optimizer import OwnNoise, Release, SumOptimizer, SumOverSites
 from privfl.dp.sampling import PoissonBatches, poisson_loader
 from privfl.errors import PrivflError
 from privfl.noise.distributed import SENSITIVITY
@@ -117,25 +113,20 @@ class PrivateSteps:
         self.optimizer = self._optimizer(wrapped, randomness)
         self._batches.begun = self.forget_unfinished_step
 
-    def _optimizer(self, wrapped: Any, randomness: Randomness) -> DPOptimizer:
-        arguments, loop = self._arguments, self._loop
-        common: dict[str, Any] = {
-            "noise_multiplier": self._event.noise_multiplier,
-            "max_grad_norm": arguments.clipping_norm,
-            "expected_batch_size": loop.sampling_rate * loop.records,
-            "loss_reduction": arguments.loss_reduction,
-        } | ({"ghost": wrapped} if arguments.ghost else {})
-        if self._backend.shared:
-            summed = SecureSumGhostOptimizer if arguments.ghost else SecureSumOptimizer
-            return summed(
-                arguments.inner_optimizer,
-                exchange=self._sum,
-                abort_peers=self._backend.abort_peers,
-                **common,
-            )
-        alone = SystemNoiseGhostOptimizer if arguments.ghost else SystemNoiseOptimizer
-        return alone(
-            arguments.inner_optimizer, randomness=randomness, charge=self._charge, **common
+    def _optimizer(self, wrapped: Any, randomness: Randomness) -> SumOptimizer:
+        arguments, loop, shared = self._arguments, self._loop, self._backend.shared
+        release: Release = OwnNoise(randomness, self._charge)
+        if shared:
+            release = SumOverSites(self._sum, self._charge, self._backend.abort_peers)
+        return SumOptimizer(
+            arguments.inner_optimizer,
+            clipper=GhostClipper(wrapped) if arguments.ghost else ExampleClipper(exact=shared),
+            release=release,
+            noise_multiplier=self._event.noise_multiplier,
+            max_grad_norm=arguments.clipping_norm,
+            expected_batch_size=loop.sampling_rate * loop.records,
+            # A sum over sites is divided by the expected batch of all of them, in _sum.
+            loss_reduction="sum" if shared else arguments.loss_reduction,
         )
 
     def _charge(self) -> None:
@@ -157,14 +148,9 @@ class PrivateSteps:
         self._accountant.add(event)
 
     def _sum(self, total: NDArray[np.float64]) -> NDArray[np.float64]:
-        """The charged, noisy sum over all sites, as the optimizer is to follow it; shape
+        """The noisy sum over all sites of a charged step, as the optimizer is to follow it; shape
         (parameters,).
         """
-        try:
-            self._charge()
-        except Exception as error:
-            self._backend.abort_peers(error)
-            raise
         replica = b"".join(p.detach().cpu().numpy().tobytes() for p in self.optimizer.params)
         summed = self._backend.sum(total, replica)
         mean = self._arguments.loss_reduction == "mean"

@@ -12,8 +12,7 @@ import torch
 from numpy.typing import NDArray
 from opacus.optimizers import DPOptimizer
 
-from privfl.dp.clipping import Clipper, ExampleClipper
-from privfl.dp.ghost import GhostClipper, GhostModule
+from privfl.dp.clipping import Clipper
 from privfl.errors import InternalError, PrivflError
 from privfl.noise.randomness import Randomness, gaussian
 
@@ -290,64 +289,3 @@ class SumOptimizer(DPOptimizer):  # type: ignore[misc]
         if self.step_hook is not None:
             self.step_hook(self)
         self.original_optimizer.step()
-
-
-# -- by the names that dp/engine.py calls ---------------------------------------------------------
-
-
-def SystemNoiseOptimizer(  # noqa: N802
-    optimizer: torch.optim.Optimizer,
-    *,
-    randomness: Randomness,
-    charge: Callable[[], None],
-    **opacus: Any,
-) -> SumOptimizer:
-    """Per-example gradients, noise of this site's own."""
-    release = OwnNoise(randomness, charge)
-    return SumOptimizer(optimizer, clipper=ExampleClipper(exact=False), release=release, **opacus)
-
-
-def SystemNoiseGhostOptimizer(  # noqa: N802
-    optimizer: torch.optim.Optimizer,
-    *,
-    ghost: GhostModule,
-    randomness: Randomness,
-    charge: Callable[[], None],
-    **opacus: Any,
-) -> SumOptimizer:
-    """Ghost clipping, noise of this site's own."""
-    release = OwnNoise(randomness, charge)
-    return SumOptimizer(optimizer, clipper=GhostClipper(ghost), release=release, **opacus)
-
-
-def SecureSumOptimizer(  # noqa: N802
-    optimizer: torch.optim.Optimizer,
-    *,
-    exchange: SumGradients,
-    abort_peers: Callable[[BaseException], None],
-    **opacus: Any,
-) -> SumOptimizer:
-    """Per-example gradients, sums over all sites; ``exchange`` charges and makes the mean."""
-    return SumOptimizer(
-        optimizer,
-        clipper=ExampleClipper(exact=True),
-        release=SumOverSites(exchange, lambda: None, abort_peers),
-        **opacus | {"loss_reduction": "sum"},
-    )
-
-
-def SecureSumGhostOptimizer(  # noqa: N802
-    optimizer: torch.optim.Optimizer,
-    *,
-    ghost: GhostModule,
-    exchange: SumGradients,
-    abort_peers: Callable[[BaseException], None],
-    **opacus: Any,
-) -> SumOptimizer:
-    """Ghost clipping, sums over all sites; ``exchange`` charges and makes the mean."""
-    return SumOptimizer(
-        optimizer,
-        clipper=GhostClipper(ghost),
-        release=SumOverSites(exchange, lambda: None, abort_peers),
-        **opacus | {"loss_reduction": "sum"},
-    )
