@@ -123,7 +123,7 @@ def parts(parameters: int, bits: int, repeats: int) -> dict[str, float]:
 def _one_sum(parameters: int, bits: int, timed: Callable[[str, Callable[[], Any]], Any]) -> None:
     import numpy as np
 
-    from privfl.noise.distributed import Shares, StepGrid
+    from privfl.noise.distributed import SENSITIVITY, Shares, StepGrid
     from privfl.noise.randomness import SystemRandomness
     from privfl.secagg import Checksum, Decryption, SumKey, WordAdder, derive
     from privfl.secagg.codec import _masked, _words
@@ -134,7 +134,7 @@ def _one_sum(parameters: int, bits: int, timed: Callable[[str, Callable[[], Any]
     derived = derive(len(SITES), bits)
     layout = Layout(parameters, derived)
     key, check, blocks = SumKey(derived), os.urandom(32), layout.blocks
-    shares = Shares(StepGrid(1e-4, 2.0**14), SystemRandomness())
+    shares = Shares(StepGrid(1e-4, 2.0**14, SENSITIVITY), SystemRandomness())
     vector = np.random.default_rng(0).normal(size=parameters)
     integers = timed("noise", lambda: shares.add(vector))
     # Masks with each of the three others; the sum below is of vectors without, as if they had
