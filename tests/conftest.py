@@ -183,7 +183,7 @@ def descendants(ancestor: int) -> dict[int, list[str]]:
 
 
 def wait_for(
-    condition: Callable[[], Any], process: subprocess.Popen[str], limit: float = 60
+    condition: Callable[[], Any], process: subprocess.Popen[str], limit: float = 200
 ) -> Any:
     """What ``condition`` gives once it gives something true.
 
