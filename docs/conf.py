@@ -35,6 +35,8 @@ autodoc_class_signature = "mixed"
 autodoc_preserve_defaults = True
 autodoc_type_aliases = {"ArrayLike": "numpy.typing.ArrayLike"}
 napoleon_numpy_docstring = False
+# "Attributes:" become a list; as entries of their own they would stand beside the members.
+napoleon_use_ivar = True
 
 html_theme = "alabaster"
 html_title = f"privfl {release}"
