@@ -39,19 +39,28 @@ class GroupSum:
 
     @property
     def parameters(self) -> Parameters:
-        """Those of the sums."""
+        """The parameters of the encrypted sums."""
         return self._session.parameters
 
     def sum(
         self, accept: Callable[[], NDArray[Any]], quantiser: Quantiser, state: str = ""
     ) -> NDArray[Any]:
-        """The sum over all ranks of what ``accept`` returns, of the same shape; ``state`` must
-        be the same at all ranks.
+        """The sum of all ranks' vectors, at every rank. Collective.
+
+        Args:
+            accept: returns this rank's vector, of the same shape at all ranks, or raises what is
+                wrong with it.
+            quantiser: how its numbers become integers, and sums of integers numbers again.
+            state: a text that must be the same at all ranks.
+
+        Returns:
+            The sum, of the shape of the vector.
 
         Raises:
             PrivflError: At all ranks, if one rank's vector does not fit; nothing of any vector has
-                left then.
-            MismatchError: If the sum is not what the ranks sent; nothing more is summed.
+                left its rank then.
+            MismatchError: If the decrypted sum is not the sum of what the ranks sent; the keys are
+                given up, and later sums fail at all ranks.
         """
         group = self._group
 
@@ -83,7 +92,7 @@ class GroupSum:
         return attempt.total().reshape(vector.shape)
 
     def _add(self, layout: Layout, blocks: Iterator[NDArray[np.uint64]]) -> Iterator[memoryview]:
-        """On rank 0: the sums of all blocks, each sent to everybody as soon as it is there."""
+        """On rank 0: the sums of all blocks, each sent to all ranks once it is complete."""
         group = self._group
         totals = self._reduced(blocks) if self._path == "reduce" else self._added(layout, blocks)
         for part, total in enumerate(totals):
@@ -100,8 +109,8 @@ class GroupSum:
         for words, part in under_way:
             finish(part)
             reduce_words(words, self.parameters.prime, group.size)
-        # Each says that it has handed over all of its part before anybody gets a total and goes on
-        # to the next sum.
+        # Every rank says that all of its part is in the sum before any rank gets a total and goes
+        # on to the next sum.
         group.from_all(Kind.CONTRIBUTION)
         for words, _ in under_way:
             yield words.data.cast("B")
@@ -131,8 +140,8 @@ class GroupSum:
         if frame is None:
             return False
         message = messages.decode(frame.head, frame.bulk)
-        here = (message.kind, message.run, message.round, message.part, message.parts)
-        if here != (Kind.CONTRIBUTION, group.run, group.round, parts[frame.peer], layout.blocks):
+        head = (message.kind, message.run, message.round, message.part, message.parts)
+        if head != (Kind.CONTRIBUTION, group.run, group.round, parts[frame.peer], layout.blocks):
             raise ProtocolError(
                 f"rank {frame.peer} sent a {message.kind.name} message where the next block of its "
                 f"contribution was due"

@@ -5,17 +5,18 @@ Everything is collective: every rank makes the same calls in the same order.
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import os
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
 from privfl.environment import versions
-from privfl.errors import PrivflError, ProtocolError, in_one_line
+from privfl.errors import PrivflError, ProtocolError, in_one_line, shown
 from privfl.federation import messages
 from privfl.federation.messages import Body, Kind, Message
 from privfl.identity import Identity
@@ -26,33 +27,68 @@ from privfl.secagg.session.roster import Member, Roster
 from privfl.secagg.session.sums import SumSession
 from privfl.transport import Transport
 
+# Seconds after which a rank that does not answer is an error, if the user says nothing else.
+TIMEOUT = 600.0
+
 
 def transport_of(comm: Any) -> Transport:
     """The transport over an mpi4py communicator; a transport as it is.
 
     Raises:
-        PrivflError: If ``comm`` is neither.
+        PrivflError: If ``comm`` is neither, or a communicator that this rank is no member of.
     """
-    if hasattr(comm, "Get_rank"):
-        from privfl.transport import mpi
-
-        return mpi.over(comm)
-    if not all(
-        hasattr(comm, name) for name in ("rank", "size", "send", "receive", "reduce", "flush")
-    ):
+    if not _connects(comm):
         raise PrivflError(
             f"comm must be an mpi4py communicator, for example MPI.COMM_WORLD, or a transport of "
-            f"privfl, got {comm!r}"
+            f"privfl, got {shown(comm)}"
         )
-    return comm  # type: ignore[no-any-return]
+    if not hasattr(comm, "Get_rank"):
+        return comm  # type: ignore[no-any-return]
+    if not comm or comm.Is_inter():
+        raise PrivflError(
+            f"comm must be a communicator within one group that this rank is a member of, got "
+            f"{'an intercommunicator' if comm else 'MPI.COMM_NULL'}"
+        )
+    from privfl.transport import mpi
+
+    return mpi.over(comm)
+
+
+def _connects(value: Any) -> bool:
+    """Whether ``value`` looks like a communicator or a transport."""
+    transport = ("rank", "size", "send", "receive", "reduce", "flush")
+    return not isinstance(value, type) and (
+        hasattr(value, "Get_rank") or all(hasattr(value, name) for name in transport)
+    )
+
+
+def refuse(values: Sequence[Any], problem: PrivflError) -> None:
+    """Make a call that cannot begin at this rank fail at all ranks, which would wait for it.
+
+    Args:
+        values: the arguments of the call; without a communicator among them nobody waits.
+        problem: what is wrong with the call at this rank.
+    """
+
+    def fail() -> Parameters:
+        raise problem
+
+    for comm in filter(_connects, values):
+        with contextlib.suppress(PrivflError):  # which says the same
+            RankGroup(transport_of(comm), TIMEOUT).join("", fail)
 
 
 class RankGroup:
     """All ranks of a transport, which must be at least two.
 
     Args:
-        transport: connects them; rank 0 with every other.
+        transport: connects rank 0 with every other rank.
         timeout: seconds after which a rank that does not answer is an error.
+
+    Attributes:
+        run: 16 random bytes that rank 0 chose in :meth:`join`; zeros before.
+        round: how many collective calls were made; every message has it, so that ranks which do
+            not make the same calls are noticed.
 
     Raises:
         PrivflError: If there is one rank only.
@@ -62,8 +98,7 @@ class RankGroup:
         if transport.size < 2:
             raise PrivflError(
                 "a sum over ranks needs at least 2 of them, this communicator has 1; start the "
-                "program with: "
-                "mpiexec -n 4 python ..."
+                "program with: mpiexec -n 4 python ..."
             )
         self.transport, self.timeout = transport, timeout
         self.rank, self.size = transport.rank, transport.size
@@ -74,13 +109,16 @@ class RankGroup:
         """All ranks but 0."""
         return range(1, self.size)
 
-    # -- what all know -----------------------------------------------------------------------------
+    # -- what all ranks learn ----------------------------------------------------------------------
 
     def tell(self, text: str) -> tuple[str, ...]:
-        """What every rank says, in the clear, by rank.
+        """Say ``text`` to all ranks, in the clear.
+
+        Returns:
+            What each rank said, in order of rank.
 
         Raises:
-            PrivflError: If a rank does not answer.
+            PrivflError: If a rank does not answer in time.
         """
         self.round += 1
         if self.rank:
@@ -97,10 +135,10 @@ class RankGroup:
         return everything.texts
 
     def all_well(self, problem: str = "") -> None:
-        """Go on only if no rank has a problem; also where the others are about to make a sum.
+        """Go on only if no rank has a problem; also understood by ranks that begin a sum.
 
         Raises:
-            PrivflError: At all ranks, if one of them has a problem: the first one's sentence.
+            PrivflError: At all ranks, if one of them has a problem: the sentence of the first.
         """
         self.round += 1
         self._agree(
@@ -110,15 +148,19 @@ class RankGroup:
         )
 
     def agree_on(self, accept: Callable[[], NDArray[Any]], state: str) -> NDArray[Any]:
-        """What ``accept`` returns, once every rank has said that its own fits.
+        """This rank's vector, once every rank has said that its own fits.
 
         Args:
             accept: returns this rank's vector, of the same shape at all ranks, or raises what is
                 wrong with it.
-            state: what must be the same at all ranks.
+            state: a text that must be the same at all ranks.
+
+        Returns:
+            What ``accept`` returned.
 
         Raises:
-            PrivflError: At all ranks, if one rank's vector does not fit: the first one's sentence.
+            PrivflError: At all ranks, if one rank's vector or state does not fit: the sentence of
+                the first.
         """
         self.round += 1
         problem, vector = "", np.empty(0)
@@ -148,7 +190,7 @@ class RankGroup:
         self._go_on(_problem(answers), messages.Round())
 
     def _go_on(self, problem: str, go: Body) -> None:
-        """On rank 0: tell all to go on, or why not."""
+        """On rank 0: tell all to go on, or why they cannot."""
         self._to_all(messages.Failed(error=problem, exit_code=2) if problem else go)
         if problem:
             raise PrivflError(problem)
@@ -156,12 +198,18 @@ class RankGroup:
     # -- keys --------------------------------------------------------------------------------------
 
     def join(self, arguments: str, choose: Callable[[], Parameters]) -> SumSession:
-        """Exchange and sign keys; rank 0 makes those of the sums and seals them to the others.
+        """Exchange and sign keys; rank 0 makes the keys of the sums and seals them to the others.
+
+        Guarantee: No key is used before the signatures of all ranks under the same roster were
+            checked. Identities live for one run and are not pinned.
 
         Args:
             arguments: what all ranks must have been called with alike, as text.
             choose: the parameters of the sums that follow, or raises what is wrong with this rank's
                 arguments.
+
+        Returns:
+            What opens the encrypted sums of these ranks.
 
         Raises:
             PrivflError: At all ranks, if a rank was called with other arguments, runs other
@@ -174,8 +222,7 @@ class RankGroup:
             if not prove():
                 problem = (
                     "this TenSEAL is not proven to let ciphertexts be added as words, which sums "
-                    "over ranks need; "
-                    "see `privfl doctor`"
+                    "over ranks need; see `privfl doctor`"
                 )
         except PrivflError as error:
             problem = str(error)
@@ -258,11 +305,11 @@ class RankGroup:
             self._send(rank, body)
 
     def expect(self, kind: Kind) -> Message:
-        """The next message of rank 0, which must be of this kind.
+        """The next message of rank 0, which must be of this kind and belong to this call.
 
         Raises:
-            PrivflError: If rank 0 says that a rank failed, or nothing comes in time.
-            ProtocolError: If it is another message.
+            PrivflError: If rank 0 says that a rank failed, or nothing arrives in time.
+            ProtocolError: If rank 0 sent another message.
         """
         message = self._next()[1]
         if isinstance(message.body, messages.Failed):
@@ -275,11 +322,11 @@ class RankGroup:
         return message
 
     def from_all(self, *kinds: Kind) -> dict[int, Message]:
-        """On rank 0: one message of each other rank, by rank.
+        """On rank 0: one message of each other rank, in order of rank.
 
         Raises:
-            PrivflError: If one does not come in time.
-            ProtocolError: If one is of another kind or sum.
+            PrivflError: If the message of a rank does not arrive in time.
+            ProtocolError: If a message is of another kind, or belongs to another call.
         """
         received: dict[int, Message] = {}
         while len(received) < self.size - 1:
@@ -302,7 +349,7 @@ class RankGroup:
         return frame.peer, messages.decode(frame.head, frame.bulk)
 
     def close(self) -> None:
-        """Give up receiving. Collective in effect: no rank may talk after another has closed."""
+        """Send what is waiting and stop receiving. No rank may talk after another has closed."""
         deadline = time.monotonic() + self.timeout
         self.transport.flush(max(0.0, deadline - time.monotonic()))
         self.transport.close()
@@ -322,13 +369,13 @@ def _problem(answers: Mapping[int, Body | None]) -> str:
         ):
             return (
                 f"the model of rank {rank} is not that of rank 0: start all from the same "
-                f"parameters (torch.manual_seed before "
-                "it is made), and change them by optimizer.step() only"
+                "parameters (torch.manual_seed before it is made), and change them by "
+                "optimizer.step() only"
             )
         if isinstance(body, messages.Ready) and body != first:
             return (
                 f"rank {rank} has a vector of shape {body.shape}, rank 0 another one; they must "
-                f"be alike"
+                "be alike"
             )
     return ""
 

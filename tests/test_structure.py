@@ -30,7 +30,8 @@ ARROWS = {
         "site",
         "transport",
     },
-    "engine": {
+    "engine": {"_engine_backends", "_rank_group", "dp", "noise"},
+    "_engine_backends": {
         "_group_sum",
         "_rank_group",
         "accounting",

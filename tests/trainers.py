@@ -19,11 +19,15 @@ _STARTING = threading.Lock()
 
 
 class _Running:
+    """A process that has not ended."""
+
     def poll(self) -> None:
         return None
 
 
 class _Waiting(Trainer):
+    """Gets ready when no other trainer does."""
+
     def answer(self, request: Request) -> Answer:
         with _STARTING if isinstance(request, Prepare) else contextlib.nullcontext():
             return super().answer(request)

@@ -13,7 +13,6 @@ import torch
 from opacus.validators import ModuleValidator
 from torch import nn
 from torch.overrides import TorchFunctionMode
-from torch.utils._pytree import tree_map
 from torch.utils.data import DataLoader
 
 from privfl.errors import PrivflError, in_one_line
@@ -365,8 +364,9 @@ class _InFloat64(TorchFunctionMode):
         if name in ("__get__", "__set__") or "out" in kwargs:
             return function(*args, **kwargs)
         written = args[:1] if _writes(name) else ()
-        others, kwargs = tree_map(_widened, (args[len(written) :], kwargs))
-        result = _CASTS.get(function, function)(*written, *others, **kwargs)
+        others = map(_widened, args[len(written) :])
+        options = {key: _widened(value) for key, value in kwargs.items()}
+        result = _CASTS.get(function, function)(*written, *others, **options)
         return result if written else _widened(result)
 
 
@@ -377,9 +377,12 @@ _CASTS = dict.fromkeys(
 
 
 def _widened(value: Any) -> Any:
-    if isinstance(value, torch.Tensor) and value.dtype in _SMALL:
-        return value.double()
-    return torch.float64 if isinstance(value, torch.dtype) and value in _SMALL else value
+    """A tensor or a type in float64; also those in a list, as of what torch.cat joins."""
+    if isinstance(value, torch.Tensor):
+        return value.double() if value.dtype in _SMALL else value
+    if isinstance(value, torch.dtype):
+        return torch.float64 if value in _SMALL else value
+    return type(value)(map(_widened, value)) if type(value) in (list, tuple) else value
 
 
 def _writes(name: str) -> bool:

@@ -1,118 +1,52 @@
-"""Opacus' PrivacyEngine with sound sampling, noise from the operating system, and a place for a
-ledger and for sums over sites.
+"""Opacus' PrivacyEngine with sound sampling, noise from the operating system, a ledger, and sums
+over sites.
 """
 
 from __future__ import annotations
 
-import warnings
-from collections.abc import Callable
-from dataclasses import dataclass
-from typing import Any, Protocol
+import contextlib
+import functools
+from collections.abc import Callable, Iterator
+from typing import Any, Literal, overload
 
-import numpy as np
 import opacus
-import torch
-from numpy.typing import NDArray
+from opacus.grad_sample import GradSampleModule
+from opacus.optimizers import DPOptimizer
 from torch import nn
+from torch.optim import Optimizer
 from torch.utils.data import DataLoader
 
-from privfl.accounting import (
-    LARGEST_NOISE_MULTIPLIER,
-    LEAST_NOISE_MULTIPLIER,
-    DiscreteGaussian,
-    Event,
-    PoissonGaussian,
-    epsilon_of,
-    least_noise_multiplier,
-)
 from privfl.dp.accountant import EventAccountant
-from privfl.dp.checks import (
-    check_constants,
-    check_model,
-    check_neighbours,
-    constants,
-    digest_of,
-    wrapping,
+from privfl.dp.checks import check_model, wrapping
+from privfl.dp.engine_arguments import (
+    Criterion,
+    LoopArguments,
+    check_kind,
+    delta_of,
+    epochs_of,
+    noise_of,
+    positive_number,
+    usual_delta,
 )
+from privfl.dp.engine_backend import EngineBackend, LoopFacts
+from privfl.dp.engine_steps import PrivateSteps, least_noise, step_event
 from privfl.dp.ghost import GhostModule
-from privfl.dp.optimizer import (
-    SecureSumGhostOptimizer,
-    SecureSumOptimizer,
-    SystemNoiseGhostOptimizer,
-    SystemNoiseOptimizer,
-)
-from privfl.dp.sampling import PoissonBatches, poisson_loader, rate_of
-from privfl.errors import PrivflError
-from privfl.noise.distributed import SENSITIVITY
+from privfl.errors import PrivflError, words_checked
 from privfl.noise.randomness import Randomness
 
-_MODES = ("hooks", "functorch", "ghost")
-
-
-@dataclass(frozen=True)
-class LoopFacts:
-    """What is public about a training loop: ``steps`` is how many a pass over the loader has,
-    ``parameters`` how many are trained.
-
-    ``expected``: records of all sites together that take part in a step, on average. ``constants``:
-    a digest of all in the model that is not trained.
-    """
-
-    records: int
-    sampling_rate: float
-    steps: int
-    parameters: int
-    constants: str
-    expected: float
-
-
-class EngineBackend(Protocol):
-    """Where an engine's steps are written down, and where the other sites are."""
-
-    shared: bool
-
-    def abort_peers(self, error: BaseException) -> None:
-        """Let the other sites know that this one cannot go on, where they would wait for it."""
-        ...
-
-    def admits_plan(self, delta: float) -> Callable[[Event], bool]:
-        """Whether what is left of the budget admits a plan, all of it; runs are reported at
-        ``delta``.
-
-        Raises:
-            PrivflError: the budget is at a smaller delta.
-        """
-        ...
-
-    def agree(self, loop: LoopFacts) -> LoopFacts:
-        """The loop as all sites run it: a pass must have the same number of steps everywhere."""
-        ...
-
-    def begin(
-        self,
-        loop: LoopFacts,
-        model: str,
-        data: str,
-        delta: float,
-        plan: Event,
-        max_grad_norm: float,
-    ) -> Event:
-        """Write down that a run begins; the plan with the noise on which the sites agree."""
-        ...
-
-    def charge(self, event: Event) -> None:
-        """Debit one step; when this returns the charge is safe, and only then anything may be
-        made of the step.
-        """
-        ...
-
-    def sum(self, total: NDArray[np.float64], replica: bytes) -> NDArray[np.float64]:
-        """The noisy sum over all sites of vectors of shape (parameters,)."""
-        ...
+_TARGET = "it belongs to make_private_with_epsilon"
+_words_checked = functools.partial(
+    words_checked, lambda engine, _, problem: engine._backend.abort_peers(problem)
+)
 
 
 class Engine(opacus.PrivacyEngine):  # type: ignore[misc]
-    """Opacus' engine at a :class:`EngineBackend`."""
+    """Opacus' engine on an :class:`EngineBackend`.
+
+    Args:
+        backend: where steps are charged, and where the other sites are.
+        randomness: where batches, and the noise of a site alone, are drawn from.
+    """
 
     def __init__(self, backend: EngineBackend, randomness: Randomness) -> None:
         # Not Opacus' own __init__: it would warn of randomness that is not used here, and of a
@@ -121,330 +55,396 @@ class Engine(opacus.PrivacyEngine):  # type: ignore[misc]
         self.secure_mode, self.secure_rng, self.dataset = False, None, None
         self._backend, self._randomness = backend, randomness
 
-    def make_private(self, *, noise_multiplier: float, **arguments: Any) -> Any:
-        """As Opacus' ``make_private``, with the same arguments and results.
+    @overload
+    def make_private(
+        self,
+        *,
+        module: nn.Module,
+        optimizer: Optimizer,
+        criterion: Criterion | None = None,
+        data_loader: DataLoader[Any],
+        noise_multiplier: float,
+        max_grad_norm: float,
+        batch_first: bool = True,
+        loss_reduction: Literal["mean", "sum"] = "mean",
+        poisson_sampling: bool = True,
+        clipping: Literal["flat"] = "flat",
+        noise_generator: None = None,
+        grad_sample_mode: Literal["hooks", "functorch"] = "hooks",
+        wrap_model: Literal[True] = True,
+        rand_on_empty: bool = False,
+    ) -> tuple[GradSampleModule, DPOptimizer, DataLoader[Any]]: ...
 
-        The loader's batch size is the expected size of Poisson batches. With other sites this is
-        collective, as every ``optimizer.step()``.
+    @overload
+    def make_private(
+        self,
+        *,
+        module: nn.Module,
+        optimizer: Optimizer,
+        criterion: Criterion | None = None,
+        data_loader: DataLoader[Any],
+        noise_multiplier: float,
+        max_grad_norm: float,
+        batch_first: bool = True,
+        loss_reduction: Literal["mean", "sum"] = "mean",
+        poisson_sampling: bool = True,
+        clipping: Literal["flat"] = "flat",
+        noise_generator: None = None,
+        grad_sample_mode: Literal["ghost"],
+        wrap_model: Literal[True] = True,
+        rand_on_empty: bool = False,
+    ) -> tuple[GhostModule, DPOptimizer, Criterion, DataLoader[Any]]: ...
+
+    @overload
+    def make_private(
+        self,
+        *,
+        module: nn.Module,
+        optimizer: Optimizer,
+        criterion: Criterion | None = None,
+        data_loader: DataLoader[Any],
+        noise_multiplier: float,
+        max_grad_norm: float,
+        batch_first: bool = True,
+        loss_reduction: Literal["mean", "sum"] = "mean",
+        poisson_sampling: bool = True,
+        clipping: Literal["flat"] = "flat",
+        noise_generator: None = None,
+        grad_sample_mode: str = "hooks",
+        wrap_model: bool = True,
+        rand_on_empty: bool = False,
+    ) -> tuple[Any, ...]: ...
+
+    @_words_checked(absent=dict.fromkeys(("target_epsilon", "target_delta", "epochs"), _TARGET))
+    def make_private(
+        self,
+        *,
+        module: nn.Module,
+        optimizer: Optimizer,
+        criterion: Criterion | None = None,
+        data_loader: DataLoader[Any],
+        noise_multiplier: float,
+        max_grad_norm: float,
+        batch_first: bool = True,
+        loss_reduction: str = "mean",
+        poisson_sampling: bool = True,
+        clipping: str = "flat",
+        noise_generator: None = None,
+        grad_sample_mode: str = "hooks",
+        wrap_model: bool = True,
+        rand_on_empty: bool = False,
+    ) -> tuple[Any, ...]:
+        """Make a training loop private: use what is returned in place of what was handed over.
+
+        As Opacus' ``make_private``, with the same arguments. With other sites this is collective,
+        as is every ``optimizer.step()``.
+
+        Guarantee: After any steps the model is (``get_epsilon(delta)``, delta)-differentially
+            private for one record of this site, added or removed, if a batch's loss is the sum or
+            mean of losses of one record each, its noise does not depend on earlier results, and
+            the model changes by ``optimizer.step()`` only.
+
+        Args:
+            module: the model, on its device; its trainable parameters are float32.
+            optimizer: any torch optimizer of all trainable parameters of ``module``.
+            criterion: the loss, returned as it is with ghost clipping and not used otherwise; by
+                default ``torch.nn.CrossEntropyLoss()``.
+            data_loader: over a data set with ``len()`` and ``[index]``; its batch size is the
+                expected size of Poisson batches, so the sampling rate is batch size / records.
+            noise_multiplier: standard deviation of the noise in units of ``max_grad_norm``, from
+                0.01 to 16384. With other sites, the noise of the sum that ``collusion`` of them
+                cannot subtract; of unlike numbers the largest is used.
+            max_grad_norm: C, to which the gradient of each record is clipped.
+            batch_first: whether the batch is the first dimension of the inputs, or the second.
+            loss_reduction: whether the loss is the ``mean`` or the ``sum`` of a batch's losses.
+            poisson_sampling: only True. Shuffled batches cost far more than the accounting of
+                Poisson batches says.
+            clipping: only ``flat``. The noise of other ways to clip is not accounted for.
+            noise_generator: only None: noise comes from the operating system. Whoever knows the
+                seed of a generator can take its noise away.
+            grad_sample_mode: ``hooks`` or ``functorch`` make the gradient of every record;
+                ``ghost`` makes only their norms, in less memory, in one backward pass.
+            wrap_model: False to hook into ``module`` instead of wrapping it; not with ghost
+                clipping.
+            rand_on_empty: only False. A made-up record in place of an empty batch doubles what one
+                record can change.
+
+        Returns:
+            (module, optimizer, data_loader), and with ``grad_sample_mode="ghost"`` (module,
+            optimizer, criterion, data_loader). With ``wrap_model=False`` the first is Opacus'
+            ``GradSampleHooks``, and ``module`` itself is the model.
 
         Raises:
-            PrivflError: an argument, the model or the loader would break the guarantee.
+            PrivflError: If an argument, the model or the loader would break the guarantee, the
+                ledger cannot be used, or another site cannot go on.
+            TypeError: If an argument is unknown or missing.
         """
-
-        def noise(loop: LoopFacts) -> float:
-            _check_noise(noise_multiplier)
-            # A number of numpy or torch would not go into the ledger.
-            return float(noise_multiplier)
-
-        return self._make(arguments, noise, delta=None)
-
-    def make_private_with_epsilon(
-        self, *, target_epsilon: float, target_delta: float, epochs: int, **arguments: Any
-    ) -> Any:
-        """As Opacus' ``make_private_with_epsilon``: with the least noise that keeps ``epochs``
-        passes within (target_epsilon, target_delta).
-
-        And within what is left of the ledger's budget, if it has one.
-
-        Raises:
-            PrivflError: as :meth:`make_private`, or no noise is enough.
-        """
-
-        def noise(loop: LoopFacts) -> float:
-            admits = self._backend.admits_plan(target_delta)
-
-            def spent(sigma: float) -> float:
-                plan = self._event(loop, sigma).times(epochs * loop.steps)
-                return epsilon_of([plan], target_delta).upper if admits(plan) else float("inf")
-
-            found = least_noise_multiplier(
-                lambda sigma: spent(sigma) if sigma >= LEAST_NOISE_MULTIPLIER else float("inf"),
-                target_epsilon,
-            )
-            if found is None:
-                raise PrivflError(
-                    f"target_epsilon {target_epsilon:g} cannot be reached with {epochs} "
-                    f"{'epoch' if epochs == 1 else 'epochs'}, or not with what is "
-                    "left of the ledger's budget; raise it, or lower epochs or the batch size"
-                )
-            return found
-
-        return self._make(arguments, noise, delta=target_delta, epochs=epochs)
-
-    def _event(
-        self, loop: LoopFacts, noise_multiplier: float
-    ) -> PoissonGaussian | DiscreteGaussian:
-        """One step, as it is charged."""
-        common: dict[str, Any] = {
-            "sampling_rate": loop.sampling_rate,
-            "noise_multiplier": noise_multiplier,
-        }
-        return (
-            DiscreteGaussian(**common, sensitivity=SENSITIVITY)
-            if self._backend.shared
-            else PoissonGaussian(**common)
+        arguments = LoopArguments(
+            module=module,
+            optimizer=optimizer,
+            data_loader=data_loader,
+            max_grad_norm=max_grad_norm,
+            criterion=nn.CrossEntropyLoss() if criterion is None else criterion,
+            batch_first=batch_first,
+            loss_reduction=loss_reduction,
+            poisson_sampling=poisson_sampling,
+            clipping=clipping,
+            noise_generator=noise_generator,
+            grad_sample_mode=grad_sample_mode,
+            wrap_model=wrap_model,
+            rand_on_empty=rand_on_empty,
         )
+        return self._make(arguments, lambda _: noise_of(noise_multiplier))
+
+    @overload
+    def make_private_with_epsilon(
+        self,
+        *,
+        module: nn.Module,
+        optimizer: Optimizer,
+        criterion: Criterion | None = None,
+        data_loader: DataLoader[Any],
+        target_epsilon: float,
+        target_delta: float,
+        epochs: int,
+        max_grad_norm: float,
+        batch_first: bool = True,
+        loss_reduction: Literal["mean", "sum"] = "mean",
+        poisson_sampling: bool = True,
+        clipping: Literal["flat"] = "flat",
+        noise_generator: None = None,
+        grad_sample_mode: Literal["hooks", "functorch"] = "hooks",
+        wrap_model: Literal[True] = True,
+    ) -> tuple[GradSampleModule, DPOptimizer, DataLoader[Any]]: ...
+
+    @overload
+    def make_private_with_epsilon(
+        self,
+        *,
+        module: nn.Module,
+        optimizer: Optimizer,
+        criterion: Criterion | None = None,
+        data_loader: DataLoader[Any],
+        target_epsilon: float,
+        target_delta: float,
+        epochs: int,
+        max_grad_norm: float,
+        batch_first: bool = True,
+        loss_reduction: Literal["mean", "sum"] = "mean",
+        poisson_sampling: bool = True,
+        clipping: Literal["flat"] = "flat",
+        noise_generator: None = None,
+        grad_sample_mode: Literal["ghost"],
+        wrap_model: Literal[True] = True,
+    ) -> tuple[GhostModule, DPOptimizer, Criterion, DataLoader[Any]]: ...
+
+    @overload
+    def make_private_with_epsilon(
+        self,
+        *,
+        module: nn.Module,
+        optimizer: Optimizer,
+        criterion: Criterion | None = None,
+        data_loader: DataLoader[Any],
+        target_epsilon: float,
+        target_delta: float,
+        epochs: int,
+        max_grad_norm: float,
+        batch_first: bool = True,
+        loss_reduction: Literal["mean", "sum"] = "mean",
+        poisson_sampling: bool = True,
+        clipping: Literal["flat"] = "flat",
+        noise_generator: None = None,
+        grad_sample_mode: str = "hooks",
+        wrap_model: bool = True,
+    ) -> tuple[Any, ...]: ...
+
+    @_words_checked(absent={"noise_multiplier": "it chooses the least that is enough"})
+    def make_private_with_epsilon(
+        self,
+        *,
+        module: nn.Module,
+        optimizer: Optimizer,
+        criterion: Criterion | None = None,
+        data_loader: DataLoader[Any],
+        target_epsilon: float,
+        target_delta: float,
+        epochs: int,
+        max_grad_norm: float,
+        batch_first: bool = True,
+        loss_reduction: str = "mean",
+        poisson_sampling: bool = True,
+        clipping: str = "flat",
+        noise_generator: None = None,
+        grad_sample_mode: str = "hooks",
+        wrap_model: bool = True,
+    ) -> tuple[Any, ...]:
+        """As :meth:`make_private`, with the least noise that keeps ``epochs`` passes over the
+        loader within (target_epsilon, target_delta).
+
+        If the ledger has a budget, also within what is left of it.
+
+        Guarantee: As :meth:`make_private`. ``epochs`` passes spend at most ``target_epsilon`` at
+            ``target_delta``; more passes are not prevented, and spend more.
+
+        Args:
+            module, optimizer, criterion, data_loader: as in :meth:`make_private`.
+            target_epsilon: the epsilon that all passes together may spend.
+            target_delta: the delta of that epsilon; not above that of the ledger's budget.
+            epochs: how many passes over the loader will be made.
+            max_grad_norm, batch_first, loss_reduction, poisson_sampling, clipping,
+                noise_generator, grad_sample_mode, wrap_model: as in :meth:`make_private`.
+
+        Returns:
+            As :meth:`make_private`.
+
+        Raises:
+            PrivflError: As :meth:`make_private`; also if no noise is enough for the target, or for
+                what is left of the budget.
+            TypeError: If an argument is unknown or missing.
+        """
+        arguments = LoopArguments(
+            module=module,
+            optimizer=optimizer,
+            data_loader=data_loader,
+            max_grad_norm=max_grad_norm,
+            criterion=nn.CrossEntropyLoss() if criterion is None else criterion,
+            batch_first=batch_first,
+            loss_reduction=loss_reduction,
+            poisson_sampling=poisson_sampling,
+            clipping=clipping,
+            noise_generator=noise_generator,
+            grad_sample_mode=grad_sample_mode,
+            wrap_model=wrap_model,
+            rand_on_empty=False,
+        )
+
+        def noise(loop: LoopFacts) -> float:
+            return least_noise(self._backend, loop, epsilon, delta, passes)
+
+        with self._peers_told():
+            epsilon = positive_number("target_epsilon", target_epsilon)
+            delta = delta_of("target_delta", target_delta)
+            passes = epochs_of(epochs)
+        return self._make(arguments, noise, delta=delta, epochs=passes)
 
     def _make(
         self,
-        arguments: dict[str, Any],
+        arguments: LoopArguments,
         noise: Callable[[LoopFacts], float],
         *,
-        delta: float | None,
+        delta: float | None = None,
         epochs: int = 0,
-    ) -> Any:
-        try:
-            given = _Arguments(**arguments)
-            given.check()
-            inner, plain = given.inner_optimizer(), getattr(given.module, "_module", given.module)
-            own, untrained = _loop_of(given, plain, inner)
+    ) -> tuple[Any, ...]:
+        """What ``make_private`` returns, with the noise that a loop needs."""
+        with self._peers_told():
+            arguments.check()
+            own, untrained = arguments.loop()
             sigma = noise(own)
-            wrapped = self._wrap(given)
-        except Exception as error:
-            self._backend.abort_peers(error)
-            raise
+            wrapped = self._wrap(arguments)
         loop = self._backend.agree(own)
-        # Another site may need more steps for a pass; everything else that the noise depends on is
-        # this site's own.
-        try:
+        with self._peers_told():
+            # Another site may need more steps for a pass; everything else that the noise depends on
+            # is this site's own.
             sigma = sigma if loop.steps == own.steps else noise(loop)
+        step = step_event(loop, sigma, shared=self._backend.shared)
+        event = self._backend.begin(
+            loop,
+            type(arguments.model).__name__,
+            type(arguments.data_loader.dataset).__name__,
+            delta or usual_delta(loop.records),
+            step.times(epochs * loop.steps),
+            arguments.clipping_norm,
+        ).once()
+        with self._peers_told():
+            wrapped.forbid_grad_accumulation()
+            steps = PrivateSteps(
+                self._backend,
+                self.accountant,
+                self._randomness,
+                arguments,
+                loop,
+                untrained,
+                event,
+                wrapped,
+            )
+        if arguments.ghost:
+            # As Opacus returns it. One backward pass is enough here, so any criterion will do.
+            return wrapped, steps.optimizer, arguments.criterion, steps.loader
+        return wrapped, steps.optimizer, steps.loader
+
+    @contextlib.contextmanager
+    def _peers_told(self) -> Iterator[None]:
+        """What is raised here ends the call at the other sites too, which would wait."""
+        try:
+            yield
         except Exception as error:
             self._backend.abort_peers(error)
             raise
-        plan = self._event(loop, sigma).times(epochs * loop.steps)
-        names = (type(plain).__name__, type(given.data_loader.dataset).__name__)
-        event = self._backend.begin(
-            loop, *names, delta or _usual_delta(loop.records), plan, given.max_grad_norm
-        ).once()
 
-        ahead = given.data_loader.num_workers > 0
-        batches = PoissonBatches(
-            loop.records, loop.sampling_rate, loop.steps, self._randomness, ahead=ahead
-        )
-        loader = poisson_loader(given.data_loader, batches, given.batch_first)
-        wrapped.forbid_grad_accumulation()
-
-        def charge() -> None:
-            """All that must hold before anything is made of a step, and its debit."""
-            # The optimizer's own numbers are the user's to change (a scheduler may); what is
-            # charged is what will be done.
-            _check_noise(optimizer.noise_multiplier)
-            now = self._event(loop, float(optimizer.noise_multiplier))
-            if self._backend.shared and (
-                now != event or optimizer.max_grad_norm != given.max_grad_norm
-            ):
-                raise PrivflError(
-                    "noise_multiplier and max_grad_norm were agreed on by all sites and cannot "
-                    "change during training"
-                )
-            batches.use(optimizer.examples_in_step)
-            check_constants(plain, untrained)
-            self._backend.charge(now)
-            self.accountant.add(now)
-
-        optimizer = self._optimizer(given, inner, wrapped, event, loop, charge)
-
-        def forget() -> None:
-            if optimizer.has_unused_gradients():
-                warnings.warn(
-                    "gradients of a batch that no optimizer.step() used were dropped; step once "
-                    "for each batch",
-                    stacklevel=2,
-                )
-            optimizer.forget_unfinished_step()
-            _forget_forward_passes(plain)
-
-        batches.begun = forget
-        if given.grad_sample_mode != "ghost":
-            return wrapped, optimizer, loader
-        # As Opacus returns it. One backward pass is enough here, so any criterion will do.
-        return wrapped, optimizer, given.criterion, loader
-
-    def _wrap(self, given: _Arguments) -> Any:
+    def _wrap(self, arguments: LoopArguments) -> Any:
+        """The module that makes gradients of single examples, or what ghost clipping needs."""
         common: dict[str, Any] = {
-            "batch_first": given.batch_first,
-            "loss_reduction": given.loss_reduction,
+            "batch_first": arguments.batch_first,
+            "loss_reduction": arguments.loss_reduction,
         }
         with wrapping("module"):
-            if given.grad_sample_mode != "ghost":
+            if not arguments.ghost:
                 return self._prepare_model(
-                    given.module,
+                    arguments.module,
                     **common,
-                    grad_sample_mode=given.grad_sample_mode,
-                    wrap_model=given.wrap_model,
+                    grad_sample_mode=arguments.grad_sample_mode,
+                    wrap_model=arguments.wrap_model,
                 )
-            if isinstance(given.module, GhostModule):
-                return given.module
-            return GhostModule(given.module, **common)
+            if isinstance(arguments.module, GhostModule):
+                return arguments.module
+            return GhostModule(arguments.module, **common)
 
-    def _optimizer(
+    def get_epsilon(self, delta: float) -> float:
+        """Epsilon at ``delta`` of all steps that this engine made or loaded; 0 before the first.
+
+        An upper bound by Renyi divergences. Steps of earlier engines on the same ledger are not in
+        it: `privfl budget show` has all.
+
+        Raises:
+            PrivflError: If ``delta`` is not between 0 and 1.
+        """
+        return self.accountant.get_epsilon(delta_of("delta", delta))
+
+    def is_compatible(
         self,
-        given: _Arguments,
-        inner: torch.optim.Optimizer,
-        wrapped: Any,
-        event: Any,
-        loop: LoopFacts,
-        charge: Callable[[], None],
-    ) -> Any:
-        ghost = given.grad_sample_mode == "ghost"
-        common: dict[str, Any] = {
-            "noise_multiplier": event.noise_multiplier,
-            "max_grad_norm": given.max_grad_norm,
-            "expected_batch_size": loop.sampling_rate * loop.records,
-            "loss_reduction": given.loss_reduction,
-        } | ({"ghost": wrapped} if ghost else {})
-        if not self._backend.shared:
-            kind = SystemNoiseGhostOptimizer if ghost else SystemNoiseOptimizer
-            return kind(inner, randomness=self._randomness, charge=charge, **common)
+        *,
+        module: nn.Module,
+        optimizer: Optimizer | None = None,
+        data_loader: DataLoader[Any] | None = None,
+    ) -> bool:
+        """Whether :meth:`make_private` takes the layers of ``module``.
 
-        def exchange(total: NDArray[np.float64]) -> NDArray[np.float64]:
-            try:
-                charge()
-            except Exception as error:
-                self._backend.abort_peers(error)
-                raise
-            replica = b"".join(p.detach().cpu().numpy().tobytes() for p in optimizer.params)
-            summed = self._backend.sum(total, replica)
-            return summed / loop.expected if given.loss_reduction == "mean" else summed
-
-        optimizer = (SecureSumGhostOptimizer if ghost else SecureSumOptimizer)(
-            inner, exchange=exchange, abort_peers=self._backend.abort_peers, **common
-        )
-        return optimizer
-
-    def is_compatible(self, *, module: nn.Module, **arguments: Any) -> bool:
-        """Whether :meth:`make_private` takes ``module``."""
+        As in Opacus, ``optimizer`` and ``data_loader`` are not looked at.
+        """
         try:
             check_model(getattr(module, "_module", module))
         except PrivflError:
             return False
-        return bool(super().is_compatible(module=module, **arguments))
+        return True
 
-    def validate(self, *, module: nn.Module, **arguments: Any) -> None:
-        """Say why :meth:`make_private` would abort_peers ``module``.
+    def validate(
+        self,
+        *,
+        module: nn.Module,
+        optimizer: Optimizer | None = None,
+        data_loader: DataLoader[Any] | None = None,
+    ) -> None:
+        """Say why :meth:`make_private` would not take the layers of ``module``.
+
+        As in Opacus, ``optimizer`` and ``data_loader`` are not looked at.
 
         Raises:
-            PrivflError, opacus.validators.errors.UnsupportedModuleError: it would.
+            PrivflError: If ``module`` is no module, or one of its layers mixes the records of a
+                batch or keeps statistics of them.
+            opacus.validators.errors.UnsupportedModuleError: If Opacus cannot make gradients of
+                single examples for a layer.
         """
-        super().validate(module=module, **arguments)
+        check_kind("module", module, nn.Module)
+        super().validate(module=module, optimizer=optimizer, data_loader=data_loader)
         check_model(getattr(module, "_module", module))
-
-
-@dataclass(frozen=True)
-class _Arguments:
-    """Opacus' arguments of ``make_private``, with its defaults."""
-
-    module: Any
-    optimizer: torch.optim.Optimizer
-    data_loader: DataLoader[Any]
-    max_grad_norm: float
-    criterion: Any = None
-    batch_first: bool = True
-    loss_reduction: str = "mean"
-    poisson_sampling: bool = True
-    clipping: str = "flat"
-    noise_generator: Any = None
-    grad_sample_mode: str = "hooks"
-    wrap_model: bool = True
-    rand_on_empty: bool = False
-
-    def __post_init__(self) -> None:
-        if self.criterion is None:
-            object.__setattr__(self, "criterion", nn.CrossEntropyLoss())
-
-    def inner_optimizer(self) -> torch.optim.Optimizer:
-        inner: torch.optim.Optimizer = getattr(self.optimizer, "original_optimizer", self.optimizer)
-        return inner
-
-    def check(self) -> None:
-        """Refuse what Opacus takes and what would break the guarantee."""
-        refused = {
-            "poisson_sampling=False": (
-                not self.poisson_sampling,
-                "shuffled batches cost far more than Poisson accounting says; leave it out",
-            ),
-            "noise_generator": (
-                self.noise_generator is not None,
-                "whoever knows its seed can take the noise away; leave it out",
-            ),
-            "rand_on_empty=True": (
-                self.rand_on_empty,
-                "a made-up record in place of none doubles what a record can change; leave it out",
-            ),
-            f"clipping={self.clipping!r}": (
-                self.clipping != "flat",
-                "only 'flat' clipping is accounted for; leave it out",
-            ),
-            f"grad_sample_mode={self.grad_sample_mode!r}": (
-                self.grad_sample_mode not in _MODES,
-                f"choose one of {', '.join(_MODES)}",
-            ),
-            "wrap_model=False": (
-                not self.wrap_model and self.grad_sample_mode == "ghost",
-                "ghost clipping wraps the model; leave it out",
-            ),
-        }
-        for name, (holds, why) in refused.items():
-            if holds:
-                raise PrivflError(f"make_private does not take {name}: {why}")
-        if (
-            isinstance(self.max_grad_norm, bool)
-            or not isinstance(self.max_grad_norm, int | float)
-            or not 0.0 < self.max_grad_norm < float("inf")
-        ):
-            raise PrivflError(
-                f"max_grad_norm must be one positive number, got {self.max_grad_norm!r}"
-            )
-
-
-def _check_noise(noise_multiplier: float) -> None:
-    if not LEAST_NOISE_MULTIPLIER <= noise_multiplier <= LARGEST_NOISE_MULTIPLIER:
-        raise PrivflError(
-            f"noise_multiplier must be between {LEAST_NOISE_MULTIPLIER:g} and "
-            f"{LARGEST_NOISE_MULTIPLIER:g}, got {noise_multiplier}"
-        )
-
-
-def _loop_of(
-    given: _Arguments, model: nn.Module, optimizer: torch.optim.Optimizer
-) -> tuple[LoopFacts, dict[str, torch.Tensor]]:
-    """What is public about the loop, if the model, the loader and the optimizer fit; and all in
-    the model that is not trained.
-    """
-    check_model(model)
-    check_neighbours(model, given.data_loader)
-    records, rate, steps = rate_of(given.data_loader)
-    parameters = [p for group in optimizer.param_groups for p in group["params"] if p.requires_grad]
-    if {id(p) for p in parameters} != {id(p) for p in model.parameters() if p.requires_grad}:
-        raise PrivflError(
-            "optimizer must have the trainable parameters of module, all of them and no others"
-        )
-    untrained = constants(model)
-    loop = LoopFacts(
-        records,
-        rate,
-        steps,
-        sum(p.numel() for p in parameters),
-        digest_of(untrained),
-        rate * records,
-    )
-    return loop, untrained
-
-
-def _forget_forward_passes(model: nn.Module) -> None:
-    """Drop what Opacus' hooks keep of a forward pass that no backward pass followed; it would be
-    taken for the next one's.
-    """
-    for layer in model.modules():
-        layer.__dict__.pop("activations", None)
-        layer.__dict__.pop("max_batch_len", None)
-    for p in model.parameters():
-        if hasattr(p, "_forward_counter"):
-            p._forward_counter = 0
-
-
-def _usual_delta(records: int) -> float:
-    """For a report where nobody said which: well below one over the number of records, and a
-    power of ten.
-    """
-    return min(1e-5, 10.0 ** -(len(str(records)) + 1))

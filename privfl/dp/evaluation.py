@@ -1,5 +1,5 @@
-"""Held-out metrics of one site: exact for public records; for private ones as sums to which each
-record adds a bounded part.
+"""Metrics of one site on its evaluation records: exact for public records; for private ones as
+sums to which each record adds a bounded part.
 """
 
 from __future__ import annotations
@@ -16,16 +16,24 @@ from privfl.errors import PrivflError
 Metric = Callable[[torch.Tensor, torch.Tensor], tuple[Any, Any]]
 Sums = dict[str, tuple[list[float], list[float]]]
 
-# Records of each of two groups on which it is tried whether a metric adds up over records.
+# Size of each of the two groups of records on which it is tried whether a metric adds up.
 _TRIED = 8
 
 
 def measure(metrics: Mapping[str, Metric], output: torch.Tensor, target: torch.Tensor) -> Sums:
-    """(sums, counts) of every metric over all held-out records of a site.
+    """(sums, counts) of every metric over all evaluation records of a site.
+
+    Args:
+        metrics: by name, functions of outputs and targets that return (sums, counts).
+        output: the model's outputs, shape (records, ...).
+        target: the targets, shape (records, ...).
+
+    Returns:
+        By metric a list of sums and a list of counts, both as long as the metric has ratios.
 
     Raises:
-        PrivflError: a metric returns something else than two numbers or two vectors of one length,
-            or a count below 0.
+        PrivflError: If a metric returns anything but two finite numbers, or two vectors of one
+            length, with no count below 0.
     """
     measured = {}
     for name, metric in metrics.items():
@@ -40,16 +48,16 @@ def measure(metrics: Mapping[str, Metric], output: torch.Tensor, target: torch.T
 
 
 def measure_each(metrics: Mapping[str, Metric], output: torch.Tensor, target: torch.Tensor) -> Sums:
-    """The same, record by record: each record's sums, and its counts, are cut to length 1 before
-    they are added.
+    """As :func:`measure`, record by record: each record's sums, and its counts, are cut to
+    Euclidean length 1 before they are added.
 
-    So a record changes the sums of one metric, and its counts, by at most 1 each. What is not
-    finite, or has another number of ratios than most, counts as zero: a single record must not be
-    able to stop a run.
+    Guarantee: One record changes the sums of one metric by at most 1, and its counts by at most 1,
+        in Euclidean length and whatever the metric returns. What is not finite, or has another
+        number of ratios than most, counts as zero: a single record must not be able to stop a run.
 
     Raises:
-        PrivflError: as :func:`measure`; and if a metric of some records is not the sum over them
-            (as AUC, which is about pairs of records).
+        PrivflError: If a metric returns no pair of one length, or if its value for several records
+            is not the sum over them (as AUC, which is about pairs of records).
     """
     measured = {}
     for name, metric in metrics.items():
@@ -67,6 +75,7 @@ def measure_each(metrics: Mapping[str, Metric], output: torch.Tensor, target: to
 
 
 def _pair(name: str, returned: Any) -> tuple[list[float], list[float]]:
+    """What a metric returned, as a list of sums and a list of counts."""
     try:
         sums, counts = (
             torch.as_tensor(x, dtype=torch.float64).reshape(-1).tolist() for x in returned
@@ -86,21 +95,22 @@ def _pair(name: str, returned: Any) -> tuple[list[float], list[float]]:
 
 
 def _cut(rows: np.ndarray[Any, np.dtype[np.float64]]) -> np.ndarray[Any, np.dtype[np.float64]]:
+    """Each of the rows, shape (records, ratios), cut to length 1; one that is not finite is 0."""
     rows = np.where(np.isfinite(rows).all(axis=1, keepdims=True), rows, 0.0)
     return np.asarray(rows / np.maximum(1.0, np.linalg.norm(rows, axis=1, keepdims=True)))
 
 
 def _check_adds_up(name: str, metric: Metric, output: torch.Tensor, target: torch.Tensor) -> None:
-    """Try two groups of records; only if both disagree the metric is at fault, and not a single
-    record.
+    """Refuse a metric that does not add up in two groups of records. In one group alone a single
+    record may be at fault.
     """
     half = min(_TRIED, len(output) // 2)
     groups = [slice(0, half), slice(half, 2 * half)] if half > 1 else []
     if groups and not any(_adds_up(name, metric, output[group], target[group]) for group in groups):
         raise PrivflError(
             f"evaluation.metrics.{name} of several records is not the sum over them, so one "
-            f"record's part cannot be bounded; metrics of private "
-            "held-out records must add up record by record, as accuracy does"
+            f"record's part cannot be bounded; metrics of private evaluation records must add up "
+            "record by record, as accuracy does"
         )
 
 

@@ -15,16 +15,24 @@ from privfl.noise.randomness import Randomness, poisson_sample
 
 
 class PoissonBatches(UniformWithReplacementSampler):  # type: ignore[misc]
-    """``steps`` Poisson samples of ``records`` records; an empty one is a batch like any other.
+    """Poisson samples of a data set; an empty one is a batch like any other.
 
     A subclass of Opacus' sampler, so that its ``BatchMemoryManager`` knows it.
 
+    Guarantee: In every step each record takes part with probability ``sampling_rate``,
+        independently of the other records and steps, and :meth:`use` lets a batch be used once.
+
     Args:
-        ahead: batches are asked for before they are used, as the workers of a loader do.
+        records: how many records the data set has.
+        sampling_rate: the probability that a record is in a batch.
+        steps: how many batches one pass has.
+        randomness: what the samples are drawn from.
+        ahead: whether batches are drawn before they are used, as the workers of a loader do.
 
     Attributes:
+        loop: (records, sampling rate, steps in a pass), as they are charged.
         begun: called when what was left unfinished is to be forgotten: whenever a new pass begins,
-            and, unless they are asked for ahead, before every batch.
+            and, unless batches are drawn ahead, before every batch.
     """
 
     def __init__(
@@ -37,7 +45,8 @@ class PoissonBatches(UniformWithReplacementSampler):  # type: ignore[misc]
         ahead: bool = False,
     ) -> None:
         super().__init__(num_samples=records, sample_rate=sampling_rate, steps=steps)
-        # What is charged; the attributes of Opacus' sampler are anybody's to change.
+        # What is charged. The attributes of Opacus' sampler can be changed by anybody and are not
+        # looked at.
         self.loop = (records, sampling_rate, steps)
         self._randomness, self._ahead = randomness, ahead
         self._sizes: deque[int] = deque()
@@ -54,11 +63,13 @@ class PoissonBatches(UniformWithReplacementSampler):  # type: ignore[misc]
             yield sample
 
     def use(self, examples: int) -> None:
-        """A step is to be made of so many per-example gradients: of a batch that was drawn,
-        whole, and not used yet. Earlier ones are given up.
+        """Take the next batch of ``examples`` records that was drawn and not used yet; batches
+        drawn before it can no longer be used.
+
+        Called before a step that is made of ``examples`` per-example gradients.
 
         Raises:
-            PrivflError: no such batch was drawn.
+            PrivflError: If no batch of that size is left.
         """
         while self._sizes:
             if self._sizes.popleft() == examples:
@@ -72,14 +83,15 @@ class PoissonBatches(UniformWithReplacementSampler):  # type: ignore[misc]
 
 
 def rate_of(loader: DataLoader[Any]) -> tuple[int, float, int]:
-    """(records, sampling rate, steps in a pass) that a loader of fixed batches asks for: its
-    batch size is the expected one of Poisson batches.
+    """(records, sampling rate, steps in a pass) of the Poisson batches that take the place of the
+    fixed ones of ``loader``: its batch size is their expected size.
 
-    The rate is batch size over records, and neither Opacus' 1 / len(loader) nor anything that
+    The rate is batch size over records. It is neither Opacus' 1 / len(loader) nor anything that
     depends on batches that were drawn.
 
     Raises:
-        PrivflError: the loader has no batch size, or its data set no length.
+        PrivflError: If the loader has no batch size or a sampler that chooses records, or if its
+            data set has no length or no records.
     """
     if isinstance(loader.dataset, IterableDataset) or not hasattr(loader.dataset, "__len__"):
         raise PrivflError(
@@ -110,10 +122,11 @@ def rate_of(loader: DataLoader[Any]) -> tuple[int, float, int]:
 def poisson_loader(
     loader: DataLoader[Any], batches: PoissonBatches, batch_first: bool
 ) -> DataLoader[Any]:
-    """A loader like ``loader`` of Poisson batches."""
+    """A loader with the data set and the options of ``loader`` that yields ``batches``."""
     dataset: Any = loader.dataset
     collate = wrap_collate_with_empty(collate_fn=loader.collate_fn, batch_first=batch_first)
-    # Shows the shape of a batch, so that an empty one can be made although it comes first.
+    # From this call the function knows the shape of a batch, and can make an empty one that comes
+    # first.
     collate([dataset[0]])
     return DataLoader(
         dataset,

@@ -25,7 +25,8 @@ from privfl.dp.checks import (
     outputs_coupled,
     wrapping,
 )
-from privfl.dp.optimizer import SecureSumOptimizer, SystemNoiseOptimizer
+from privfl.dp.clipping import ExampleClipper, samples_of, set_samples
+from privfl.dp.optimizer import OwnNoise, SumOptimizer, flat, split
 from privfl.errors import PrivflError, in_one_line
 from privfl.noise.randomness import Randomness, poisson_sample
 
@@ -33,10 +34,10 @@ from privfl.noise.randomness import Randomness, poisson_sample
 # processed in pieces.
 _GRADIENT_BYTES = 512 << 20
 _EVALUATION_BATCH = 4096
-# Fewer broken records than this never stop a round.
+# Fewer records with a gradient that is not finite never stop a round.
 _MANY = 20
 
-_Made = TypeVar("_Made")
+_Result = TypeVar("_Result")
 Loss = Callable[[torch.Tensor, torch.Tensor], torch.Tensor]
 
 _OPTIMIZERS: dict[str, Callable[..., torch.optim.Optimizer]] = {
@@ -48,10 +49,17 @@ _OPTIMIZERS: dict[str, Callable[..., torch.optim.Optimizer]] = {
 
 @dataclass(frozen=True)
 class Recipe:
-    """How a site trains. ``sampling_rate`` is the public q, never derived from batch sizes.
+    """How a site trains.
 
-    ``noise_multiplier``: of the noise that every local step gets here; None if steps are sums over
-    all sites, which have their noise from elsewhere.
+    Attributes:
+        sampling_rate: the public q, at which each record takes part in a step; never derived from
+            batch sizes.
+        noise_multiplier: sigma of the noise that every local step gets here, in units of the
+            clipping norm; None if steps are sums over all sites, which get their noise elsewhere.
+        max_grad_norm: C, the clipping norm.
+        local_steps: steps of a round.
+        optimizer: the name of the optimizer: sgd, adam or adamw.
+        optimizer_options: its keyword arguments.
     """
 
     sampling_rate: float
@@ -65,8 +73,21 @@ class Recipe:
 class LocalTraining:
     """DP-SGD on one site's records, for the whole run.
 
-    Raises (from the constructor):
-        PrivflError: the model or the number of records does not fit.
+    Args:
+        model: the user's model, which is trained in place.
+        loss: the mean loss of a batch of outputs and targets.
+        train: a map-style data set of pairs (input, target).
+        recipe: how the site trains.
+        randomness: where samples come from, and the noise if it is this site's own.
+        device: where the model and the batches lie.
+
+    Attributes:
+        records: how many training records there are.
+        parameters: how many numbers are trained.
+        optimizer: makes the steps, and counts the per-example gradients it clipped.
+
+    Raises:
+        PrivflError: If the model, the loss or the number of records does not fit DP-SGD.
     """
 
     def __init__(
@@ -103,29 +124,37 @@ class LocalTraining:
             self._wrapped = GradSampleModule(
                 self.model, batch_first=True, loss_reduction="mean", strict=True
             )
-        self.optimizer = self._make_optimizer(recipe, randomness, expected)
-        # Noise of local steps, or batches of sums: the agent compares it with the steps it charged.
-        self.draws = 0
+        self._noise = (
+            None
+            if recipe.noise_multiplier is None
+            else OwnNoise(randomness, charge=_charged_by_the_agent)
+        )
+        self._batches_summed = 0
+        self.optimizer = self._make_optimizer(expected)
         self._constants = constants(self.model)
         self._try_isolation()
 
-    def _make_optimizer(
-        self, recipe: Recipe, randomness: Randomness, expected: float
-    ) -> SystemNoiseOptimizer | SecureSumOptimizer:
-        inner = _OPTIMIZERS[recipe.optimizer](self._parameters, **recipe.optimizer_options)
-        common: dict[str, Any] = {
-            "max_grad_norm": recipe.max_grad_norm,
-            "expected_batch_size": expected,
-        }
-        if recipe.noise_multiplier is None:
-            return SecureSumOptimizer(inner, noise_multiplier=0.0, **common)
-        return SystemNoiseOptimizer(
-            inner, randomness=randomness, noise_multiplier=recipe.noise_multiplier, **common
+    def _make_optimizer(self, expected: float) -> SumOptimizer:
+        recipe = self._recipe
+        return SumOptimizer(
+            _OPTIMIZERS[recipe.optimizer](self._parameters, **recipe.optimizer_options),
+            clipper=ExampleClipper(exact=self._noise is None),
+            release=self._noise,
+            noise_multiplier=recipe.noise_multiplier or 0.0,
+            max_grad_norm=recipe.max_grad_norm,
+            expected_batch_size=expected,
         )
+
+    @property
+    def draws(self) -> int:
+        """How often noise was drawn, or a batch where sums get their noise elsewhere; the agent
+        compares it with the steps that it charged.
+        """
+        return self._batches_summed if self._noise is None else self._noise.draws
 
     def flat(self) -> NDArray[np.float32]:
         """The trainable parameters as one vector of shape (parameters,)."""
-        return torch.cat([p.detach().reshape(-1) for p in self._parameters]).cpu().numpy()
+        return flat(self._parameters).numpy()
 
     def constants_digest(self) -> str:
         """SHA-256 over everything in the model that is not trained; it must be the same at all
@@ -135,61 +164,60 @@ class LocalTraining:
 
     def load(self, replica: NDArray[np.float32]) -> None:
         """Put a vector of shape (parameters,) into the model."""
-        vector, start = torch.from_numpy(replica).to(self._device), 0
+        vector = torch.from_numpy(replica).to(self._device)
         with torch.no_grad():
-            for p in self._parameters:
-                p.copy_(vector[start : start + p.numel()].view_as(p))
-                start += p.numel()
+            for p, values in zip(self._parameters, split(vector, self._parameters), strict=True):
+                p.copy_(values)
 
     def train_round(self, replica: NDArray[np.float32]) -> NDArray[np.float32]:
-        """``local_steps`` steps of DP-SGD from ``replica``; the update (end - start) of shape
-        (parameters,).
+        """``local_steps`` steps of DP-SGD from ``replica``; the update (end - start). Both of
+        shape (parameters,).
 
-        The optimizer's state starts anew, so that an update is a function of the replica and this
-        round's records only.
+        Guarantee: Every step, of a Poisson sample of its own, gets Gaussian noise of
+            ``noise_multiplier`` times the sensitivity of its sum. The optimizer's state starts
+            anew, so an update is a function of the replica and this round's records only.
 
         Raises:
-            PrivflError: the loss or the parameters are not finite, or the model changed a buffer.
+            PrivflError: If the loss is not finite for every record of many, the parameters are not
+                finite in the end, or the model changed a buffer.
         """
         self._start_round(replica)
         self.optimizer.original_optimizer.state.clear()
         for _ in range(self._recipe.local_steps):
             self._go_through(self._sample(), self.optimizer.step)
         self._check_round()
-        assert isinstance(self.optimizer, SystemNoiseOptimizer)
-        self.draws = self.optimizer.noise_draws
         update = self.flat() - replica
         if not np.isfinite(update).all():
             raise PrivflError("the parameters became NaN or infinite; lower optimizer.lr")
         return update
 
     def sum_gradients(self, replica: NDArray[np.float32]) -> NDArray[np.float64]:
-        """The sum of clipped gradients of a new Poisson sample at ``replica``, without noise;
-        shape (parameters,).
+        """The sum of clipped gradients of a new Poisson sample at ``replica``, without noise. Both
+        of shape (parameters,).
+
+        Guarantee: One record changes the sum by at most ``max_grad_norm * (1 + CLIP_MARGIN)`` in
+            Euclidean length.
 
         Raises:
-            PrivflError: the loss is not finite for every record, or the model changed a buffer.
+            PrivflError: If the loss is not finite for every record of many, or the model changed a
+                buffer.
         """
-        assert isinstance(self.optimizer, SecureSumOptimizer)
         self._start_round(replica)
         total = self._go_through(self._sample(), self.optimizer.collect)
         self._check_round()
-        self.draws += 1
+        self._batches_summed += 1
         assert total is not None
         return total
 
     def follow(self, gradient: NDArray[np.float64]) -> NDArray[np.float32]:
-        """One optimizer step along ``gradient``, the same at all sites; the new replica.
+        """One optimizer step along ``gradient``, the same mean at all sites; the new replica.
 
-        Both of shape (parameters,).
-
-        The optimizer's state goes on from step to step: it is a function of earlier sums alone, and
-        the same everywhere.
+        Both of shape (parameters,). The optimizer's state goes on from step to step: it is a
+        function of earlier sums alone, and the same everywhere.
 
         Raises:
-            PrivflError: the parameters are not finite.
+            PrivflError: If the parameters are not finite afterwards.
         """
-        assert isinstance(self.optimizer, SecureSumOptimizer)
         self.optimizer.follow(gradient)
         self.optimizer.zero_grad(set_to_none=True)
         replica = self.flat()
@@ -204,8 +232,8 @@ class LocalTraining:
 
     def _check_round(self) -> None:
         check_constants(self.model, self._constants)
-        # Broken records are dropped and must not be able to stop a run, which everybody would see;
-        # only many together, and no other.
+        # Records whose gradient is not finite are dropped. They must not be able to stop a run,
+        # which everybody would see, unless they are many and there is no other record.
         if self.optimizer.examples_dropped == self.optimizer.examples_seen >= _MANY:
             raise PrivflError(
                 "loss() or its gradient is NaN or infinite for every record of the round; look for "
@@ -215,28 +243,28 @@ class LocalTraining:
     def _sample(self) -> NDArray[np.int64]:
         return poisson_sample(self.records, self._recipe.sampling_rate, self._randomness)
 
-    def _go_through(self, indices: NDArray[np.int64], use: Callable[[], _Made]) -> _Made:
-        """One logical step: what ``use`` makes of a Poisson batch, which is gone through in
-        pieces that fit into memory.
+    def _go_through(self, indices: NDArray[np.int64], use: Callable[[], _Result]) -> _Result:
+        """One logical step: what ``use`` makes of the records ``indices``, taken in pieces that
+        fit into memory.
         """
         self.optimizer.forget_unfinished_step()
         for start in range(0, len(indices), self._piece):
             piece = indices[start : start + self._piece]
             self._backward(*self._batch(piece))
-            made = self._advance(use, last=start + self._piece >= len(indices))
+            result = self._advance(use, last=start + self._piece >= len(indices))
         if len(indices) == 0:
             # An empty batch is a step like any other: its sum is zero and gets the same noise. The
             # user's code never sees it.
             for p in self._parameters:
-                p.grad_sample = p.new_zeros((0, *p.shape))  # type: ignore[attr-defined]
-            made = self._advance(use, last=True)
-        return made
+                set_samples(p, p.new_zeros((0, *p.shape)))
+            result = self._advance(use, last=True)
+        return result
 
-    def _advance(self, use: Callable[[], _Made], *, last: bool) -> _Made:
+    def _advance(self, use: Callable[[], _Result], *, last: bool) -> _Result:
         self.optimizer.signal_skip_step(do_skip=not last)
-        made = use()
+        result = use()
         self.optimizer.zero_grad(set_to_none=True)
-        return made
+        return result
 
     def _backward(self, inputs: torch.Tensor, targets: torch.Tensor) -> None:
         """Per-example gradients of one physical batch, one for each record."""
@@ -251,7 +279,7 @@ class LocalTraining:
             )
         loss.backward()  # type: ignore[no-untyped-call]
         for name, p, value in zip(self._names, self._parameters, before, strict=True):
-            gradient = getattr(p, "grad_sample", None)
+            gradient = samples_of(p)
             if gradient is None:
                 raise PrivflError(
                     f"parameter '{name}' of model() took no part in the forward pass; use it, or "
@@ -291,8 +319,8 @@ class LocalTraining:
         check_constants(self.model, self._constants)
 
     def _try_shape(self, inputs: torch.Tensor) -> None:
-        """Run the model on zeros, so that what it says of a wrong shape can be shown: no record
-        is in it.
+        """Run the model on zeros, so that its message on a wrong shape can be shown: it quotes no
+        record.
         """
         shape = tuple(inputs.shape[1:])
         self.model.eval()
@@ -335,7 +363,13 @@ class LocalTraining:
             )
 
     def outputs(self, dataset: Any) -> tuple[torch.Tensor, torch.Tensor]:
-        """(model outputs, targets) of all records of ``dataset``, without gradients, on the CPU."""
+        """(model outputs, targets) of all records of ``dataset``, without gradients, on the CPU;
+        both of shape (records, ...).
+
+        Raises:
+            PrivflError: If a record does not give one input, one target and one output, or the
+                model changed a buffer.
+        """
         self._wrapped.eval()
         outputs, targets = [], []
         with torch.no_grad():
@@ -345,15 +379,18 @@ class LocalTraining:
                 output = self.model(inputs)
                 if not len(output) == len(inputs) == len(target) == len(indices):
                     raise PrivflError(
-                        f"{len(indices)} held-out records gave {len(inputs)} inputs, {len(target)} "
-                        f"targets and {len(output)} outputs, not "
-                        "one of each"
+                        f"{len(indices)} evaluation records gave {len(inputs)} inputs, "
+                        f"{len(target)} targets and {len(output)} outputs, not one of each"
                     )
                 outputs.append(output.cpu())
                 targets.append(target.cpu())
         self._wrapped.train()
         check_constants(self.model, self._constants)
         return torch.cat(outputs), torch.cat(targets)
+
+
+def _charged_by_the_agent() -> None:
+    """The agent charges a round before it asks for it, and compares the draws afterwards."""
 
 
 def _size(what: str, dataset: Any) -> int:

@@ -1,9 +1,9 @@
 """Between an agent and its trainer: small JSON messages over a socket, flat vectors through
 shared memory.
 
-Vectors are written and read by position on an anonymous file descriptor and never mapped: a reader
-copies first and then looks, and a file that the other side cut short gives a short read instead of
-a crash.
+Vectors are written and read by position on an anonymous file descriptor and never mapped. So a
+reader checks a copy that the other process can no longer change, and a file that it cut short gives
+a short read instead of a crash.
 """
 
 from __future__ import annotations
@@ -28,28 +28,29 @@ _Number = TypeVar("_Number", np.float32, np.float64)
 
 
 class Closed(Exception):  # noqa: N818  (an event, not an error)
-    """The other side is gone."""
+    """The other process ended, or closed its end."""
 
 
 class Channel(Generic[_Incoming]):
     """Length-prefixed JSON over one end of a socket pair.
 
     Args:
-        end: this side's end.
-        incoming: what the other side may send.
+        end: the end of this process.
+        incoming: the messages that the other process may send.
     """
 
     def __init__(self, end: socket.socket, incoming: TypeAdapter[_Incoming]) -> None:
         self._end, self._incoming = end, incoming
 
     def fileno(self) -> int:
+        """The socket's descriptor, for select."""
         return self._end.fileno()
 
     def send(self, message: BaseModel) -> None:
         """Send one message.
 
         Raises:
-            Closed: If nobody listens any more.
+            Closed: If the other process ended.
         """
         body = message.model_dump_json().encode()
         try:
@@ -61,7 +62,7 @@ class Channel(Generic[_Incoming]):
         """Wait for the next message.
 
         Raises:
-            Closed: If the other side ended.
+            Closed: If the other process ended.
             InternalError: If it sent something that is not one of its messages.
         """
         (length,) = _LENGTH.unpack(self._exactly(_LENGTH.size))
@@ -85,11 +86,15 @@ class Channel(Generic[_Incoming]):
         return data
 
     def close(self) -> None:
+        """Close this end; the other process sees :class:`Closed`."""
         self._end.close()
 
 
 class SharedVector:
-    """A vector in memory that two processes reach through one file descriptor."""
+    """A vector in memory that two processes reach through one file descriptor each.
+
+    It has neither a length nor a kind of number of its own: who reads says what to expect.
+    """
 
     def __init__(self, descriptor: int) -> None:
         self.descriptor = descriptor
@@ -99,13 +104,12 @@ class SharedVector:
         """A new, empty vector; without a name, so that it vanishes with its last user."""
         if hasattr(os, "memfd_create"):
             return cls(os.memfd_create("privfl", os.MFD_CLOEXEC))
-        with (
-            tempfile.TemporaryFile() as file
-        ):  # no anonymous memory on this system: a file that has no name any more
+        # A system without anonymous memory gets a file that has no name any more.
+        with tempfile.TemporaryFile() as file:
             return cls(os.dup(file.fileno()))
 
     def write(self, vector: NDArray[Any]) -> None:
-        """Write all of ``vector`` from the start."""
+        """Write all of ``vector``, of shape (count,), from the start."""
         view, start = np.ascontiguousarray(vector).view(np.uint8).data, 0
         while start < len(view):
             start += os.pwrite(self.descriptor, view[start:], start)
@@ -119,11 +123,12 @@ class SharedVector:
         vector = np.empty(count, dtype=kind)
         view, start = vector.view(np.uint8).data, 0
         while start < len(view):
-            got = os.preadv(self.descriptor, [view[start:]], start)
-            if got == 0:
+            count_read = os.preadv(self.descriptor, [view[start:]], start)
+            if count_read == 0:
                 raise InternalError("the trainer handed over a vector that is too short")
-            start += got
+            start += count_read
         return vector
 
     def close(self) -> None:
+        """Close the descriptor of this process."""
         os.close(self.descriptor)

@@ -1,8 +1,8 @@
 """A site's trainer: the process that holds torch, the user's code and the records, and no key.
 
-Started by the agent as ``python -m privfl.trainer.main SITE ...``; it answers requests until the
-agent goes away. It never imports mpi4py: an MPI library in a child of a rank would take itself for
-that rank.
+The agent starts it as ``python -m privfl.trainer.main SITE ...``, and it answers requests until the
+agent ends. It never imports mpi4py: an MPI library in a child of a rank would take itself for that
+rank.
 """
 
 from __future__ import annotations
@@ -46,27 +46,30 @@ if TYPE_CHECKING:
     from privfl.dp.training import Recipe
 
 _PACKAGE = str(Path(__file__).parents[1])
+_EVALUATING = "evaluating model and metrics on the evaluation records"
 
 
 def main(arguments: list[str]) -> None:
     """Serve the agent.
 
-    ``arguments``: site, descriptors of the channel, of the life line and of the two vectors.
+    Args:
+        arguments: the site, and the file descriptors of the channel, of a pipe that closes when
+            the agent ends, and of the vectors replica and update.
     """
     sys.modules["mpi4py"] = None  # type: ignore[assignment]
     site, *descriptors = arguments
-    channel_end, life, replica, update = map(int, descriptors)
-    threading.Thread(target=_end_with_agent, args=(life,), daemon=True).start()
+    channel_end, alive, replica, update = map(int, descriptors)
+    threading.Thread(target=_end_with_agent, args=(alive,), daemon=True).start()
     channel = Channel(socket.socket(fileno=channel_end), REQUESTS)
     with contextlib.suppress(Closed):
         serve(channel, Trainer(site, SharedVector(replica), SharedVector(update)))
 
 
 def serve(channel: Channel[Request], trainer: Trainer) -> None:
-    """Answer one request after another, for as long as there are any.
+    """Answer one request after another, a failure with :class:`Failed`.
 
     Raises:
-        Closed: If the agent is gone.
+        Closed: If the agent ended.
     """
     log = ""
     while True:
@@ -75,42 +78,37 @@ def serve(channel: Channel[Request], trainer: Trainer) -> None:
         answer: Answer
         try:
             answer = trainer.answer(request)
-        except (
-            Exception,
-            SystemExit,
-        ) as error:  # SystemExit too: user code that calls sys.exit() must not look like a crash
+        # SystemExit too: user code that calls sys.exit() must not look like a crash.
+        except (Exception, SystemExit) as error:
             answer = _failure(error, log)
         sys.stdout.flush()
         channel.send(answer)
 
 
 def _failure(error: BaseException, log: str) -> Failed:
-    ours = not isinstance(error, PrivflError)
-    if ours:
+    """The sentence that leaves the site, with the log that says more to its own people."""
+    if not isinstance(error, PrivflError):
         traceback.print_exc()
-    text = f"internal error in the trainer: {type(error).__name__}" if ours else str(error)
-    raised = isinstance(error.__cause__, BaseException) and not isinstance(
-        error.__cause__, PrivflError
-    )
-    where = "; read what it said in" if raised and not ours else "; log:"
-    return Failed(
-        error=in_one_line(f"{text}{where} {log}"), exit_code=EXIT_OURS if ours else EXIT_USER
-    )
+        text = f"internal error in the trainer: {type(error).__name__}"
+        return Failed(error=in_one_line(f"{text}; log: {log}"), exit_code=EXIT_OURS)
+    of_user_code = error.__cause__ is not None and not isinstance(error.__cause__, PrivflError)
+    where = "read what it said in" if of_user_code else "log:"
+    return Failed(error=in_one_line(f"{error}; {where} {log}"), exit_code=EXIT_USER)
 
 
-def _end_with_agent(life: int) -> None:
-    """Leave at once when the agent's end of the pipe closes, also in the middle of a long step."""
-    os.read(life, 1)
+def _end_with_agent(alive: int) -> None:
+    """End at once when the agent's end of the pipe closes, also in the middle of a long step."""
+    os.read(alive, 1)
     os._exit(0)
 
 
 @contextlib.contextmanager
 def _user_code(what: str) -> Iterator[None]:
-    """Turn whatever user code raises into one sentence; its message and traceback go to the
-    site's log and no further.
+    """Turn whatever user code raises into one sentence that names the exception and the line.
 
-    The message may quote a record ("could not convert string to float: ..."), and the sentence
-    leaves the site in the clear.
+    Guarantee: The exception's message and traceback go to the site's log and no further. A message
+        may quote a record ("could not convert string to float: ..."), and the sentence leaves the
+        site in the clear.
     """
     try:
         yield
@@ -119,17 +117,19 @@ def _user_code(what: str) -> Iterator[None]:
     except (Exception, SystemExit) as error:
         traceback.print_exc()
         frames = traceback.extract_tb(error.__traceback__)
-        own = [
-            f
-            for f in frames
-            if "site-packages" not in f.filename and not f.filename.startswith(_PACKAGE)
+        of_user = [
+            frame
+            for frame in frames
+            if "site-packages" not in frame.filename and not frame.filename.startswith(_PACKAGE)
         ]
-        place = f" in line {own[-1].lineno} of {Path(own[-1].filename).name}" if own else ""
-        raise PrivflError(f"{what} raised {type(error).__name__}{place}") from error
+        line = ""
+        if of_user:
+            line = f" in line {of_user[-1].lineno} of {Path(of_user[-1].filename).name}"
+        raise PrivflError(f"{what} raised {type(error).__name__}{line}") from error
 
 
 def recipe_of(experiment: Experiment, site: str, noise_multiplier: float | None) -> Recipe:
-    """How a site trains; without noise of its own if ``noise_multiplier`` is None."""
+    """How ``site`` trains; without noise of its own if ``noise_multiplier`` is None."""
     from privfl.dp.training import Recipe
 
     return Recipe(
@@ -147,18 +147,19 @@ class Trainer:
 
     Args:
         site: the name of the site.
-        replica: the vector that the agent writes.
-        update: the vector that the agent reads.
+        replica: the shared vector that the agent writes.
+        update: the shared vector that the agent reads.
     """
 
     def __init__(self, site: str, replica: SharedVector, update: SharedVector) -> None:
         self._site, self._replica, self._update = site, replica, update
 
     def answer(self, request: Request) -> Answer:
-        """Do what the agent asks.
+        """Do what the agent asks; the first request must be :class:`Prepare`.
 
         Raises:
-            PrivflError: If user code fails, or a file cannot be written.
+            PrivflError: If user code fails, breaks the guarantee or does not fit, or a file cannot
+                be written.
         """
         match request:
             case Prepare():
@@ -180,9 +181,10 @@ class Trainer:
         from privfl.noise.randomness import SeededRandomness, SystemRandomness
 
         experiment = Experiment.model_validate_json(request.experiment)
-        folder, site = Path(request.folder), self._site
+        folder = Path(request.folder)
         sys.path.insert(0, str(folder))
         self._private = experiment.evaluation.records == "private"
+        self._sums = experiment.algorithm == "fedsgd"
         self._metrics = {
             name: load_function(f"evaluation.metrics.{name}", reference, folder)
             for name, reference in experiment.evaluation.metrics.items()
@@ -193,40 +195,23 @@ class Trainer:
             key: load_function(key, getattr(experiment, key), folder)
             for key in ("model", "data", "loss")
         }
-
-        # torch's own generator starts from one constant in every process; dropout must differ
-        # between sites.
-        torch.seed()
-        with _user_code(f"model ({experiment.model})"), torch.random.fork_rng():
-            # The one public seed: it makes the initial replicas equal. Noise and samples never come
-            # from torch.
-            torch.manual_seed(_public_seed(experiment, request.run))
-            model = functions["model"]()
-        _check_arguments(experiment.data, functions["data"], site, request.data_options)
-        with _user_code(f"data ({experiment.data})"):
-            with warnings.catch_warnings(record=True) as caught:
-                warnings.simplefilter("always", OutsideGuarantee)
-                pair = functions["data"](site, **request.data_options)
-            outside = _warned_outside(caught)
-            if not isinstance(pair, tuple | list) or len(pair) != 2:
-                raise PrivflError(f"data ({experiment.data}) must return a pair (train, held_out)")
-        train, self._evaluation = pair
-        self._sums = experiment.algorithm == "fedsgd"
+        model = _make_model(experiment, functions["model"], request.run)
+        train, self._evaluation, outside = _read_records(
+            experiment, functions["data"], self._site, request.data_options
+        )
+        recipe = recipe_of(experiment, self._site, request.noise_multiplier)
         seed = experiment.insecure_test_seed
-        recipe = recipe_of(experiment, site, request.noise_multiplier)
-        randomness = SystemRandomness() if seed is None else SeededRandomness(seed, site)
+        randomness = SystemRandomness() if seed is None else SeededRandomness(seed, self._site)
         with _user_code("preparing the model"):
             self._training = LocalTraining(
                 model, functions["loss"], train, recipe, randomness, device
             )
-        if (
-            self._private
-            and self._metrics
-            and self._evaluation is not None
-            and len(self._evaluation) > 0
-        ):
-            with _user_code("evaluating model and metrics on the evaluation records"):
+        if self._private and self._evaluates():
+            with _user_code(_EVALUATING):
                 self._training.check_outputs(self._evaluation)
+        return self._facts(outside)
+
+    def _facts(self, outside: Sequence[str]) -> Facts:
         # The number of ratios of each metric is fixed before training; it must be the same at all
         # sites.
         layout = {name: len(sums) for name, (sums, _) in self._measure().items()}
@@ -239,14 +224,19 @@ class Trainer:
             outside=tuple(outside),
         )
 
+    def _evaluates(self) -> bool:
+        """Whether this site has anything to measure."""
+        return bool(self._metrics) and self._evaluation is not None and len(self._evaluation) > 0
+
     def _load(self) -> np.ndarray[Any, np.dtype[np.float32]]:
+        """Put the replica that the agent wrote into the model; it is returned too."""
         replica = self._replica.read(self._training.parameters, np.float32)
         self._training.load(replica)
         return replica
 
     def _train(self) -> Trained:
         """fedavg: an update with noise; fedsgd: the sum of clipped gradients of one batch, to
-        which the agent adds this site's share.
+        which the agent adds this site's share of the noise.
         """
         with _user_code("training"):
             work = self._training.sum_gradients if self._sums else self._training.train_round
@@ -261,11 +251,11 @@ class Trainer:
     def _measure(self) -> dict[str, tuple[list[float], list[float]]]:
         from privfl.dp.evaluation import measure, measure_each
 
-        if not self._metrics or self._evaluation is None or len(self._evaluation) == 0:
+        if not self._evaluates():
             return {}
-        with _user_code("evaluating model and metrics on the evaluation records"):
-            take = measure_each if self._private else measure
-            return take(self._metrics, *self._training.outputs(self._evaluation))
+        with _user_code(_EVALUATING):
+            measure_all = measure_each if self._private else measure
+            return measure_all(self._metrics, *self._training.outputs(self._evaluation))
 
     def _write(self, path: Path) -> Written:
         from safetensors.torch import save_file
@@ -286,10 +276,43 @@ class Trainer:
         return Written(path=str(path))
 
 
+def _make_model(experiment: Experiment, make: Callable[[], Any], run: str) -> Any:
+    """The initial model, the same at all sites."""
+    import torch
+
+    # torch's own generator starts from one constant in every process; dropout must differ between
+    # sites.
+    torch.seed()
+    with _user_code(f"model ({experiment.model})"), torch.random.fork_rng():
+        # The one public seed: it makes the initial replicas equal. Noise and samples never come
+        # from torch.
+        torch.manual_seed(_public_seed(experiment, run))
+        return make()
+
+
+def _read_records(
+    experiment: Experiment, data: Callable[..., Any], site: str, options: dict[str, Any]
+) -> tuple[Any, Any, list[str]]:
+    """The training records, the evaluation records, and what data() warns that no epsilon
+    covers.
+    """
+    _check_arguments(experiment.data, data, site, options)
+    with _user_code(f"data ({experiment.data})"):
+        with warnings.catch_warnings(record=True) as caught:
+            warnings.simplefilter("always", OutsideGuarantee)
+            pair = data(site, **options)
+        outside = _warned_outside(caught)
+        if not isinstance(pair, tuple | list) or len(pair) != 2:
+            raise PrivflError(f"data ({experiment.data}) must return a pair (train, held_out)")
+    return pair[0], pair[1], outside
+
+
 def _check_arguments(
     reference: str, data: Callable[..., Any], site: str, options: dict[str, Any]
 ) -> None:
-    """Say which option is missing or too many; nothing of a record is involved yet."""
+    """Say which option is missing or too many. No record was read yet, so the sentence may quote
+    the error.
+    """
     try:
         inspect.signature(data).bind(site, **options)
     except TypeError as error:
@@ -302,8 +325,8 @@ def _check_arguments(
 
 
 def _warned_outside(caught: Sequence[warnings.WarningMessage]) -> list[str]:
-    """What data() warns that no epsilon covers, for everybody to read; all other warnings go to
-    the site's log as ever.
+    """The texts of data()'s OutsideGuarantee warnings, which everybody is shown; all other warnings
+    go to the site's log.
     """
     for warning in caught:
         if not issubclass(warning.category, OutsideGuarantee):
@@ -316,13 +339,10 @@ def _warned_outside(caught: Sequence[warnings.WarningMessage]) -> list[str]:
 
 
 def _public_seed(experiment: Experiment, run: str) -> int:
+    """63 bits of a hash of the run's public name."""
     text = run if experiment.insecure_test_seed is None else str(experiment.insecure_test_seed)
-    return (
-        int.from_bytes(
-            hashlib.sha256(f"privfl initial model {text}".encode()).digest()[:8], "little"
-        )
-        >> 1
-    )
+    digest = hashlib.sha256(f"privfl initial model {text}".encode()).digest()
+    return int.from_bytes(digest[:8], "little") >> 1
 
 
 def _device(name: str) -> Any:

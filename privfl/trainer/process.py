@@ -15,8 +15,8 @@ from privfl.errors import InternalError, PrivflError
 from privfl.trainer.channel import Channel, Closed, SharedVector
 from privfl.trainer.requests import ANSWERS, Answer, Failed, Prepare, Request
 
-# What launchers tell a rank about itself. A child that inherits it may be taken for the rank, by
-# MPI or by a library.
+# Variables in which launchers describe a rank. A child that inherits them may be taken for the
+# rank, by MPI or by a library.
 _LAUNCHER_PREFIXES = (
     "PMI",
     "PMIX",
@@ -39,28 +39,39 @@ _GRACE_SECONDS = 5.0
 
 
 def trainer_environment(environment: dict[str, str], threads: int) -> dict[str, str]:
-    """The environment of a trainer: the agent's, less the launcher's variables, with a number of
-    threads if none was chosen.
+    """The agent's ``environment`` without the launcher's variables; with ``threads`` as the number
+    of OpenMP threads unless it has one.
     """
-    kept = {
+    inherited = {
         name: value
         for name, value in environment.items()
         if not name.startswith(_LAUNCHER_PREFIXES)
     }
-    return kept | {"OMP_NUM_THREADS": kept.get("OMP_NUM_THREADS") or str(threads)}
+    return inherited | {"OMP_NUM_THREADS": inherited.get("OMP_NUM_THREADS") or str(threads)}
 
 
 class TrainerProcess:
-    """A running trainer. The vector ``replica`` goes to it, the vector ``update`` comes from it."""
+    """A running trainer.
+
+    Args:
+        site: the name of the site.
+        threads: OpenMP threads, unless the environment says how many.
+        log: where the trainer's output goes; sentences about its end refer to it.
+        prepare: the first request, which is sent at once.
+
+    Attributes:
+        replica: the shared vector that the agent writes and the trainer reads.
+        update: the shared vector that the trainer writes and the agent reads.
+    """
 
     def __init__(self, site: str, threads: int, log: TextIO, prepare: Prepare) -> None:
         self._log = log.name
         self.replica = SharedVector.create()
         self.update = SharedVector.create()
-        ours, theirs = socket.socketpair()
+        agent_end, trainer_end = socket.socketpair()
         # The trainer ends as soon as this pipe closes, however the agent died.
-        alive, self._life = os.pipe()
-        passed = (theirs.fileno(), alive, self.replica.descriptor, self.update.descriptor)
+        alive, self._alive = os.pipe()
+        passed = (trainer_end.fileno(), alive, self.replica.descriptor, self.update.descriptor)
         # A fresh interpreter and never a fork: MPI and TenSEAL do not survive one.
         self._process = subprocess.Popen(
             [sys.executable, "-m", "privfl.trainer.main", site, *map(str, passed)],
@@ -72,18 +83,18 @@ class TrainerProcess:
             # A group of its own, so that what user code starts can be ended with it.
             start_new_session=True,
         )
-        theirs.close()
+        trainer_end.close()
         os.close(alive)
-        self._channel = Channel(ours, ANSWERS)
+        self._channel = Channel(agent_end, ANSWERS)
         self.ask(prepare)
 
     def fileno(self) -> int:
-        """Readable when an answer or the end of the trainer is there to be read."""
+        """A descriptor that is readable when the trainer answered or ended."""
         return self._channel.fileno()
 
     def has_answer(self) -> bool:
-        """Whether there is something to read, or nothing will come any more because the trainer
-        died.
+        """Whether :meth:`answer` returns or raises without waiting: an answer came, or the trainer
+        died and none will.
         """
         return (
             bool(select.select([self._channel], [], [], 0)[0]) or self._process.poll() is not None
@@ -91,15 +102,16 @@ class TrainerProcess:
 
     def ask(self, request: Request) -> None:
         """Send a request; the answer is read with :meth:`answer`."""
-        # If the trainer is gone, reading its answer says so, and says why.
+        # If the trainer ended, reading its answer says so, and says why.
         with contextlib.suppress(Closed):
             self._channel.send(request)
 
     def answer(self) -> Answer:
-        """The trainer's next answer.
+        """Wait for the trainer's next answer.
 
         Raises:
-            PrivflError: If the trainer reports a failure, or died.
+            PrivflError: If the trainer reports a failure that the user can mend, or died.
+            InternalError: If it reports any other failure, or sent no message of the protocol.
         """
         try:
             if (
@@ -116,10 +128,11 @@ class TrainerProcess:
         return answer
 
     def _why_it_ended(self) -> PrivflError:
+        """The error for an answer that will never come."""
         try:
             code = self._process.wait(_GRACE_SECONDS)
         except subprocess.TimeoutExpired:
-            return InternalError(f"the trainer closed its link but still runs; see {self._log}")
+            return InternalError(f"the trainer closed its channel but still runs; see {self._log}")
         if code < 0:
             name = (
                 signal.Signals(-code).name
@@ -131,8 +144,8 @@ class TrainerProcess:
         return PrivflError(f"the trainer ended by itself with code {code}; see {self._log}")
 
     def stop(self) -> None:
-        """End the trainer and whatever user code started with it; what it wrote is complete or
-        not there.
+        """End the trainer and whatever processes user code started; a model file that it was
+        writing is complete or missing, never cut off.
         """
         # The group outlives its leader while any of its processes lives, so this reaches the
         # children of a trainer that died.
@@ -140,6 +153,6 @@ class TrainerProcess:
             os.killpg(self._process.pid, signal.SIGKILL)
         self._process.wait()
         self._channel.close()
-        os.close(self._life)
+        os.close(self._alive)
         self.replica.close()
         self.update.close()

@@ -19,12 +19,12 @@ from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
 
 import privfl
+from privfl._group_sum import GroupSum
 from privfl.accounting import DiscreteGaussian, PoissonGaussian, epsilon_of
-from privfl.dp import optimizer
+from privfl.dp import optimizer as dp_optimizer
 from privfl.errors import BudgetError, PrivflError
 from privfl.ledger import Ledger
 from privfl.noise.discrete_gaussian import DiscreteGaussian as Sampler
-from privfl.secure_sum import SecureSum
 from privfl.transport import connect
 from tests.conftest import ROOT, in_threads, run_job
 
@@ -93,19 +93,19 @@ def flat(model: nn.Module) -> torch.Tensor:
 # -- alone -----------------------------------------------------------------------------------------
 
 
-def test_every_step_is_in_the_ledger_before_it_is_made(
+def test_every_step_is_in_the_ledger_before_it_is_private(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ):
     path, seen = tmp_path / "zurich.ledger", []
     engine = privfl.PrivacyEngine(site="zurich", ledger=path)
-    draw = optimizer.gaussian
+    gaussian = dp_optimizer.gaussian
 
     def look(*arguments: Any) -> Any:
-        with Ledger.read(path) as ledger:
-            seen.append(sum(row.steps for row in ledger.charges()))
-        return draw(*arguments)
+        with Ledger.read(path) as on_disk:
+            seen.append(sum(row.steps for row in on_disk.charges()))
+        return gaussian(*arguments)
 
-    monkeypatch.setattr(optimizer, "gaussian", look)
+    monkeypatch.setattr(dp_optimizer, "gaussian", look)
     train(engine, records())
     assert seen == [1, 2, 3, 4, 5, 6]
     engine.close()
@@ -116,7 +116,7 @@ def test_every_step_is_in_the_ledger_before_it_is_made(
     assert engine.get_epsilon(1e-5) == epsilon_of([event.times(6)], 1e-5).upper
 
 
-def test_a_new_engine_goes_on_with_the_book(tmp_path: Path):
+def test_a_new_engine_goes_on_with_the_ledger(tmp_path: Path):
     for _ in range(2):
         engine = privfl.PrivacyEngine(site="zurich", ledger=tmp_path / "l")
         train(engine, records())
@@ -126,25 +126,25 @@ def test_a_new_engine_goes_on_with_the_book(tmp_path: Path):
         assert sum(row.kind == "run" for row in ledger.rows) == 2
 
 
-def test_a_budget_ends_the_loop_and_the_step_is_not_made(tmp_path: Path):
+def test_a_budget_ends_the_loop_and_the_step_is_not_private(tmp_path: Path):
     engine = privfl.PrivacyEngine(site="zurich", ledger=tmp_path / "l", budget=(8.0, 1e-5))
     model, optimizer, loader = made(engine, records())
-    kept = []
+    models = []
 
     def loop() -> None:
-        while len(kept) < 1000:
+        while len(models) < 1000:
             for x, y in loader:
-                kept.append(flat(model))
+                models.append(flat(model))
                 step(model, optimizer, x, y)
 
     with pytest.raises(BudgetError, match="does not admit 1 more step;"):
         loop()
-    assert 1 < len(kept) < 1000
-    assert torch.equal(flat(model), kept[-1])
+    assert 1 < len(models) < 1000
+    assert torch.equal(flat(model), models[-1])
     engine.close()
     with pytest.raises(PrivflError, match="this engine was closed"):
         step(model, optimizer, *next(iter(loader)))
-    assert torch.equal(flat(model), kept[-1])
+    assert torch.equal(flat(model), models[-1])
 
 
 def test_the_rate_is_batch_over_records_and_batches_are_poisson():
@@ -350,15 +350,15 @@ def test_every_rank_charges_every_step_and_all_have_one_model(tmp_path: Path):
         engine.close()
         return model, engine.get_epsilon(1e-5)
 
-    found = together(part)
-    assert all(torch.equal(flat(found[0][0]), flat(model)) for model, _ in found)
+    sites = together(part)
+    assert all(torch.equal(flat(sites[0][0]), flat(model)) for model, _ in sites)
     for rank in range(3):
         with Ledger.read(tmp_path / f"{rank}.ledger") as ledger:
             (event,) = ledger.events.values()
             assert isinstance(event, DiscreteGaussian)
             assert event.sampling_rate == 20 / (40 + 20 * rank)
             assert sum(ledger.steps("training").values()) == 8
-            assert epsilon_of([event.times(8)], 1e-5).upper == found[rank][1]
+            assert epsilon_of([event.times(8)], 1e-5).upper == sites[rank][1]
 
 
 def test_a_step_whose_sum_fails_stays_charged(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
@@ -375,7 +375,7 @@ def test_a_step_whose_sum_fails_stays_charged(tmp_path: Path, monkeypatch: pytes
             optimizer.zero_grad()
             nn.functional.cross_entropy(model(x), y).backward()
             if attempt == 0:
-                monkeypatch.setattr(SecureSum, "_sum", fail)
+                monkeypatch.setattr(GroupSum, "sum", fail)
                 with pytest.raises(PrivflError):
                     optimizer.step()
         engine.close()
@@ -411,7 +411,9 @@ def test_ranks_with_other_models_do_not_sum():
         (lambda rank: {"collusion": 0}, "collusion 0 of 3 ranks cannot be withstood"),
     ],
 )
-def test_ranks_that_do_not_fit_are_told(changes: Callable[[int], dict[str, Any]], sentence: str):
+def test_ranks_that_do_not_fit_are_refused_at_all(
+    changes: Callable[[int], dict[str, Any]], sentence: str
+):
     def part(transport: Any) -> Any:
         return made(
             privfl.PrivacyEngine(
@@ -457,10 +459,10 @@ def test_the_example_runs_under_mpiexec(tmp_path: Path):
     )
     assert job.code == 0, job.err
     # Lines of several ranks may run into each other.
-    said = sorted(re.findall(r"site (\d): accuracy (0\.\d{4}), epsilon (\d\.\d{4})", job.out))
-    assert [site for site, *_ in said] == ["0", "1", "2"]
-    assert len({tuple(rest) for _, *rest in said}) == 1
-    accuracy, epsilon = (float(number) for number in said[0][1:])
+    lines = sorted(re.findall(r"site (\d): accuracy (0\.\d{4}), epsilon (\d\.\d{4})", job.out))
+    assert [site for site, *_ in lines] == ["0", "1", "2"]
+    assert len({tuple(rest) for _, *rest in lines}) == 1
+    accuracy, epsilon = (float(number) for number in lines[0][1:])
     assert accuracy > 0.8
     assert epsilon <= 2.0
     assert {p.name for p in tmp_path.glob("*.ledger")} == {

@@ -17,6 +17,7 @@ from torch import nn
 from torch.utils.data import DataLoader, SubsetRandomSampler, TensorDataset, WeightedRandomSampler
 
 import privfl
+from privfl.dp import optimizer as dp_optimizer
 from privfl.errors import PrivflError
 from privfl.ledger import Ledger
 from privfl.transport import connect
@@ -95,11 +96,11 @@ def test_gradients_of_several_batches_do_not_become_one_step():
     model, optimizer, loader = made(engine(), records(), batch=60)
     model.allow_grad_accumulation()
     optimizer.zero_grad()
-    kept = []
+    batches = []
     for _ in range(3):
         x, y = next(iter(loader))
         nn.functional.cross_entropy(model(x), y).backward()
-        kept.append((x, y))
+        batches.append((x, y))
     nn.functional.cross_entropy(model(x), y).backward()
     with refused(NO_BATCH):
         optimizer.step()
@@ -110,7 +111,7 @@ def test_a_piece_that_is_left_out_takes_its_batch_with_it(
     monkeypatch: pytest.MonkeyPatch, mode: str
 ):
     """As after a failure of one piece: the pieces of two batches must not become one step."""
-    monkeypatch.setattr("privfl.dp.optimizer.gaussian", lambda count, *_: np.zeros(count))
+    monkeypatch.setattr(dp_optimizer, "gaussian", lambda count, *_: np.zeros(count))
     model, optimizer, *_, loader = made(
         engine(), records(), batch=60, max_grad_norm=1e-3, grad_sample_mode=mode
     )
@@ -148,8 +149,8 @@ def test_a_clipping_norm_that_changes_in_the_middle_of_a_batch(mode: str):
 
 
 def test_noise_that_is_taken_away_during_the_loop_ends_it(tmp_path: Path):
-    book = privfl.PrivacyEngine(site="a", ledger=tmp_path / "l", budget=(1.0, 1e-5))
-    model, optimizer, loader = made(book, records(), noise_multiplier=5.0)
+    own = privfl.PrivacyEngine(site="a", ledger=tmp_path / "l", budget=(1.0, 1e-5))
+    model, optimizer, loader = made(own, records(), noise_multiplier=5.0)
     optimizer.noise_multiplier = 1e-155
     before = flat(model).clone()
     with refused("noise_multiplier must be between"):
@@ -177,10 +178,10 @@ def test_numbers_of_numpy_are_numbers(tmp_path: Path):
 def test_a_charge_that_is_refused_leaves_nothing_to_the_next_step(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, mode: str
 ):
-    monkeypatch.setattr("privfl.dp.optimizer.gaussian", lambda count, *_: np.zeros(count))
-    book = privfl.PrivacyEngine(site="a", ledger=tmp_path / "l", budget=(2.0, 1e-5))
+    monkeypatch.setattr(dp_optimizer, "gaussian", lambda count, *_: np.zeros(count))
+    own = privfl.PrivacyEngine(site="a", ledger=tmp_path / "l", budget=(2.0, 1e-5))
     model, optimizer, *_, loader = made(
-        book, records(), batch=60, max_grad_norm=1e-3, grad_sample_mode=mode, noise_multiplier=10.0
+        own, records(), batch=60, max_grad_norm=1e-3, grad_sample_mode=mode, noise_multiplier=10.0
     )
     optimizer.noise_multiplier = 0.3
     sums = []
@@ -301,7 +302,7 @@ def test_compatible_is_what_make_private_takes():
         engine().validate(**parts(mixed))
 
 
-# -- books -----------------------------------------------------------------------------------------
+# -- ledgers ---------------------------------------------------------------------------------------
 
 
 def test_an_engine_serves_one_run():
@@ -312,7 +313,7 @@ def test_an_engine_serves_one_run():
 
 
 @pytest.mark.parametrize("begun", [None, (3.0, 1e-5)])
-def test_a_book_keeps_the_budget_it_was_begun_with(
+def test_a_ledger_keeps_the_budget_it_was_begun_with(
     tmp_path: Path, begun: tuple[float, float] | None
 ):
     first = privfl.PrivacyEngine(site="a", ledger=tmp_path / "l", budget=begun)
@@ -325,7 +326,7 @@ def test_a_book_keeps_the_budget_it_was_begun_with(
     made(again, records())
 
 
-# -- budgets of a book that exists -----------------------------------------------------------------
+# -- budgets of a ledger that exists ---------------------------------------------------------------
 
 
 def planned(
@@ -344,7 +345,7 @@ def planned(
 
 
 def test_a_target_keeps_to_what_is_left_of_the_budget(tmp_path: Path):
-    """All passes that were asked for can be made, in two runs on one book."""
+    """All passes that were asked for can be made, in two runs on one ledger."""
     for epsilon in (1.2, 2.0):
         own = privfl.PrivacyEngine(site="a", ledger=tmp_path / "l", budget=(2.0, 1e-5))
         model, optimizer, loader = planned(own, epsilon)
@@ -352,9 +353,9 @@ def test_a_target_keeps_to_what_is_left_of_the_budget(tmp_path: Path):
             step(model, optimizer, x, y)
         assert own.get_epsilon(1e-5) <= epsilon
         own.close()
-    with Ledger.read(tmp_path / "l") as book:
-        assert sum(book.steps("training").values()) == 60
-        assert 1.9 < book.filters["training"].epsilon_of(book.spent("training")) <= 2.0
+    with Ledger.read(tmp_path / "l") as ledger:
+        assert sum(ledger.steps("training").values()) == 60
+        assert 1.9 < ledger.filters["training"].epsilon_of(ledger.spent("training")) <= 2.0
 
 
 def test_a_target_at_a_larger_delta_than_the_budget_is_refused(tmp_path: Path):
@@ -368,7 +369,7 @@ def test_a_budget_is_a_pair(tmp_path: Path, budget: Any):
         privfl.PrivacyEngine(site="a", ledger=tmp_path / "l", budget=budget)
 
 
-def test_a_book_that_this_process_has_open_says_so(tmp_path: Path):
+def test_a_ledger_that_this_process_has_open_says_so(tmp_path: Path):
     first = privfl.PrivacyEngine(site="a", ledger=tmp_path / "l")
     made(first, records())
     with refused("in use in this process itself: close\\(\\) what has it open"):

@@ -15,7 +15,8 @@ from scipy import stats
 from torch import nn
 
 from privfl.dp import clipping
-from privfl.dp.optimizer import SecureSumOptimizer
+from privfl.dp.clipping import ExampleClipper
+from privfl.dp.optimizer import SumOptimizer
 from privfl.errors import InternalError, PrivflError
 from privfl.noise.discrete_gaussian import DiscreteGaussian
 from privfl.noise.distributed import CLIP_MARGIN, SENSITIVITY, DistributedNoise, Shares, StepGrid
@@ -321,8 +322,10 @@ class Weights(nn.Module):
 def clipped_sum(rows: torch.Tensor) -> NDArray[np.float64]:
     """The sum of clipped gradients that a site rounds, of a batch whose gradients are ``rows``."""
     model = GradSampleModule(Weights(rows.shape[1]))
-    optimizer = SecureSumOptimizer(
+    optimizer = SumOptimizer(
         torch.optim.SGD(model.parameters(), lr=1.0),
+        clipper=ExampleClipper(exact=True),
+        release=None,
         noise_multiplier=0.0,
         max_grad_norm=CLIP,
         expected_batch_size=1,

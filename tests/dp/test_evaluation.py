@@ -1,4 +1,4 @@
-"""Held-out metrics of private records: what one record can change is bounded, whatever the
+"""Metrics of private evaluation records: what one record can change is bounded, whatever the
 metric returns.
 """
 
@@ -56,10 +56,10 @@ def test_bounded_metrics_are_what_they_were():
 
 def _change(metric: Any, output: torch.Tensor, target: torch.Tensor, record: int) -> list[float]:
     """How far sums and counts move when one record is taken out."""
-    kept = [i for i in range(len(output)) if i != record]
+    others = [i for i in range(len(output)) if i != record]
     whole, less = (
         measure_each({"m": metric}, output, target)["m"],
-        measure_each({"m": metric}, output[kept], target[kept])["m"],
+        measure_each({"m": metric}, output[others], target[others])["m"],
     )
     return [float(np.linalg.norm(np.subtract(a, b))) for a, b in zip(whole, less, strict=True)]
 
@@ -152,9 +152,9 @@ class Augmented(torch.utils.data.Dataset):  # type: ignore[type-arg]
         return [self[i] for i in indices for _ in range(2)]
 
 
-def test_held_out_records_are_one_row_each():
+def test_evaluation_records_are_one_row_each():
     trainer = LocalTraining(
         zero_linear(), nn.functional.cross_entropy, records(), recipe(), SystemRandomness(), CPU
     )
-    with pytest.raises(PrivflError, match="20 held-out records gave"):
+    with pytest.raises(PrivflError, match="20 evaluation records gave"):
         trainer.outputs(Augmented())

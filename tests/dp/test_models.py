@@ -94,7 +94,7 @@ def test_statistics_of_records_cannot_hide_in_what_is_not_trained(kind: str):
         local(Centred(kind))
 
 
-def test_held_out_records_cannot_hide_in_a_buffer():
+def test_evaluation_records_cannot_hide_in_a_buffer():
     class OnlyEvaluation(Centred):
         def forward(self, x: torch.Tensor) -> torch.Tensor:
             return self.linear(x) if self.training else super().forward(x)
@@ -185,7 +185,7 @@ class Mixed(nn.Module):
     ],
 )
 @pytest.mark.filterwarnings("ignore:Using a target size")
-def test_records_that_lean_on_their_neighbours_are_refused(model: nn.Module, loss: Any):
+def test_records_that_depend_on_their_neighbours_are_refused(model: nn.Module, loss: Any):
     with pytest.raises(PrivflError, match="depends on the other records of its batch"):
         local(model, loss=loss)
 

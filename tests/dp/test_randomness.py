@@ -131,7 +131,7 @@ def test_empty_batches_are_steps_with_noise_that_user_code_never_sees():
 
     trainer = local(train=records(20), loss=loss, sampling_rate=0.05, local_steps=200)
     update = trainer.train_round(trainer.flat())
-    assert trainer.optimizer.noise_draws == 200
+    assert trainer.draws == 200
     # P(batch empty) = 0.95^20 = 0.36: if only batches with records were steps, about 128 would be
     # counted.
     assert np.isfinite(update).all()

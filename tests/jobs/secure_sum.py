@@ -40,7 +40,7 @@ for path in ("star", "reduce"):
             and shaped.dtype == np.int64
             and (shaped == sum(range(size))).all(),
         )
-        # A vector that does not fit at one rank is told to all; the next sum works.
+        # A vector that does not fit at one rank is one sentence at all; the next sum works.
         for what, bad in {
             "integers beyond": np.array([2**40 if rank == 1 else 0]),
             "sums integers exactly, and was given float64": np.array([0.5 if rank == 1 else 1]),
