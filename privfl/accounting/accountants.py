@@ -39,12 +39,10 @@ _MOST_RECORDS = 1000
 class Bounds(NamedTuple):
     """An epsilon, from below and above.
 
-    Guarantee: The true epsilon is at most ``upper``. The other two are for information.
+    ``lower`` is a lower bound, 0 where an accountant has none; ``estimate`` is what is probably
+    nearest to the true epsilon.
 
-    Attributes:
-        lower: a lower bound; 0 where an accountant has none.
-        estimate: what is probably nearest to the true epsilon.
-        upper: an upper bound.
+    Guarantee: The true epsilon is at most ``upper``. The other two are for information.
     """
 
     lower: float
