@@ -35,6 +35,8 @@ autodoc_class_signature = "mixed"
 autodoc_preserve_defaults = True
 autodoc_type_aliases = {"ArrayLike": "numpy.typing.ArrayLike"}
 napoleon_numpy_docstring = False
+# "Attributes:" become a list; as entries of their own they would stand beside the members.
+napoleon_use_ivar = True
 
 html_theme = "alabaster"
 html_title = f"privfl {release}"
@@ -106,6 +108,23 @@ def _with_contents(app: Sphinx, docname: str, source: list[str]) -> None:
         source[0] += CONTENTS
 
 
+def _guarantees(
+    app: Sphinx, what: str, name: str, documented: object, options: object, lines: list[str]
+) -> None:
+    """Set the paragraph of a docstring that begins with "Guarantee:" apart from the others."""
+    text, lines[:] = list(lines), []
+    inside = False
+    for line in text:
+        if line.startswith("Guarantee: "):
+            lines += [".. admonition:: Guarantee", "", f"   {line.removeprefix('Guarantee: ')}"]
+            inside = True
+        else:
+            inside = inside and bool(line.strip())
+            lines.append(f"   {line.strip()}" if inside else line)
+
+
 def setup(app: Sphinx) -> None:
     """Called by Sphinx."""
     app.connect("source-read", _with_contents)
+    # Before napoleon, whose priority is 500.
+    app.connect("autodoc-process-docstring", _guarantees, priority=400)

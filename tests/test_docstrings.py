@@ -10,7 +10,7 @@ import pytest
 
 from tests.conftest import ROOT
 
-# Their examples need several ranks; the README shows the same, and its tests run it.
+# Run by tests/api/test_face.py.
 WITH_RANKS = {"privfl.engine"}
 
 

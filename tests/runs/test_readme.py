@@ -13,6 +13,7 @@ import click
 import pytest
 import yaml
 
+import privfl
 from privfl.cli import cli
 from privfl.config import SiteFile, load_experiment, load_site
 from tests.conftest import MPIEXEC, PRIVFL, ROOT, Job, run_job
@@ -269,3 +270,9 @@ def test_code_that_documents_name_exists():
         for name in re.findall(r"`([\w/]+\.py|privfl/[\w/]+)`", page.read_text()):
             where = f"{page.name}: {name}"
             assert name in yours or any(f.endswith(f"/{name.rstrip('/')}") for f in files), where
+
+
+def test_the_api_reference_has_every_public_name():
+    page = PAGES["docs/reference/api.md"]
+    shown = set(re.findall(r"^\.\. auto\w+:: privfl\.(\w+)$", page, re.M))
+    assert shown == set(privfl.__all__) - {"__version__"}
