@@ -292,9 +292,7 @@ class Engine(opacus.PrivacyEngine):  # type: ignore[misc]
             target_epsilon: the epsilon that all passes together may spend.
             target_delta: the delta of that epsilon; not above that of the ledger's budget.
             epochs: how many passes over the loader will be made.
-            max_grad_norm, batch_first, loss_reduction: as in :meth:`make_private`.
-            poisson_sampling, clipping, noise_generator: as in :meth:`make_private`.
-            grad_sample_mode, wrap_model: as in :meth:`make_private`.
+            max_grad_norm: as in :meth:`make_private`, as are all arguments that follow it.
 
         Returns:
             As :meth:`make_private`.
