@@ -140,10 +140,12 @@ def test_the_sum_is_that_of_clipped_per_example_gradients(name: str, clip: float
     make, x = MODELS[name]
     model = make()
     want, _ = collected("hooks", model, x, clip)
-    found, optimizer = collected("ghost", model, x, clip)
+    ghost_sum, optimizer = collected("ghost", model, x, clip)
     # A norm is overstated by up to 2^-15 of the sum of the norms of a sequence's terms.
-    assert torch.allclose(found, want, rtol=2e-4, atol=2e-4 * clip), (found - want).abs().max()
-    assert found.abs().max() > 0
+    assert torch.allclose(ghost_sum, want, rtol=2e-4, atol=2e-4 * clip), (
+        (ghost_sum - want).abs().max()
+    )
+    assert ghost_sum.abs().max() > 0
     assert optimizer.examples_seen == 6
 
 
@@ -170,12 +172,12 @@ def test_a_record_that_is_not_finite_counts_as_zero_and_a_huge_one_is_clipped(
     without, _ = collected("ghost", model, x[1:], 0.5, "sum")
     x[0, 3] = value
     # The others' targets move with their places, so the record is put at the end.
-    found, optimizer = collected("ghost", model, torch.cat([x[1:], x[:1]]), 0.5, "sum")
-    assert torch.isfinite(found).all()
-    assert (found - without).norm() <= 0.5 * (1 + 2**-10)
+    ghost_sum, optimizer = collected("ghost", model, torch.cat([x[1:], x[:1]]), 0.5, "sum")
+    assert torch.isfinite(ghost_sum).all()
+    assert (ghost_sum - without).norm() <= 0.5 * (1 + 2**-10)
     if value != 1e25:
         assert optimizer.examples_dropped == 1
-        assert torch.allclose(found, without, atol=1e-9)
+        assert torch.allclose(ghost_sum, without, atol=1e-9)
 
 
 @pytest.mark.filterwarnings("ignore:Full backward hook")

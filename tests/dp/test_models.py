@@ -50,7 +50,7 @@ def test_frozen_batch_norm_is_refused_although_opacus_takes_it():
         check_model(model)
 
 
-def test_running_statistics_are_refused_wherever_they_hide():
+def test_running_statistics_are_refused_wherever_they_are():
     with pytest.raises(PrivflError, match="running statistics"):
         check_model(nn.Sequential(nn.InstanceNorm1d(5, track_running_stats=True), nn.Linear(5, 2)))
 
@@ -89,12 +89,12 @@ class Centred(nn.Module):
 
 
 @pytest.mark.parametrize("kind", ["parameter", "buffer", "hidden buffer"])
-def test_statistics_of_records_cannot_hide_in_what_is_not_trained(kind: str):
+def test_statistics_of_records_are_not_let_into_what_is_not_trained(kind: str):
     with pytest.raises(PrivflError, match="'center' of model"):
         local(Centred(kind))
 
 
-def test_evaluation_records_cannot_hide_in_a_buffer():
+def test_evaluation_records_are_not_let_into_a_buffer():
     class OnlyEvaluation(Centred):
         def forward(self, x: torch.Tensor) -> torch.Tensor:
             return self.linear(x) if self.training else super().forward(x)

@@ -195,21 +195,21 @@ def test_draws_are_steps_that_got_noise_and_not_their_pieces():
 
 
 def test_whatever_fails_before_the_sum_is_told_to_the_sites_that_wait():
-    told: list[BaseException] = []
+    aborted: list[BaseException] = []
     failing = False
 
     def charge() -> None:
         if failing:
             raise PrivflError("the budget is spent")
 
-    model, optimizer = parts("hooks", SumOverSites(lambda total: total, charge, told.append))
+    model, optimizer = parts("hooks", SumOverSites(lambda total: total, charge, aborted.append))
     with pytest.raises(PrivflError, match="without gradients of 2 trained parameters"):
         optimizer.step()
     failing = True
     backward(model)
     with pytest.raises(PrivflError, match="spent"):
         optimizer.step()
-    assert [str(error).split()[0] for error in told] == ["optimizer.step()", "the"]
+    assert [str(error).split()[0] for error in aborted] == ["optimizer.step()", "the"]
 
 
 @BOTH

@@ -85,11 +85,11 @@ def correlation(a: NDArray[np.bool_], b: NDArray[np.bool_]) -> float:
 @WAYS
 def test_batch_sizes_are_binomial(taken_of: Way):
     sizes = taken_of().sum(axis=1)
-    law = stats.binom(RECORDS, RATE)
-    low, high = int(law.ppf(0.01)), int(law.ppf(0.99))
+    binomial = stats.binom(RECORDS, RATE)
+    low, high = int(binomial.ppf(0.01)), int(binomial.ppf(0.99))
     counts = np.bincount(np.clip(sizes, low, high) - low, minlength=high - low + 1)
-    expected = law.pmf(np.arange(low, high + 1))
-    expected[0], expected[-1] = law.cdf(low), law.sf(high - 1)
+    expected = binomial.pmf(np.arange(low, high + 1))
+    expected[0], expected[-1] = binomial.cdf(low), binomial.sf(high - 1)
     assert stats.chisquare(counts, expected * STEPS).pvalue > LEAST_P
     assert len(np.unique(sizes)) > 10, "a batch of fixed size is not what is accounted for"
 
