@@ -73,7 +73,7 @@ def show(ledgers: tuple[Path, ...], heads: tuple[Path, ...]) -> None:
 
     histories = _histories(ledgers, heads)
     table = Table(
-        "site", "records", "epsilon spent", "of", "delta", "runs", "rounds", "steps", "book"
+        "site", "records", "epsilon spent", "of", "delta", "runs", "rounds", "steps", "ledger"
     )
     for history in histories:
         for line in _lines(history):

@@ -36,7 +36,8 @@ def check_model(model: nn.Module) -> None:
     records, without noise.
 
     Raises:
-        PrivflError: naming the layer and the way to mend it.
+        PrivflError: If the model must not be trained so; the sentence names the layer and a way
+            out.
     """
     if not isinstance(model, nn.Module):
         raise PrivflError(
@@ -66,12 +67,13 @@ def check_model(model: nn.Module) -> None:
         raise PrivflError(
             "model() has trainable parameters that are not float32; privfl trains in float32"
         )
-    odd = [
+    no_tensors = [
         name for name, value in model.state_dict().items() if not isinstance(value, torch.Tensor)
     ]
-    if odd:
+    if no_tensors:
         raise PrivflError(
-            f"'{odd[0]}' in the state_dict of model() is not a tensor, so the model could not be "
+            f"'{no_tensors[0]}' in the state_dict of model() is not a tensor, so the model could "
+            f"not be "
             f"written in the end"
         )
     model.train()
@@ -86,7 +88,7 @@ def wrapping(what: str) -> Iterator[None]:
     two errors.
 
     Raises:
-        PrivflError: it does; ``what`` is the model's name in the sentence.
+        PrivflError: If Opacus refuses the model, which the sentence calls ``what``.
     """
     # torch warns of hooks on modules whose inputs need no gradient; Opacus' hooks are made for just
     # that.
@@ -123,7 +125,7 @@ def check_constants(model: nn.Module, before: dict[str, torch.Tensor]) -> None:
     written with the model.
 
     Raises:
-        PrivflError: naming the buffer or parameter.
+        PrivflError: If something that is not trained changed; the sentence names it.
     """
     now = _untrained(model)
     for name in [*now, *before]:

@@ -348,17 +348,18 @@ class LocalTraining:
         one record would then depend on the others.
 
         Raises:
-            PrivflError: the outputs of a few records of ``dataset`` depend on which others are in
-                the batch.
+            PrivflError: If the outputs of some records of ``dataset`` depend on which others are
+                in the batch.
         """
         indices = np.unique(np.linspace(0, len(dataset) - 1, TRIED).astype(np.int64))
         inputs, _ = _to_pair(_rows(dataset, indices), self._device)
         # One record with values that nobody expects must not be able to stop a run.
         if outputs_coupled(self.model, inputs, least=2):
             raise PrivflError(
-                "the output of model() for a held-out record depends on the other records of its "
-                "batch, so a metric of private records cannot be "
-                "bounded; look for statistics over the batch in model(), perhaps only when it is "
+                "the output of model() for an evaluation record depends on the other records of "
+                "its "
+                "batch, so a metric of private records cannot be bounded; look for statistics over "
+                "the batch in model(), perhaps only when it is "
                 "not training"
             )
 
