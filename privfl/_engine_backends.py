@@ -96,7 +96,7 @@ class EngineLedger:
             if delta > budget.delta:
                 raise PrivflError(
                     f"target_delta {delta:g} is above the {budget.delta:g} of the ledger's budget; "
-                    f"use that or a smaller one"
+                    "use that or a smaller one"
                 )
             before = budget.nothing() if spent is None else spent
             return budget.admits_plan(before + budget.cost(plan))

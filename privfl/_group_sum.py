@@ -87,7 +87,7 @@ class GroupSum:
         if not group.transport.flush(group.timeout):
             raise PrivflError(
                 f"a sum could not be sent within {group.timeout:.0f} s; another rank is gone or "
-                f"stuck"
+                "stuck"
             )
         return attempt.total().reshape(vector.shape)
 
@@ -144,7 +144,7 @@ class GroupSum:
         if head != (Kind.CONTRIBUTION, group.run, group.round, parts[frame.peer], layout.blocks):
             raise ProtocolError(
                 f"rank {frame.peer} sent a {message.kind.name} message where the next block of its "
-                f"contribution was due"
+                "contribution was due"
             )
         adder.add(message.part, message.bulk)
         parts[frame.peer] += 1

@@ -39,14 +39,14 @@ def transport_of(comm: Any) -> Transport:
     """
     if not _connects(comm):
         raise PrivflError(
-            f"comm must be an mpi4py communicator, for example MPI.COMM_WORLD, or a transport of "
+            "comm must be an mpi4py communicator, for example MPI.COMM_WORLD, or a transport of "
             f"privfl, got {shown(comm)}"
         )
     if not hasattr(comm, "Get_rank"):
         return comm  # type: ignore[no-any-return]
     if not comm or comm.Is_inter():
         raise PrivflError(
-            f"comm must be a communicator within one group that this rank is a member of, got "
+            "comm must be a communicator within one group that this rank is a member of, got "
             f"{'an intercommunicator' if comm else 'MPI.COMM_NULL'}"
         )
     from privfl.transport import mpi
@@ -344,7 +344,7 @@ class RankGroup:
         if frame is None:
             raise PrivflError(
                 f"no message arrived within {self.timeout:.0f} s; another rank is gone, stuck, or "
-                f"does not make the same calls"
+                "does not make the same calls"
             )
         return frame.peer, messages.decode(frame.head, frame.bulk)
 
@@ -374,8 +374,8 @@ def _problem(answers: Mapping[int, Body | None]) -> str:
             )
         if isinstance(body, messages.Ready) and body != first:
             return (
-                f"rank {rank} has a vector of shape {body.shape}, rank 0 another one; they must "
-                "be alike"
+                f"rank {rank} has a vector of shape {body.shape}, rank 0 another one; they must be "
+                "alike"
             )
     return ""
 

@@ -121,7 +121,7 @@ class SecureSum:
         if self._range is None and not np.can_cast(numbers.dtype, np.int64):
             raise PrivflError(
                 f"SecureSum sums integers exactly, and was given {numbers.dtype}; for numbers give "
-                f"it their public range"
+                "it their public range"
             )
         if self._range is not None and not (
             np.issubdtype(numbers.dtype, np.floating) or np.issubdtype(numbers.dtype, np.integer)
@@ -168,12 +168,12 @@ def _argument_problem(
     words = isinstance(rounding, str) and isinstance(path, str)
     if not words or rounding not in ("nearest", "stochastic") or path not in ("star", "reduce"):
         return (
-            f"SecureSum takes rounding nearest or stochastic and path star or reduce, got "
+            "SecureSum takes rounding nearest or stochastic and path star or reduce, got "
             f"{shown(rounding)} and {shown(path)}"
         )
     if value_range is not None and not _is_a(Real, value_range):
         return (
-            f"SecureSum takes a number as the public range, or none for integers, got "
+            "SecureSum takes a number as the public range, or none for integers, got "
             f"{shown(value_range)}"
         )
     if not (_is_a(Real, timeout) and 0.0 < _float_of(timeout) < math.inf):

@@ -87,7 +87,7 @@ class RenyiFilter:
             raise ValueError("a filter needs orders above 1 and a weight, not negative, for each")
         if not 0.0 < math.fsum(self.weights) <= 1.0:
             raise ValueError(
-                f"the weights of a filter must add up to at most 1, they add up to "
+                "the weights of a filter must add up to at most 1, they add up to "
                 f"{math.fsum(self.weights)}"
             )
 

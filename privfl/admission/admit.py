@@ -152,8 +152,7 @@ def check_budget(site: str, experiment: Experiment, file: SiteFile, plan: RunPla
         )
         raise BudgetError(
             f"the budget of site {site} allows epsilon {limit.epsilon:g} at delta {limit.delta:g} "
-            f"for its {account} records, of which "
-            f"{budget.spent:.4g} is spent: {fitting} (ledger "
+            f"for its {account} records, of which {budget.spent:.4g} is spent: {fitting} (ledger "
             f"{file.ledger.file if file.ledger else ''})"
         )
 

@@ -204,7 +204,7 @@ class _LedgerState:
         if not path.parent.is_dir():
             raise PrivflError(
                 f"the folder {path.parent} for the ledger of site {site} does not exist; make it, "
-                f"or correct ledger in the site file"
+                "or correct ledger in the site file"
             )
         ledger = Ledger.look(path)
         if ledger is None:
@@ -223,7 +223,7 @@ def _check_ledger(site: str, budget: Budget, ledger: Ledger) -> None:
     if ledger.site != site:
         raise PrivflError(
             f"the ledger {ledger.path} belongs to site {ledger.site}, not to {site}; name another "
-            f"file"
+            "file"
         )
     if set(ledger.filters) != set(ACCOUNTS):
         raise PrivflError(
@@ -234,9 +234,9 @@ def _check_ledger(site: str, budget: Budget, ledger: Ledger) -> None:
         if (limit.epsilon, limit.delta) != (budget.epsilon, budget.delta):
             raise PrivflError(
                 f"the ledger {ledger.path} was begun with the budget epsilon {limit.epsilon:g} at "
-                f"delta {limit.delta:g}, the file of site {site} "
-                f"says epsilon {budget.epsilon:g} at delta {budget.delta:g}: a budget cannot be "
-                f"changed; set the old one again, or begin a new ledger and add both budgets up"
+                f"delta {limit.delta:g}, the file of site {site} says epsilon {budget.epsilon:g} "
+                f"at delta {budget.delta:g}: a budget cannot be changed; set the old one again, or "
+                "begin a new ledger and add both budgets up"
             )
 
 

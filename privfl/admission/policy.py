@@ -55,7 +55,7 @@ def check_members(site: str, experiment: Experiment, file: SiteFile, members: in
             site,
             "least_collusion",
             f"privacy.collusion is {experiment.collusion}, but {file.least_collusion} sites that "
-            f"pool what they see could subtract more of the noise than that allows for; "
+            "pool what they see could subtract more of the noise than that allows for; "
             f"privacy.collusion {file.least_collusion} would pass",
         )
     if file.least_collusion and members < file.least_collusion + 2:
@@ -63,8 +63,7 @@ def check_members(site: str, experiment: Experiment, file: SiteFile, members: in
             site,
             "least_collusion",
             f"with {members} sites, {file.least_collusion} that pool what they see would see this "
-            f"site's updates alone; "
-            f"at least {file.least_collusion + 2} sites would pass",
+            f"site's updates alone; at least {file.least_collusion + 2} sites would pass",
         )
 
 
@@ -88,7 +87,7 @@ def check_policy(site: str, experiment: Experiment, file: SiteFile) -> None:
             raise refuse(
                 "metrics",
                 f"{others} would leave the site; allow it there, or take it out of "
-                f"evaluation.metrics",
+                "evaluation.metrics",
             )
         exact = file.exact_metrics
         if exact is None:
@@ -98,7 +97,7 @@ def check_policy(site: str, experiment: Experiment, file: SiteFile) -> None:
             raise refuse(
                 "exact_metrics",
                 f"{others} would leave the site without noise (evaluation.records: public); allow "
-                f"it there, or set evaluation.records: private",
+                "it there, or set evaluation.records: private",
             )
     if file.budget is not None and experiment.privacy.delta > file.budget.delta:
         raise refuse(

@@ -81,13 +81,12 @@ def show(ledgers: tuple[Path, ...], heads: tuple[Path, ...]) -> None:
     Console(width=None if sys.stdout.isatty() else 160).print(table)
     click.echo(
         f"epsilon protects one record ({ADJACENCY}); training and evaluation records are accounts "
-        f"of their own"
+        "of their own"
     )
     if not all(history.kept for history in histories):
         click.echo(
             "no ledger is kept across runs where the last column says so: those epsilons are of "
-            "one "
-            "run"
+            "one run"
         )
     bad = [
         f"{history.site}: {check.detail}"
@@ -195,7 +194,7 @@ def verify(ledger: Path, more_heads: tuple[Path, ...], heads: tuple[Path, ...]) 
             if not wrong_costs:
                 click.echo(
                     f"{path}: costs: ok: recomputed from the events, and within the budget at "
-                    f"every charge"
+                    "every charge"
                 )
             problems += [
                 f"{path}: {problem}"

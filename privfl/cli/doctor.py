@@ -84,7 +84,7 @@ def _mpi() -> None:
     if started is not None and started > 1 and transport.size == 1:
         raise PrivflError(
             f"the launcher started {started} processes, but MPI sees each of them alone: launcher "
-            f"and MPI library do not fit"
+            "and MPI library do not fit"
         )
 
 
@@ -97,8 +97,7 @@ def _threads() -> None:
     _show(
         "processors",
         f"{usable} usable; a trainer gets {threads_for(1, dict(os.environ))} threads alone, "
-        f"{threads_for(4, dict(os.environ))} "
-        "beside three others",
+        f"{threads_for(4, dict(os.environ))} beside three others",
     )
 
 

@@ -35,7 +35,7 @@ def command(directory: Path) -> None:
     if existing:
         raise PrivflError(
             f"{directory / existing[0]} exists already; nothing was written, choose another "
-            f"directory"
+            "directory"
         )
     try:
         for name, content in files.items():

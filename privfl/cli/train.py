@@ -73,8 +73,8 @@ def command(
     if transport.size == 1 and started is not None and started > 1:
         raise PrivflError(
             f"the launcher started {started} processes, but MPI sees each of them alone; use the "
-            f"mpiexec of the MPI library that `privfl doctor` "
-            "shows, or with Slurm `srun --mpi=pmi2` for MPICH and `srun --mpi=pmix` for Open MPI"
+            "mpiexec of the MPI library that `privfl doctor` shows, or with Slurm `srun "
+            "--mpi=pmi2` for MPICH and `srun --mpi=pmix` for Open MPI"
         )
     return run(transport, experiment, sites, output, settings, shown=shlex.join(sys.argv[1:]))
 
@@ -142,8 +142,7 @@ def _lead(
             )
             raise PrivflError(
                 f"the experiment has {needed - 1} sites and needs {needed} MPI ranks (one "
-                f"coordinates), but it {how}; "
-                f"start it with: mpiexec -n {needed} privfl {shown}"
+                f"coordinates), but it {how}; start it with: mpiexec -n {needed} privfl {shown}"
             )
     except Exception as error:
         return refuse(transport, error)

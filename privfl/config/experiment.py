@@ -316,8 +316,8 @@ class Experiment(Section):
             self._check_steps()
         elif self.privacy.collusion is not None:
             raise ValueError(
-                "privacy.collusion is for noise: distributed; with noise: site any number of "
-                "sites may collude, remove it"
+                "privacy.collusion is for noise: distributed; with noise: site any number of sites "
+                "may collude, remove it"
             )
         if self.secure_aggregation.range == ("agreed" if distributed else "derived"):
             raise ValueError(
@@ -350,8 +350,8 @@ class Experiment(Section):
         if len(self.sites) < self.collusion + 2:
             raise ValueError(
                 f"privacy.collusion is {self.collusion} of {len(self.sites)} sites: so many could "
-                "see another site's gradients alone; at most "
-                f"{len(self.sites) - 2} can be withstood"
+                f"see another site's gradients alone; at most {len(self.sites) - 2} can be "
+                "withstood"
             )
         if self.secure_aggregation.rounding != "nearest":
             raise ValueError(
@@ -380,10 +380,10 @@ class Experiment(Section):
         private = bool(evaluation.metrics) and evaluation.records == "private"
         if private and self.metrics_target is None:
             raise ValueError(
-                "evaluation.target_epsilon is missing: metrics of private records get noise for "
-                "an epsilon of their own, and privacy has no target_epsilon to take it from; set "
-                "it, remove evaluation.metrics, or say evaluation.records: public if the "
-                "evaluation records are public"
+                "evaluation.target_epsilon is missing: metrics of private records get noise for an "
+                "epsilon of their own, and privacy has no target_epsilon to take it from; set it, "
+                "remove evaluation.metrics, or say evaluation.records: public if the evaluation "
+                "records are public"
             )
         return self
 

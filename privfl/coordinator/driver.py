@@ -121,7 +121,7 @@ class _Driver:
                     missing = sorted(set(range(1, self._transport.size)) - set(self._state.hellos))
                     raise PrivflError(
                         f"rank {missing[0]} did not report within {_GREETING_SECONDS:.0f} s; look "
-                        f"at its machine"
+                        "at its machine"
                     )
             except PrivflError as error:
                 self._fail(str(error), error.exit_code)

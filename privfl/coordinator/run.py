@@ -99,7 +99,7 @@ class _Run:
         )
         self._terminal.line(
             f"starting {len(experiment.sites)} sites ({', '.join(experiment.sites)}): torch, "
-            f"Opacus, keys; some seconds ..."
+            "Opacus, keys; some seconds ..."
         )
         return driver.coordinate(self._transport, plan, parameters, self._take, sys.stderr)
 

@@ -48,18 +48,17 @@ def check_model(model: nn.Module) -> None:
         if isinstance(module, nn.modules.batchnorm._BatchNorm):
             raise PrivflError(
                 f"{where} of model() is a {type(module).__name__}, which mixes the records of a "
-                f"batch and keeps their statistics without "
-                "noise; use GroupNorm or LayerNorm instead"
+                "batch and keeps their statistics without noise; use GroupNorm or LayerNorm instead"
             )
         if isinstance(module, nn.modules.instancenorm._InstanceNorm) and module.track_running_stats:
             raise PrivflError(
                 f"{where} of model() keeps running statistics of the records without noise; set "
-                f"track_running_stats=False"
+                "track_running_stats=False"
             )
         if isinstance(module, nn.Embedding | nn.EmbeddingBag) and module.max_norm is not None:
             raise PrivflError(
                 f"{where} of model() changes its weights by itself in every forward pass, without "
-                f"noise; leave max_norm out"
+                "noise; leave max_norm out"
             )
     if not any(p.requires_grad for p in model.parameters()):
         raise PrivflError("model() has no trainable parameter")
@@ -73,8 +72,7 @@ def check_model(model: nn.Module) -> None:
     if no_tensors:
         raise PrivflError(
             f"'{no_tensors[0]}' in the state_dict of model() is not a tensor, so the model could "
-            f"not be "
-            f"written in the end"
+            "not be written in the end"
         )
     model.train()
     errors = ModuleValidator.validate(model, strict=False)
@@ -132,8 +130,7 @@ def check_constants(model: nn.Module, before: dict[str, torch.Tensor]) -> None:
         if name not in now or name not in before or not _same(now[name], before[name]):
             raise PrivflError(
                 f"'{name}' of model() is not trained but changes when the model is used, and would "
-                f"carry records without noise; "
-                "remove it or keep it constant"
+                "carry records without noise; remove it or keep it constant"
             )
 
 
@@ -248,8 +245,8 @@ def check_neighbours(model: nn.Module, loader: DataLoader[Any]) -> None:
     if coupled:
         raise PrivflError(
             "module's output for a record depends on the other records of its batch, so clipping "
-            "does not bound what one record changes; look for statistics over the batch, as "
-            "x - x.mean(0)"
+            "does not bound what one record changes; look for statistics over the batch, as x - "
+            "x.mean(0)"
         )
 
 

@@ -41,7 +41,7 @@ def measure(metrics: Mapping[str, Metric], output: torch.Tensor, target: torch.T
         if not np.isfinite(pair).all() or min(pair[1]) < 0:
             raise PrivflError(
                 f"evaluation.metrics.{name} must return finite (sums, counts) of one length with "
-                f"counts not below 0"
+                "counts not below 0"
             )
         measured[name] = (pair[0], pair[1])
     return measured
@@ -83,13 +83,12 @@ def _pair(name: str, returned: Any) -> tuple[list[float], list[float]]:
     except (TypeError, ValueError, RuntimeError) as error:
         raise PrivflError(
             f"evaluation.metrics.{name} must return a pair (sums, counts), as in (number correct, "
-            f"number); it returned "
-            f"{type(returned).__name__}"
+            f"number); it returned {type(returned).__name__}"
         ) from error
     if len(sums) != len(counts) or not sums:
         raise PrivflError(
             f"evaluation.metrics.{name} must return finite (sums, counts) of one length with "
-            f"counts not below 0"
+            "counts not below 0"
         )
     return sums, counts
 
@@ -109,7 +108,7 @@ def _check_adds_up(name: str, metric: Metric, output: torch.Tensor, target: torc
     if groups and not any(_adds_up(name, metric, output[group], target[group]) for group in groups):
         raise PrivflError(
             f"evaluation.metrics.{name} of several records is not the sum over them, so one "
-            f"record's part cannot be bounded; metrics of private evaluation records must add up "
+            "record's part cannot be bounded; metrics of private evaluation records must add up "
             "record by record, as accuracy does"
         )
 

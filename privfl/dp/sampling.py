@@ -76,9 +76,8 @@ class PoissonBatches(UniformWithReplacementSampler):  # type: ignore[misc]
                 return
         raise PrivflError(
             f"a step was to be made of {examples} per-example gradients, which is no batch of the "
-            f"loader that make_private returned: use each of "
-            "its batches once and whole, with one backward() and one optimizer.step(), and let "
-            "every record have one row in all layers"
+            "loader that make_private returned: use each of its batches once and whole, with one "
+            "backward() and one optimizer.step(), and let every record have one row in all layers"
         )
 
 
@@ -104,8 +103,8 @@ def rate_of(loader: DataLoader[Any]) -> tuple[int, float, int]:
     if type(loader.sampler) not in (SequentialSampler, RandomSampler):
         raise PrivflError(
             f"data_loader has a {type(loader.sampler).__name__}, whose choice of records Poisson "
-            f"sampling would replace; choose them in the data set "
-            "(torch.utils.data.Subset) and leave sampler out"
+            "sampling would replace; choose them in the data set (torch.utils.data.Subset) and "
+            "leave sampler out"
         )
     records, batch = len(loader.dataset), loader.batch_size
     if records == 0:

@@ -107,8 +107,8 @@ class LocalTraining:
         if expected < 1.0:
             raise PrivflError(
                 f"{self.records} training records at sampling_rate {recipe.sampling_rate:g} make "
-                f"{expected:.2g} records a step on average; "
-                f"raise sampling_rate to at least {1.0 / self.records:.2g}, better ten times that"
+                f"{expected:.2g} records a step on average; raise sampling_rate to at least "
+                f"{1.0 / self.records:.2g}, better ten times that"
             )
         self.model = model.to(device)
         self._loss = loss
@@ -274,7 +274,7 @@ class LocalTraining:
         loss = self._loss(self._wrapped(inputs), targets)
         if loss.ndim != 0:
             raise PrivflError(
-                f"loss() must return the mean over the batch, a single number; it returned shape "
+                "loss() must return the mean over the batch, a single number; it returned shape "
                 f"{tuple(loss.shape)}"
             )
         loss.backward()  # type: ignore[no-untyped-call]
@@ -283,18 +283,18 @@ class LocalTraining:
             if gradient is None:
                 raise PrivflError(
                     f"parameter '{name}' of model() took no part in the forward pass; use it, or "
-                    f"freeze it with requires_grad=False"
+                    "freeze it with requires_grad=False"
                 )
             if len(gradient) != records:
                 raise PrivflError(
                     f"parameter '{name}' of model() saw {len(gradient)} rows for {records} "
-                    f"records: parts of a record are folded into the batch, "
-                    "and each would be clipped by itself; keep the records in the first dimension"
+                    "records: parts of a record are folded into the batch, and each would be "
+                    "clipped by itself; keep the records in the first dimension"
                 )
             if not torch.equal(p.detach().nan_to_num(), value.nan_to_num()):
                 raise PrivflError(
                     f"the forward pass of model() changes parameter '{name}' without clipping or "
-                    f"noise (max_norm of an Embedding?)"
+                    "noise (max_norm of an Embedding?)"
                 )
 
     def _try_isolation(self) -> None:
@@ -339,7 +339,7 @@ class LocalTraining:
         if len(inputs) != len(indices) or len(targets) != len(indices):
             raise PrivflError(
                 f"data() gave {len(inputs)} inputs and {len(targets)} targets for {len(indices)} "
-                f"records; a record is one of each"
+                "records; a record is one of each"
             )
         return inputs, targets
 
@@ -357,10 +357,8 @@ class LocalTraining:
         if outputs_coupled(self.model, inputs, least=2):
             raise PrivflError(
                 "the output of model() for an evaluation record depends on the other records of "
-                "its "
-                "batch, so a metric of private records cannot be bounded; look for statistics over "
-                "the batch in model(), perhaps only when it is "
-                "not training"
+                "its batch, so a metric of private records cannot be bounded; look for statistics "
+                "over the batch in model(), perhaps only when it is not training"
             )
 
     def outputs(self, dataset: Any) -> tuple[torch.Tensor, torch.Tensor]:

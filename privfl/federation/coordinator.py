@@ -96,7 +96,7 @@ def step(plan: Plan, state: State, rank: int, message: Message) -> Result:
     if (message.round, message.attempt) > (state.round, state.attempt):
         raise ProtocolError(
             f"site {state.site(rank)} sent a {message.kind.name} message for a round that is not "
-            f"open"
+            "open"
         )
     if isinstance(body, Signed):
         return coordinator_setup.take_signature(plan, state, rank, body)
@@ -171,8 +171,7 @@ def _contribute(plan: Plan, state: State, rank: int, message: Message) -> Result
     if message.parts != expected or message.part != state.parts_in[rank]:
         raise ProtocolError(
             f"site {state.site(rank)} sent part {message.part} of {message.parts} of a "
-            f"contribution, "
-            f"expected part {state.parts_in[rank]} of {expected}"
+            f"contribution, expected part {state.parts_in[rank]} of {expected}"
         )
     state = replace(state, parts_in={**state.parts_in, rank: message.part + 1})
     fold = (Fold(message.part, message.bulk),) if plan.path == "star" else ()
@@ -224,7 +223,7 @@ def _applied(plan: Plan, state: State) -> Result:
     if differ:
         raise PrivflError(
             f"the sites' replicas differ after round {state.round}: a sum was altered on the way, "
-            f"or the sites' processors compute differently",
+            "or the sites' processors compute differently",
         )
     last = state.round == plan.rounds
     due = plan.evaluate_every > 0 and (last or state.round % plan.evaluate_every == 0)

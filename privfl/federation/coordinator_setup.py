@@ -52,12 +52,12 @@ def greet(plan: Plan, state: State, rank: int, hello: Hello) -> Result:
         if other != rank and earlier.site == hello.site:
             raise PrivflError(
                 f"ranks {min(rank, other)} and {max(rank, other)} both are site {hello.site!r}; "
-                f"give every rank its own PRIVFL_SITE, or none"
+                "give every rank its own PRIVFL_SITE, or none"
             )
     if hello.digest != plan.digest:
         raise PrivflError(
             f"site {hello.site} reads another experiment than the coordinator; give every rank the "
-            f"same file and --set options"
+            "same file and --set options"
         )
     if dict(hello.versions) != dict(plan.versions):
         raise PrivflError(
@@ -117,7 +117,7 @@ def prepare(plan: Plan, state: State, rank: int, body: Prepared) -> Result:
         )
         raise PrivflError(
             f"model() has another number of trainable parameters at some sites ({counts}); give "
-            f"every site the same model"
+            "every site the same model"
         )
     if len({p.tag for p in everybody}) > 1:
         raise PrivflError(

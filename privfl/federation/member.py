@@ -202,7 +202,7 @@ def step(
             # The budget was planned for so many; a coordinator must not spend more of it.
             raise ProtocolError(
                 f"the coordinator opened round {message.round} of an experiment of {state.rounds} "
-                f"rounds"
+                "rounds"
             )
         return replace(state, phase=Phase.TRAINING, round=message.round, attempt=0), (Train(),)
     if isinstance(body, Sum):
@@ -316,7 +316,7 @@ def _open_sum(state: State, message: Message, body: Sum) -> tuple[State, tuple[A
         if state.round <= state.measured or not due:
             raise ProtocolError(
                 f"the coordinator opened a sum of metrics that is not due in round {state.round}, "
-                f"or a second one"
+                "or a second one"
             )
     if body.members != state.sites:
         raise ProtocolError("the coordinator opened a sum for other members than this run's sites")

@@ -65,6 +65,6 @@ def head_problem(rows: Sequence[Row], head: Head) -> str | None:
     if head.rows < 1 or rows[head.rows - 1].hash != head.hash:
         return (
             f"row {head.rows} is not the one whose head was shown: rows were taken back and "
-            f"written anew"
+            "written anew"
         )
     return None

@@ -134,8 +134,8 @@ class Ledger:
                 ledger._write(_Entry("opened", body=body))
             if ledger.site != site:
                 raise PrivflError(
-                    f"the ledger {path} belongs to site {ledger.site}, not to {site}; name "
-                    f"another file"
+                    f"the ledger {path} belongs to site {ledger.site}, not to {site}; name another "
+                    "file"
                 )
         except BaseException:
             ledger.close()
@@ -273,8 +273,8 @@ class Ledger:
         if limit is not None and not limit.admits(self.spent(account) + limit.cost(event)):
             raise BudgetError(
                 f"the budget of site {self.site} for its {account} records (epsilon "
-                f"{limit.epsilon:g} at delta {limit.delta:g}, ledger {self.path}) "
-                f"does not admit {event.steps} more {'step' if event.steps == 1 else 'steps'}; "
+                f"{limit.epsilon:g} at delta {limit.delta:g}, ledger {self.path}) does not admit "
+                f"{event.steps} more {'step' if event.steps == 1 else 'steps'}; "
                 f"{limit.times(self.spent(account), vector)} would fit"
             )
         entries = []
@@ -392,7 +392,7 @@ class Ledger:
         except (KeyError, ValueError, TypeError) as error:
             raise DamagedError(
                 f"the ledger {self.path} holds a row {row.number} that this version of privfl "
-                f"would not have written"
+                "would not have written"
             ) from error
         self.rows.append(row)
 
@@ -428,7 +428,7 @@ class Ledger:
         if facts["format"] != _FORMAT:
             raise PrivflError(
                 f"the ledger {self.path} was written by another privfl (format {facts['format']}); "
-                f"install that one"
+                "install that one"
             )
         self.name, self.site = str(facts["ledger"]), str(facts["site"])
         if not (self.name.isalnum() and re.fullmatch(r"[\w-]+", self.site)):

@@ -37,8 +37,8 @@ CREATE TABLE rows (
 """
 INSERT: Final = "INSERT INTO rows VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?, ?)"
 SELECT: Final = (
-    "SELECT number, time, kind, run, round, account, mechanism, steps, body, hash FROM "
-    "rows ORDER BY number"
+    "SELECT number, time, kind, run, round, account, mechanism, steps, body, hash FROM rows ORDER "
+    "BY number"
 )
 START: Final = "0" * 64
 

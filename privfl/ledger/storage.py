@@ -78,9 +78,8 @@ class Storage:
         if kind in _NETWORK and not network:
             raise PrivflError(
                 f"the ledger {path} lies on a network file system ({kind}), where two machines may "
-                f"write at once and a flush may not reach the disk; "
-                "move it to a local disk, or write ledger: {file: PATH, network_file_system: true} "
-                "in the site file"
+                "write at once and a flush may not reach the disk; move it to a local disk, or "
+                "write ledger: {file: PATH, network_file_system: true} in the site file"
             )
         lock = _lock(path)
         try:
@@ -157,7 +156,7 @@ class Storage:
             ):
                 raise PrivflError(
                     f"the ledger {self.path} was replaced or changed while it was open; nothing "
-                    f"was written, look at it"
+                    "was written, look at it"
                 )
             for row in rows:
                 self._connection.execute(INSERT, row)

@@ -83,7 +83,7 @@ class DiscreteGaussian:
     def __init__(self, deviation: float, randomness: Randomness) -> None:
         if not 0.5 <= deviation <= 2.0**40:
             raise ValueError(
-                f"the deviation of a discrete Gaussian must be between 0.5 and 2^40, got "
+                "the deviation of a discrete Gaussian must be between 0.5 and 2^40, got "
                 f"{deviation}"
             )
         self._deviation, self._randomness = float(deviation), randomness

@@ -146,19 +146,18 @@ class DistributedNoise:
         if sensitivity > SENSITIVITY:
             raise PrivflError(
                 f"sums of up to {value_range:.3g} (clipping norm {self.max_grad_norm:g}) with "
-                f"{parameters} parameters need a finer grid than "
-                f"the bits of a value allow: rounding would move a sum by {moved:.2g} clipping "
-                f"norms; raise secure_aggregation.value_bits "
-                "(28 at most: one value in a word), lower sampling_rate, or set "
-                "secure_aggregation.range to what sums of gradients really reach"
+                f"{parameters} parameters need a finer grid than the bits of a value allow: "
+                f"rounding would move a sum by {moved:.2g} clipping norms; raise "
+                "secure_aggregation.value_bits (28 at most: one value in a word), lower "
+                "sampling_rate, or set secure_aggregation.range to what sums of gradients really "
+                "reach"
             )
         deviation = self.share_deviation / step
         if not _LEAST_DEVIATION <= deviation <= _LARGEST_DEVIATION:
             raise PrivflError(
                 f"a share of the noise would have a standard deviation of {deviation:.3g} grid "
-                f"steps, between {_LEAST_DEVIATION:g} and "
-                f"{_LARGEST_DEVIATION:.3g} are needed; change the noise multiplier, or "
-                f"secure_aggregation.value_bits or range"
+                f"steps, between {_LEAST_DEVIATION:g} and {_LARGEST_DEVIATION:.3g} are needed; "
+                "change the noise multiplier, or secure_aggregation.value_bits or range"
             )
         return StepGrid(step, deviation, sensitivity)
 

@@ -391,8 +391,8 @@ def _adversaries(
                 else f"{adversary.honest_shares} shares of it that are"
             )
             because = (
-                f"noise: {shares} not theirs, {adversary.noise_factor:.3g} times the noise "
-                f"that is charged (by RDP, as a plan fixed in advance)"
+                f"noise: {shares} not theirs, {adversary.noise_factor:.3g} times the noise that is "
+                "charged (by RDP, as a plan fixed in advance)"
             )
         if cost.epsilon == "infinite":
             because = "nothing: what was released is not protected by noise"

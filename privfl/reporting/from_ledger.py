@@ -102,7 +102,7 @@ def _heads_of(file: Path) -> list[Shown]:
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise PrivflError(
             f"{file} is no log of rounds or heads of privfl; name a run folder, its rounds.jsonl, "
-            f"or a site's heads.jsonl"
+            "or a site's heads.jsonl"
         ) from error
     return heads
 
@@ -119,14 +119,14 @@ def checks(ledger: Ledger, heads: Sequence[Shown]) -> list[Check]:
     of_this_ledger = [shown for shown in heads if shown.head.ledger == ledger.name]
     if not of_this_ledger:
         detail = (
-            "no head of this ledger was given to compare with, so a tail that was cut off "
-            "would not show"
+            "no head of this ledger was given to compare with, so a tail that was cut off would "
+            "not show"
         )
         others = {shown.head.ledger for shown in heads if shown.site == ledger.site}
         if others:
             detail = (
-                f"site {ledger.site} showed heads of {len(others)} other ledgers, and none of "
-                f"this one: it may have been begun anew"
+                f"site {ledger.site} showed heads of {len(others)} other ledgers, and none of this "
+                "one: it may have been begun anew"
             )
         return [*verified, Check(what="heads", ok=False if others else None, detail=detail)]
     identities = {
@@ -163,8 +163,8 @@ def _problem(ledger: Ledger, shown: Shown, identities: dict[str, str]) -> str | 
     except (ProtocolError, ValueError):
         if known:
             return (
-                f"the head of round {shown.round} of run {shown.run[:8]} is not signed by the "
-                f"site that wrote this ledger"
+                f"the head of round {shown.round} of run {shown.run[:8]} is not signed by the site "
+                "that wrote this ledger"
             )
     missing = ledger.compare(shown.head)
     if missing is not None:
@@ -182,7 +182,7 @@ def _problem(ledger: Ledger, shown: Shown, identities: dict[str, str]) -> str | 
     if refund is not None and refund.account == "training":
         return (
             f"row {refund.number} refunds round {refund.round} of run {refund.run[:8]}, which "
-            f"left: its head was shown"
+            "left: its head was shown"
         )
     return None
 
@@ -236,8 +236,8 @@ def _reported(run: str, begun: str, facts: RunFacts) -> ReportedRun:
     trust = "keys of the other sites not pinned: single trust domain"
     if facts.pinned:
         trust = (
-            "this site has pinned the keys of all others; "
-            "single trust domain all the same if they ran under one account"
+            "this site has pinned the keys of all others; single trust domain all the same if they "
+            "ran under one account"
         )
     return ReportedRun(run, begun, trust, facts)
 

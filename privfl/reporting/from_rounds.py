@@ -79,8 +79,8 @@ def _history(
     }
     head = rounds[-1]["sites"][site]["head"]
     note = (
-        "this report was made from the round log of the run; what the site itself wrote down is "
-        "in its ledger"
+        "this report was made from the round log of the run; what the site itself wrote down is in "
+        "its ledger"
     )
     return History(
         site=site,

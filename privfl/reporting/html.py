@@ -291,8 +291,8 @@ def numbered(runs: Sequence[Run], numbers: dict[str, int]) -> str:
         return f"run {known[0]}"
     if len(known) > _NAMED:
         return (
-            f"runs {', '.join(known[:_NAMED])} and {len(known) - _NAMED} more, which the table "
-            f"of runs shows,"
+            f"runs {', '.join(known[:_NAMED])} and {len(known) - _NAMED} more, which the table of "
+            "runs shows,"
         )
     return f"runs {', '.join(known[:-1])} and {known[-1]}"
 

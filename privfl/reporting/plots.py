@@ -77,8 +77,7 @@ def curve_plot(
     begins = [curve[0], *(b for a, b in pairwise(curve) if a.run != b.run)]
     text = (
         f"Epsilon is {up(curve[0].epsilon)} after charge {curve[0].charge} and {up(account.spent)} "
-        f"after charge {curve[-1].charge}, the last. "
-        f"{_limit(budget)} Runs begin at charge: "
+        f"after charge {curve[-1].charge}, the last. {_limit(budget)} Runs begin at charge: "
         f"{', '.join(str(point.charge) for point in begins)}."
     )
 

@@ -31,7 +31,7 @@ class RunFolder:
         except OSError as error:
             raise PrivflError(
                 f"cannot create the run folder {self.path}: {error.strerror}; choose another with "
-                f"--output"
+                "--output"
             ) from error
         self._write("experiment.yaml", resolved_experiment)
 

@@ -55,8 +55,8 @@ class Terminal:
         noise = "every site adds all of its noise itself"
         if collusion:
             noise = (
-                f"every site adds a share of the noise, enough if at most {collusion} of them "
-                f"give away what they see"
+                f"every site adds a share of the noise, enough if at most {collusion} of them give "
+                "away what they see"
             )
         self.line(
             f"epsilon protects one record (not a person with several) at delta {delta:g}; {noise}"
@@ -74,7 +74,7 @@ class Terminal:
                 f"{name} {decimals(site.evaluation_epsilon, 3)}" for name, site in sites.items()
             )
             self.line(
-                f"metrics have noise, which costs the evaluation records an epsilon of their own: "
+                "metrics have noise, which costs the evaluation records an epsilon of their own: "
                 f"{cost}"
             )
         self._warnings(sites, delta)
@@ -103,8 +103,8 @@ class Terminal:
         for name, site in sites.items():
             if delta * site.records >= 1.0:
                 self.line(
-                    f"WARNING: delta {delta:g} is not below 1 / records of {name}: "
-                    "it would allow publishing one of its records whole"
+                    f"WARNING: delta {delta:g} is not below 1 / records of {name}: it would allow "
+                    "publishing one of its records whole"
                 )
         for text in sorted({text for site in sites.values() for text in site.outside}):
             who = ", ".join(name for name, site in sites.items() if text in site.outside)
@@ -127,8 +127,7 @@ class Terminal:
             )
             self.line(
                 f"no ledger is kept across runs{who}: earlier runs on these records are not in "
-                f"these epsilons; "
-                "a ledger and a budget in the site file would count them"
+                "these epsilons; a ledger and a budget in the site file would count them"
             )
 
     def round_done(self, rounds: int, news: RoundDone, seconds: Mapping[str, float]) -> None:
@@ -174,8 +173,8 @@ class Terminal:
             worst = [decimals(max(epsilons)) for epsilons in zip(*of_sites, strict=True)]
             self.line(
                 f"by RDP, as a plan fixed in advance: against the public {worst[0]}, against {k} "
-                f"of the other sites {worst[k]}, "
-                f"against all others together {worst[-1]} (report.html has all)"
+                f"of the other sites {worst[k]}, against all others together {worst[-1]} "
+                "(report.html has all)"
             )
         for name, paths in written.items():
             self.line(f"site {name}: model {paths.model}, log {paths.log}")

@@ -111,7 +111,7 @@ def derive(members: int, value_bits: int) -> Parameters:
     if members < 2:
         raise PrivflError(
             f"a secure sum needs at least 2 members, got {members}: the sum of one is its own "
-            f"contribution"
+            "contribution"
         )
     if not LEAST_BITS <= value_bits <= MOST_BITS:
         raise PrivflError(
@@ -153,8 +153,7 @@ def parameters_for(members: int, value_bits: int | None, path: SumPath) -> Param
     if path == "reduce" and members > parameters.additions:
         raise PrivflError(
             f"path reduce adds at most {parameters.additions} contributions at value_bits "
-            f"{parameters.value_bits}, there are {members}; "
-            "lower value_bits, or use path star"
+            f"{parameters.value_bits}, there are {members}; lower value_bits, or use path star"
         )
     return parameters
 

@@ -54,8 +54,7 @@ class BoundedIntegers:
         if vector.size and not (-self._limit <= vector.min() and vector.max() <= self._limit):
             raise PrivflError(
                 f"a vector to be summed has integers beyond {self._limit}, the largest of "
-                f"{self._bits} bits; raise value_bits "
-                "(28 at most), or sum parts"
+                f"{self._bits} bits; raise value_bits (28 at most), or sum parts"
             )
 
     def integers(self, values: NDArray[np.generic]) -> NDArray[np.float64]:
@@ -134,7 +133,7 @@ class FixedPoint:
             # The sentence crosses the wire in the clear, so it does not say by how much.
             raise PrivflError(
                 f"a vector to be summed has values beyond the public range {self.value_range:g}; "
-                f"raise the range, which makes the grid coarser"
+                "raise the range, which makes the grid coarser"
             )
 
     def integers(self, values: NDArray[np.generic]) -> NDArray[np.float64]:

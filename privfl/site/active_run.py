@@ -298,7 +298,7 @@ class ActiveRun:
         )
         self._prepared.note(
             f"round {state.round}: took the replica of site {state.sites[0]}, which differed by "
-            f"rounding"
+            "rounding"
         )
         return self._move_to(state, lent)
 

@@ -135,7 +135,7 @@ class FedAvg:
         if answer.draws != steps:
             raise InternalError(
                 f"noise was drawn {answer.draws} times for {steps} charged steps; nothing of this "
-                f"round is sent"
+                "round is sent"
             )
         update = self._trainer.update.read(self._length, np.float32).astype(np.float64)
         if not np.isfinite(update).all():
@@ -233,8 +233,7 @@ class FedSGD:
         if answer.draws != steps or self._shares.drawn != steps - 1:
             raise InternalError(
                 f"{answer.draws} batches and {self._shares.drawn} shares of noise were drawn for "
-                f"{steps} charged steps; "
-                "nothing is sent"
+                f"{steps} charged steps; nothing is sent"
             )
         if not np.isfinite(total).all():
             raise InternalError(

@@ -60,7 +60,7 @@ class PeerHeads:
             if back or self._ledgers.setdefault(site, head.ledger) != head.ledger:
                 raise ProtocolError(
                     f"the ledger of site {site} went back: rows that it had shown to this site are "
-                    f"gone"
+                    "gone"
                 )
             self._last[site, head.ledger] = head
         shown_heads = {site: head.model_dump() for site, head in heads.items()}

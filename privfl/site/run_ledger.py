@@ -61,7 +61,7 @@ class RunLedger:
         if changed or self._ledger.filters != plan.filters:
             raise PrivflError(
                 f"the ledger {self._ledger.path} was changed or replaced while this run started; "
-                f"look at it, and start again"
+                "look at it, and start again"
             )
 
     def begin(self, noise_multiplier: float, outside: Sequence[str]) -> None:
@@ -188,7 +188,7 @@ class RunLedger:
         if attempts > policy.attempts:
             raise PrivflError(
                 f"the policy of site {self._setup.site} allows {policy.attempts} attempts at one "
-                f"sum (attempts in its site file)"
+                "sum (attempts in its site file)"
             )
         if costs and self._ledger.charged(account, self._run, round_) != due:
             raise InternalError(

@@ -124,7 +124,6 @@ def _identity_of(site: str, experiment: Experiment, file: SiteFile) -> Identity:
     if missing and (file.peers or "pinned_keys" in file.require):
         raise PrivflError(
             f"the file of site {site} pins no key for {', '.join(missing)}: add what `privfl keys "
-            f"show` prints there to peers, "
-            "or leave out peers and require"
+            "show` prints there to peers, or leave out peers and require"
         )
     return Identity() if file.identity is None else load_identity(file.identity)

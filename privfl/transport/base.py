@@ -196,5 +196,5 @@ def finish(part: Reduction) -> None:
     if not part.done(REDUCE_SECONDS):
         raise PrivflError(
             f"a sum by MPI_Reduce did not end within {REDUCE_SECONDS:.0f} s: another rank is gone "
-            f"or stuck; path star survives that"
+            "or stuck; path star survives that"
         )

@@ -65,8 +65,7 @@ def start() -> MPITransport:
     except (ImportError, RuntimeError) as error:
         raise PrivflError(
             "no MPI library can be loaded: install one into this environment with `pip install "
-            "'privfl[mpich]'`, "
-            "or load your cluster's MPI module first"
+            "'privfl[mpich]'`, or load your cluster's MPI module first"
         ) from error
     return MPITransport(MPI, MPI.COMM_WORLD)
 
@@ -150,7 +149,7 @@ class _Incoming:
         if magic != _MAGIC or head_length > HEAD_LIMIT or bulk_length > CHUNK:
             raise ProtocolError(
                 f"rank {self.peer} sent something that is not a privfl message; do all ranks run "
-                f"one version?"
+                "one version?"
             )
         start = _ENVELOPE.size + head_length
         head = bytes(self._envelope[_ENVELOPE.size : start])

@@ -233,7 +233,7 @@ def test_a_sampler_that_chooses_records(sampler: Any):
     model = linear()
     with refused(
         f"data_loader has a {type(sampler).__name__}, whose choice of records Poisson sampling "
-        f"would replace"
+        "would replace"
     ):
         engine().make_private(
             module=model,

@@ -389,8 +389,8 @@ def test_two_instances_and_two_processes_differ():
 
 def test_a_source_needs_no_torch_and_neither_does_the_noise():
     code = (
-        "import sys, privfl.noise.discrete_gaussian, privfl.noise.randomness; sys.exit('torch' "
-        "in sys.modules)"
+        "import sys, privfl.noise.discrete_gaussian, privfl.noise.randomness; sys.exit('torch' in "
+        "sys.modules)"
     )
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
 

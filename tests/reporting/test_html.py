@@ -190,8 +190,8 @@ def test_all_that_is_in_the_report_is_on_the_page(pages: dict[str, str], name: s
 
 def test_the_summary_is_a_sentence(pages: dict[str, str]):
     wanted = (
-        "Site zurich has spent epsilon 1.972 of the 3 that its budget allows (delta 1e-05), "
-        "over 2 runs."
+        "Site zurich has spent epsilon 1.972 of the 3 that its budget allows (delta 1e-05), over 2 "
+        "runs."
     )
     assert wanted in sentences(pages["usual"])
     assert "Site zurich has spent epsilon 1.972 (delta 1e-05), over 2 runs." in sentences(

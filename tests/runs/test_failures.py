@@ -229,8 +229,8 @@ def test_a_metric_that_raises_in_the_middle_of_a_sum_hangs_nobody(
         ),
         (
             "return nn.Linear(5, 2)",
-            "import threading; torch.manual_seed(len(threading.current_thread().name)); "
-            "return nn.Linear(5, 2)",
+            "import threading; torch.manual_seed(len(threading.current_thread().name)); return "
+            "nn.Linear(5, 2)",
             ("different initial parameters",),
         ),
     ],
@@ -261,8 +261,8 @@ def test_user_code_that_does_not_work(
             "generator = ",
             "import sys; sys.exit(0); generator = ",
             (
-                "data (task.py:data) raised SystemExit in line 12 of task.py; read what it said "
-                "in /",
+                "data (task.py:data) raised SystemExit in line 12 of task.py; read what it said in "
+                "/",
             ),
         ),
         (
@@ -299,7 +299,7 @@ def test_what_user_code_says_stays_at_its_site(small: Path, tmp_path: Path):
     (log,) = tmp_path.rglob("sites/bbb/site.log")
     one_sentence(
         job,
-        f"site bbb: data (task.py:data) raised ValueError in line 12 of task.py; read what it said "
+        "site bbb: data (task.py:data) raised ValueError in line 12 of task.py; read what it said "
         f"in {log}",
     )
     assert "MUELLER" not in job.err + job.out

@@ -60,7 +60,6 @@ def open_near(
     if not distance <= allowed:
         raise PrivflError(
             f"the sites' replicas differ by up to {distance:.3g}, more than rounding explains "
-            f"({allowed:.3g}): do all run the same model code and "
-            "versions of torch?"
+            f"({allowed:.3g}): do all run the same model code and versions of torch?"
         )
     return lent.astype(np.float32)

@@ -105,7 +105,7 @@ class Roster:
         if own_entries != [(own.public, identity.public)]:
             raise ProtocolError(
                 f"the coordinator relays other keys for site {site} than those it sent: a key was "
-                f"swapped on the way"
+                "swapped on the way"
             )
         for part in ("site", "exchange_key", "identity"):
             if len({getattr(member, part) for member in self.members}) != len(self.members):
@@ -138,5 +138,5 @@ class Roster:
             except (ProtocolError, ValueError) as error:
                 raise ProtocolError(
                     f"the signature of site {member.site} under this run's keys does not fit: a "
-                    f"key was swapped or a member invented on the way"
+                    "key was swapped or a member invented on the way"
                 ) from error

@@ -164,7 +164,7 @@ class SumAttempt:
         masks, self._masks = self._masks, None
         if masks is None or len(vector) != self._length:
             raise ProtocolError(
-                f"a second contribution to one attempt, or one of another length than "
+                "a second contribution to one attempt, or one of another length than "
                 f"{self._length}, was asked for"
             )
         return encrypt(
