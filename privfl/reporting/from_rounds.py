@@ -22,7 +22,7 @@ def histories(
     """What the round log in ``folder`` says of each site.
 
     Args:
-        sites: what each site filter_epsilons of itself before the first round.
+        sites: what each site said of itself before the first round.
     """
     rounds = [
         json.loads(line)

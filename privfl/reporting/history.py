@@ -63,8 +63,8 @@ class History:
         limits: the filters of its budget, by account, where they are known.
         mechanisms: each event once, a single step of it.
         vectors: the divergences of one step of each, at ``orders``; shape (orders,).
-        filter_epsilons: by account, the epsilons that a site filter_epsilons others after its
-            charges, by a filter that they do not know; one for each charge.
+        filter_epsilons: by account, the epsilons that a site told others after its charges, by a
+            filter that they do not know; one for each charge.
     """
 
     site: str

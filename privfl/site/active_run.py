@@ -108,7 +108,7 @@ class ActiveRun:
         self._algorithm = algorithm_of(
             self._setup, begin, run, self._trainer, self._sums.keys, self._observer
         )
-        identities = {party.site: party.identity for party in prepared.handshake.roster.members}
+        identities = {other.site: other.identity for other in prepared.handshake.roster.members}
         self._heads = PeerHeads(prepared.output, prepared.welcome.run, identities)
         self._contribution: Contribution | None = None
         self._sum: SumAttempt | None = None

@@ -159,7 +159,7 @@ class FedAvg:
 
 
 class _Update:
-    """A weighted update, and this site's word in the range that the sites agree on."""
+    """A weighted update, and this site's part in the range that the sites agree on."""
 
     def __init__(
         self,

@@ -303,7 +303,7 @@ def _read_records(
             pair = data(site, **options)
         outside = _warned_outside(caught)
         if not isinstance(pair, tuple | list) or len(pair) != 2:
-            raise PrivflError(f"data ({experiment.data}) must return a pair (train, held_out)")
+            raise PrivflError(f"data ({experiment.data}) must return a pair (train, evaluation)")
     return pair[0], pair[1], outside
 
 

@@ -372,7 +372,7 @@ def test_a_budget_is_a_pair(tmp_path: Path, budget: Any):
 def test_a_ledger_that_this_process_has_open_says_so(tmp_path: Path):
     first = privfl.PrivacyEngine(site="a", ledger=tmp_path / "l")
     made(first, records())
-    with refused("in use in this process itself: close\\(\\) what has it open"):
+    with refused("in use in this process itself: close\\(\\) the object that has it open"):
         made(privfl.PrivacyEngine(site="a", ledger=tmp_path / "l"), records())
     first.close()
     made(privfl.PrivacyEngine(site="a", ledger=tmp_path / "l"), records())
