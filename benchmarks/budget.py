@@ -1,9 +1,9 @@
 """What keeping and reading a ledger costs: a charge on this disk, and `privfl budget show` and
-`report` of large books as whole processes.
+`report` of large ledgers as whole processes.
 
     python -m benchmarks.budget [--repeats N] [--folder DIR] [--json FILE]
 
-Books: ten sites, ten thousand rounds each, two hundred distinct mechanisms, twenty runs. The
+Ledgers: ten sites, ten thousand rounds each, two hundred distinct mechanisms, twenty runs. The
 alternative to a durable charge, printed beside it, is the same row without waiting for the disk,
 which a power cut would lose.
 """
@@ -35,8 +35,8 @@ def filters(epsilon: float = 300.0) -> dict[Account, RenyiFilter]:
     }
 
 
-def make_books(folder: Path) -> None:
-    """The books in ``folder``; they do not wait for the disk, which no figure here needs."""
+def make_ledgers(folder: Path) -> None:
+    """The ledgers in ``folder``; they do not wait for the disk, which no figure here needs."""
     facts = {
         "experiment": "d",
         "model": "m.py:model",
@@ -56,14 +56,14 @@ def make_books(folder: Path) -> None:
     }
     limits = filters()
     for number in range(SITES):
-        with Ledger.write(folder / f"site{number}.ledger", f"site{number}", limits) as book:
-            book._storage._connection.execute("PRAGMA synchronous=OFF")
+        with Ledger.write(folder / f"site{number}.ledger", f"site{number}", limits) as opened:
+            opened._storage._connection.execute("PRAGMA synchronous=OFF")
             for start in range(0, ROUNDS, ROUNDS_OF_A_RUN):
                 run = f"{start:032x}"
-                book.begin_run(run, facts)
+                opened.begin_run(run, facts)
                 for round_ in range(1, ROUNDS_OF_A_RUN + 1):
                     noise = 4.0 + (start + round_) % MECHANISMS / 100
-                    book.charge(
+                    opened.charge(
                         "training",
                         PoissonGaussian(sampling_rate=0.01, noise_multiplier=noise),
                         run,
@@ -74,11 +74,11 @@ def make_books(folder: Path) -> None:
 def charge_seconds(folder: Path, synchronous: str, count: int = 300) -> float:
     """The median time of one charge."""
     seconds = []
-    with Ledger.write(folder / f"{synchronous}.ledger", "site", filters()) as book:
-        book._storage._connection.execute(f"PRAGMA synchronous={synchronous}")
+    with Ledger.write(folder / f"{synchronous}.ledger", "site", filters()) as opened:
+        opened._storage._connection.execute(f"PRAGMA synchronous={synchronous}")
         for round_ in range(1, count + 1):
             start = time.perf_counter()
-            book.charge("training", PLAN, "ab" * 16, round_)
+            opened.charge("training", PLAN, "ab" * 16, round_)
             seconds.append(time.perf_counter() - start)
     return median(seconds[5:])
 
@@ -112,19 +112,21 @@ def main() -> None:
             "charge_seconds": charge_seconds(folder, "EXTRA"),
             "charge_without_flush_seconds": charge_seconds(folder, "OFF"),
         }
-        (folder / "books").mkdir()
-        make_books(folder / "books")
+        (folder / "ledgers").mkdir()
+        make_ledgers(folder / "ledgers")
         result["show_seconds"] = process_seconds(
-            "budget", "show", folder / "books", repeats=options.repeats
+            "budget", "show", folder / "ledgers", repeats=options.repeats
         )
         page = ("--output", folder / "page.html")
         result["report_seconds"] = process_seconds(
-            "budget", "report", folder / "books", *page, repeats=options.repeats
+            "budget", "report", folder / "ledgers", *page, repeats=options.repeats
         )
-        result["verify_seconds"] = process_seconds("budget", "verify", folder / "books", repeats=1)
+        result["verify_seconds"] = process_seconds(
+            "budget", "verify", folder / "ledgers", repeats=1
+        )
         result["plan_seconds"] = process_seconds("plan", repeats=options.repeats)
         result["ledger_bytes"] = max(
-            path.stat().st_size for path in (folder / "books").glob("*.ledger")
+            path.stat().st_size for path in (folder / "ledgers").glob("*.ledger")
         )
     for key, value in result.items():
         bar = (

@@ -1,4 +1,4 @@
-"""What tests of whole runs ask the books that these leave."""
+"""What tests of whole runs ask the ledgers that these leave."""
 
 from __future__ import annotations
 
@@ -11,8 +11,8 @@ PRIVATE = "evaluation={metrics: {accuracy: 'task.py:accuracy'}, target_epsilon: 
 
 
 def read(path: Path) -> Ledger:
-    with Ledger.read(path) as book:
-        return book
+    with Ledger.read(path) as opened:
+        return opened
 
 
 def run_ledgers(twin: Twin) -> dict[str, Path]:

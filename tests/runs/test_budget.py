@@ -1,4 +1,4 @@
-"""The book over whole runs: charged before anything leaves, refused beforehand, and read by
+"""The ledger over whole runs: charged before anything leaves, refused beforehand, and read by
 those who must check it.
 """
 
@@ -62,9 +62,9 @@ def test_the_heart_example_is_refused_when_the_budget_is_spent(
     assert read(tmp_path / "va.ledger").head == before, "a refused run charges nothing"
     last = run(same_noise, f"rounds={fit}")
     assert last.codes == [0] * 5, last.err
-    book = read(tmp_path / "va.ledger")
-    assert 1.15 < book.filters["training"].epsilon_of(book.spent("training")) <= 1.2
-    assert not any("evaluation" in row.account for row in book.charges()), (
+    opened = read(tmp_path / "va.ledger")
+    assert 1.15 < opened.filters["training"].epsilon_of(opened.spent("training")) <= 1.2
+    assert not any("evaluation" in row.account for row in opened.charges()), (
         "public records are not charged"
     )
 
@@ -74,15 +74,15 @@ def test_a_run_leaves_its_report(small: Path, tmp_path: Path, sites: Path):
     twin = run_twin(small, output=tmp_path / "runs", ranks=3, sites=sites)
     assert twin.codes == [0, 0, 0], twin.err
     found = Report.model_validate_json((twin.folder / "report.json").read_text())
-    assert [book.site for book in found.sites] == ["aa", "bbb"]
-    assert all(book.kept for book in found.sites)
+    assert [site.site for site in found.sites] == ["aa", "bbb"]
+    assert all(site.kept for site in found.sites)
     summary = json.loads((twin.folder / "summary.json").read_text())
-    for book in found.sites:
-        (run,) = book.runs
+    for site in found.sites:
+        (run,) = site.runs
         assert (run.rounds_charged, run.training.steps) == (2, 6)
         assert run.exact_metrics == ["accuracy"]
-        assert run.training.pld <= run.training.rdp <= summary["sites"][book.site]["epsilon"]
-        assert read(tmp_path / f"{book.site}.ledger").head.hash == book.head
+        assert run.training.pld <= run.training.rdp <= summary["sites"][site.site]["epsilon"]
+        assert read(tmp_path / f"{site.site}.ledger").head.hash == site.head
     page = (twin.folder / "report.html").read_text().lower()
     assert "aa" in page
     assert "no ledger is kept" not in page
@@ -91,29 +91,29 @@ def test_a_run_leaves_its_report(small: Path, tmp_path: Path, sites: Path):
 
 
 @pytest.mark.usefixtures("trainers_as_threads")
-def test_without_site_files_the_book_covers_the_run_alone(small: Path, tmp_path: Path):
+def test_without_site_files_the_ledger_covers_the_run_alone(small: Path, tmp_path: Path):
     twin = run_twin(small, output=tmp_path / "runs", ranks=3)
     assert twin.codes == [0, 0, 0], twin.err
     assert "no ledger is kept across runs" in twin.out
     assert "no ledger is kept across runs" in (twin.folder / "report.html").read_text().lower()
     for site, path in run_ledgers(twin).items():
-        book = read(path)
-        assert book.site == site
-        assert [row.steps for row in book.charges()] == [3, 3]
+        opened = read(path)
+        assert opened.site == site
+        assert [row.steps for row in opened.charges()] == [3, 3]
         # Its limit is the plan: not one more round would be admitted.
-        limit = book.filters["training"]
+        limit = opened.filters["training"]
         event = PoissonGaussian(sampling_rate=0.1, noise_multiplier=1.5, steps=1)
-        assert not limit.admits(book.spent("training") + limit.cost(event))
+        assert not limit.admits(opened.spent("training") + limit.cost(event))
 
 
 @pytest.mark.usefixtures("trainers_as_threads")
-def test_a_seeded_run_is_not_private_in_the_book_either(small: Path, tmp_path: Path):
+def test_a_seeded_run_is_not_private_in_the_ledger_either(small: Path, tmp_path: Path):
     twin = run_twin(small, "insecure_test_seed=3", output=tmp_path / "runs", ranks=3)
     for path in run_ledgers(twin).values():
         kinds = [event.kind for event in read(path).events.values()]
         assert "non_private" in kinds
     found = Report.model_validate_json((twin.folder / "report.json").read_text())
-    assert all(account.spent == "infinite" for book in found.sites for account in book.accounts)
+    assert all(account.spent == "infinite" for site in found.sites for account in site.accounts)
 
 
 @pytest.mark.usefixtures("trainers_as_threads")
@@ -222,7 +222,7 @@ def wait_or_fail(target):
 def test_a_ledger_that_changes_while_the_run_starts(
     small: Path, tmp_path: Path, sites: Path, monkeypatch: pytest.MonkeyPatch, trick: str
 ):
-    """Between the look at what is left and the first charge nobody may put another book there."""
+    """Between the look at what is left and the first charge nobody may put another ledger there."""
     from privfl.site import agent
 
     assert run_twin(small, output=tmp_path / "first", ranks=3, sites=sites).codes == [0, 0, 0]
@@ -231,8 +231,8 @@ def test_a_ledger_that_changes_while_the_run_starts(
 
     def swapped(setup: Any, *rest: Any) -> Any:
         if setup.site == "aa" and trick == "charged":
-            with Ledger.write(ledger, "aa", {}) as book:
-                book.begin_run("cd" * 16, {})
+            with Ledger.write(ledger, "aa", {}) as opened:
+                opened.begin_run("cd" * 16, {})
         elif setup.site == "aa":
             ledger.unlink()
             if trick == "emptied":
@@ -271,7 +271,7 @@ def test_what_left_is_not_refunded_whatever_ends_the_run(small: Path, tmp_path: 
 
 
 @pytest.mark.usefixtures("trainers_as_threads")
-def test_a_book_without_limits_is_no_budget(small: Path, tmp_path: Path, sites: Path):
+def test_a_ledger_without_limits_is_no_budget(small: Path, tmp_path: Path, sites: Path):
     twin = run_twin(small, "insecure_test_seed=3", output=tmp_path / "runs", ranks=3)
     shutil.copy(run_ledgers(twin)["aa"], tmp_path / "aa.ledger")
     refused = run_twin(small, output=tmp_path / "more", ranks=3, sites=sites)
@@ -317,10 +317,10 @@ def test_metrics_of_private_records_leave_with_noise_and_are_charged(small: Path
     assert np.abs(_noise(seen)).min() > 1e-6, "every number has noise"
     rounds = [json.loads(line) for line in (twin.folder / "rounds.jsonl").read_text().splitlines()]
     for site, path in run_ledgers(twin).items():
-        book = read(path)
-        charged = [row for row in book.charges() if row.account == "evaluation"]
+        opened = read(path)
+        charged = [row for row in opened.charges() if row.account == "evaluation"]
         assert [row.round for row in charged] == [1, 2, 3, 4]
-        epsilon = book.filters["evaluation"].epsilon_of(book.spent("evaluation"))
+        epsilon = opened.filters["evaluation"].epsilon_of(opened.spent("evaluation"))
         assert 19.9 < epsilon <= 20.0
         assert rounds[-1]["sites"][site]["evaluation"]["epsilon"] == pytest.approx(
             epsilon, rel=1e-6

@@ -19,9 +19,9 @@ from tests.conftest import call_cli, run_cli, run_twin
 
 
 @pytest.mark.long
-def test_large_books_are_read_in_seconds(tmp_path: Path):
+def test_large_ledgers_are_read_in_seconds(tmp_path: Path):
     """The bars of benchmarks.budget, loose by a factor of two, because the machine may be busy."""
-    budget.make_books(tmp_path)
+    budget.make_ledgers(tmp_path)
     assert (
         budget.process_seconds("budget", "show", tmp_path, repeats=3)
         < 2 * budget.BARS["show_seconds"]
@@ -40,7 +40,7 @@ def test_export_and_its_schema(small: Path, tmp_path: Path):
     assert schema["properties"]["sites"]["items"]["$ref"].endswith("/SiteReport")
     exported = call_cli("budget", "export", twin.folder)
     found = Report.model_validate_json(exported.out)
-    assert [book.site for book in found.sites] == ["aa", "bbb"]
+    assert [site.site for site in found.sites] == ["aa", "bbb"]
     assert found.sound
     table = call_cli("budget", "export", twin.folder, "--format", "csv").out.splitlines()
     assert len(table) == 1 + 2 * 2

@@ -95,15 +95,15 @@ def test_steps_charged_are_sums_given_to_are_shares_drawn(observed: tuple[Twin, 
     summary = json.loads((twin.folder / "summary.json").read_text())
     rounds = [json.loads(line) for line in (twin.folder / "rounds.jsonl").read_text().splitlines()]
     for rank, site in enumerate(SITES, 1):
-        book = read(run_ledgers(twin)[site])
-        assert sum(book.steps("training").values()) == 60
-        assert [row.steps for row in book.charges()] == [1] * 60
+        opened = read(run_ledgers(twin)[site])
+        assert sum(opened.steps("training").values()) == 60
+        assert [row.steps for row in opened.charges()] == [1] * 60
         assert seen.contributions(rank) == [(number, 1) for number in range(1, 61)]
         assert len(seen.noise[site]) == 60
         assert summary["sites"][site]["steps"] == 60
         assert [record["sites"][site]["steps"] for record in rounds] == list(range(1, 61))
         (event,) = (
-            e for e in book.events.values() if e.kind == "discrete_gaussian" and e.steps == 1
+            e for e in opened.events.values() if e.kind == "discrete_gaussian" and e.steps == 1
         )
         assert (event.sampling_rate, event.noise_multiplier, event.sensitivity) == (0.1, 1.5, 1.01)
 
@@ -113,19 +113,19 @@ def test_everywhere_the_same_noise_and_adversaries(observed: tuple[Twin, Seen]):
     twin, _ = observed
     summary = json.loads((twin.folder / "summary.json").read_text())
     last = json.loads((twin.folder / "rounds.jsonl").read_text().splitlines()[-1])
-    books = json.loads((twin.folder / "report.json").read_text())["sites"]
+    sites = json.loads((twin.folder / "report.json").read_text())["sites"]
     assert (summary["noise"], summary["collusion"]) == ("distributed", 1)
-    for book in books:
-        site, run = summary["sites"][book["site"]], book["runs"][0]
+    for report in sites:
+        site, run = summary["sites"][report["site"]], report["runs"][0]
         assert (
             list(site["adversaries"]["epsilon"].values())
-            == last["sites"][book["site"]]["adversaries"]
+            == last["sites"][report["site"]]["adversaries"]
         )
         told = {a["who"]: a["epsilon"] for a in run["adversaries"] if a["epsilon"] is not None}
         assert site["adversaries"] == {"accountant": "rdp", "epsilon": told}
         public, one, two = told.values()
         assert public < one == site["epsilon"] < two
-        charge = book["accounts"][0]["charges"][0]
+        charge = report["accounts"][0]["charges"][0]
         assert (
             site["noise_multiplier"]
             == run["training"]["noise_multiplier"]
@@ -166,18 +166,18 @@ def test_adversaries_rise_whatever_admits_the_run(steps: Path, tmp_path: Path):
     summary = json.loads((twin.folder / "summary.json").read_text())
     exported = [run_cli("budget", "export", f"{tmp_path / site}.ledger").out for site in SITES]
     for page in ((twin.folder / "report.json").read_text(), *exported):
-        for book in json.loads(page)["sites"]:
-            adversaries = summary["sites"][book["site"]]["adversaries"]
+        for report in json.loads(page)["sites"]:
+            adversaries = summary["sites"][report["site"]]["adversaries"]
             epsilons = [
-                a["epsilon"] for a in book["runs"][0]["adversaries"] if a["epsilon"] is not None
+                a["epsilon"] for a in report["runs"][0]["adversaries"] if a["epsilon"] is not None
             ]
             assert epsilons == sorted(epsilons)
             assert adversaries["accountant"] == "rdp"
             assert list(adversaries["epsilon"].values()) == pytest.approx(epsilons, rel=1e-12)
             assert (
                 epsilons[1]
-                == book["runs"][0]["training"]["rdp"]
-                < book["runs"][0]["training"]["epsilon"]
+                == report["runs"][0]["training"]["rdp"]
+                < report["runs"][0]["training"]["epsilon"]
             )
 
 
