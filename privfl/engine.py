@@ -7,6 +7,7 @@ from __future__ import annotations
 import math
 import os
 import re
+import warnings
 from numbers import Integral, Real
 from types import TracebackType
 from typing import Any, Self
@@ -15,6 +16,7 @@ from privfl._engine_backends import CommBackend, EngineLedger, LocalBackend, joi
 from privfl._rank_group import TIMEOUT, RankGroup, refuse, transport_of
 from privfl.dp.engine import Engine
 from privfl.dp.engine_backend import EngineBackend
+from privfl.environment import launcher_size
 from privfl.errors import PrivflError, shown, words_checked
 from privfl.noise.randomness import SystemRandomness
 
@@ -100,6 +102,7 @@ class PrivacyEngine(Engine):
         if comm is None:
             if problem:
                 raise PrivflError(problem)
+            _warn_if_launched()
             self._ledger = EngineLedger(site, ledger, budget)
             backend = LocalBackend(self._ledger)
         else:
@@ -183,3 +186,14 @@ def _collusion_problem(collusion: int, ranks: int) -> str:
             f"and at most {ranks - 2} (ranks less two)"
         )
     return ""
+
+
+def _warn_if_launched() -> None:
+    """A launcher started more ranks than this one, which is about to train alone."""
+    ranks = launcher_size() or 1
+    if ranks > 1:
+        warnings.warn(
+            f"{ranks} ranks were started, but this PrivacyEngine trains alone at each of them; "
+            "to sum over all, give it comm=MPI.COMM_WORLD",
+            stacklevel=4,
+        )

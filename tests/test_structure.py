@@ -30,7 +30,7 @@ ARROWS = {
         "site",
         "transport",
     },
-    "engine": {"_engine_backends", "_rank_group", "dp", "noise"},
+    "engine": {"environment", "_engine_backends", "_rank_group", "dp", "noise"},
     "_engine_backends": {
         "_group_sum",
         "_rank_group",

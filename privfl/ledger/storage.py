@@ -298,11 +298,9 @@ def _lock(path: Path) -> int:
         holder = os.pread(lock, 200, 0).decode(errors="replace")
         os.close(lock)
         if isinstance(error.__cause__, BlockingIOError):
-            by = (
-                "in this process itself: close() the object that has it open"
-                if holder == own
-                else f"by another run ({holder}); wait for it to end"
-            )
+            by = f"by another run ({holder}); wait for it to end, or give every rank its own ledger"
+            if holder == own:
+                by = "in this process itself: close() the object that has it open"
             raise PrivflError(f"the ledger {path} is in use {by}") from None
         raise
     return lock

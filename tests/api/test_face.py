@@ -518,3 +518,9 @@ def test_a_wrong_word_at_one_rank_of_a_secure_sum_ends_the_call_at_all(bad: int)
     results = in_threads(connect(2), part)
     assert all("SecureSum takes no value_bit; did you mean" in str(r) for r in results), results
     assert type(results[bad]) is TypeError
+
+
+def test_an_engine_that_trains_alone_beside_other_ranks_warns(monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setenv("PMI_SIZE", "3")
+    with pytest.warns(UserWarning, match="3 ranks were started.*give it comm=MPI.COMM_WORLD"):
+        privfl.PrivacyEngine(site="a")
