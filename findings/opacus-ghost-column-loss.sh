@@ -6,8 +6,8 @@
 # records clipped to 1 have a sum of norm 1000 and more. No error, no warning; with shape (batch,)
 # all is well, and so it is without ghost clipping.
 # Versions: opacus 1.6.0, torch 2.13.0.
-# Source: opacus/utils/fast_gradient_clipping_utils.py, `DPTensorFastGradientClipping`, whose docstring
-# names the shape [batch_size, 1].
+# Source: opacus/utils/fast_gradient_clipping_utils.py, class
+# `DPTensorFastGradientClipping`, whose docstring names the shape [batch_size, 1].
 set -euo pipefail
 
 folder=$(mktemp -d)
