@@ -24,7 +24,7 @@ if TYPE_CHECKING:
     short_help="Say what an experiment would cost in privacy, before anything runs.",
     epilog=example(
         "privfl plan mine/experiment.yaml --sites mine/sites",
-        "when every site's plan fits, start the run: mpiexec -n 5 privfl train",
+        "mpiexec -n 5 privfl train mine/experiment.yaml --sites mine/sites, when all plans fit",
     ),
 )
 @click.argument("experiment", required=False, type=click.Path(path_type=Path))

@@ -96,6 +96,12 @@ class Site:
         return sorted(charges, key=lambda pair: self.numbers[pair[1].run])
 
     @property
+    def budget_elsewhere(self) -> bool:
+        """Whether the site has a budget that this report does not know: a filter admitted runs."""
+        accountants = {account.accountant for account in self.report.accounts}
+        return self.report.budget is None and "filter" in accountants
+
+    @property
     def persons(self) -> list[int]:
         """The numbers of records of a person for which there are epsilons, rising."""
         known = {cost.person.records for _, _, cost in self.costs if cost.person is not None}

@@ -241,7 +241,8 @@ def test_a_dash_comes_with_its_reason(pages: dict[str, str]):
 
 def test_a_page_about_one_run_says_that_the_site_keeps_a_ledger():
     """Rank 0 writes such a page: it knows that a site keeps a ledger, and not what is in it."""
-    alone = site_report().model_copy(update={"budget": None, "rows": None, "head": None})
+    alone = site_report().model_copy(update={"budget": None})
+    assert {account.accountant for account in alone.accounts} == {"filter"}
     text = to_html(report(alone))
     assert "which this page does not show" in text
     assert "in its ledger" in text
@@ -249,7 +250,10 @@ def test_a_page_about_one_run_says_that_the_site_keeps_a_ledger():
 
 
 def test_a_page_made_from_a_ledger_without_a_budget_says_so():
-    text = to_html(report(site_report().model_copy(update={"budget": None, "rows": 12})))
+    accounts = [
+        account.model_copy(update={"accountant": "rdp"}) for account in site_report().accounts
+    ]
+    text = to_html(report(site_report(accounts=accounts).model_copy(update={"budget": None})))
     assert "Its ledger has no budget: nothing limits what may be spent of these records." in text
     assert "in its ledger" not in text
     assert "which this page does not show" not in text
