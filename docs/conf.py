@@ -20,7 +20,8 @@ project_copyright = "the privfl authors, Apache-2.0"
 
 extensions = ["myst_parser", "sphinx.ext.autodoc", "sphinx.ext.napoleon"]
 root_doc = "README"
-include_patterns = ["*.md", "docs/*.md", "docs/reference/*.md", "examples/*/README.md", "findings/README.md"]
+include_patterns = ["*.md", "docs/*.md", "docs/reference/*.md"]
+include_patterns += ["examples/*/README.md", "findings/README.md"]
 # Folders are named so that they are not walked through.
 exclude_patterns = [".venv", "build", "runs", "privfl", "tests", "benchmarks", ".*_cache"]
 
