@@ -292,7 +292,8 @@ class Engine(opacus.PrivacyEngine):  # type: ignore[misc]
             target_epsilon: the epsilon that all passes together may spend.
             target_delta: the delta of that epsilon; not above that of the ledger's budget.
             epochs: how many passes over the loader will be made.
-            max_grad_norm: as in :meth:`make_private`, as are all arguments that follow it.
+            max_grad_norm, batch_first, loss_reduction, clipping: as in :meth:`make_private`.
+            poisson_sampling, noise_generator, grad_sample_mode, wrap_model: as there.
 
         Returns:
             As :meth:`make_private`.

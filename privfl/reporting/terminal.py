@@ -49,7 +49,8 @@ class Terminal:
         )
         for name, site in sites.items():
             self.line(
-                f"{name:<16}{site.records:>8}{site.weight:>8.3f}{site.sampling_rate:>15.4g}{site.noise_multiplier:>18.3f}"
+                f"{name:<16}{site.records:>8}{site.weight:>8.3f}{site.sampling_rate:>15.4g}"
+                f"{site.noise_multiplier:>18.3f}"
                 f"{decimals(site.planned_epsilon, 3):>20}"
             )
         noise = "every site adds all of its noise itself"
