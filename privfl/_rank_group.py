@@ -8,7 +8,6 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import os
-import time
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -350,8 +349,7 @@ class RankGroup:
 
     def close(self) -> None:
         """Send what is waiting and stop receiving. No rank may talk after another has closed."""
-        deadline = time.monotonic() + self.timeout
-        self.transport.flush(max(0.0, deadline - time.monotonic()))
+        self.transport.flush(self.timeout)
         self.transport.close()
 
 

@@ -9,7 +9,6 @@ import os
 import re
 import warnings
 from numbers import Integral, Real
-from types import TracebackType
 from typing import Any, Self
 
 from privfl._engine_backends import CommBackend, EngineLedger, LocalBackend, join_steps
@@ -17,7 +16,7 @@ from privfl._rank_group import TIMEOUT, RankGroup, refuse, transport_of
 from privfl.dp.engine import Engine
 from privfl.dp.engine_backend import EngineBackend
 from privfl.environment import launcher_size
-from privfl.errors import PrivflError, shown, words_checked
+from privfl.errors import PrivflError, is_number, shown, words_checked
 from privfl.noise.randomness import SystemRandomness
 
 # What Opacus' constructor takes, and why this one does not.
@@ -120,12 +119,7 @@ class PrivacyEngine(Engine):
     def __enter__(self) -> Self:
         return self
 
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
+    def __exit__(self, *_: object) -> None:
         self.close()
 
     def __repr__(self) -> str:
@@ -157,7 +151,7 @@ def _argument_problem(site: Any, ledger: Any, budget: Any, collusion: Any) -> st
         )
     if budget is not None and ledger is None:
         return "PrivacyEngine has a budget but no ledger to keep it in; name a file as ledger"
-    if not _is_a(Integral, collusion):
+    if not is_number(collusion, Integral):
         return f"collusion must be a whole number of ranks, got {shown(collusion)}"
     return ""
 
@@ -166,11 +160,12 @@ def _is_budget(budget: Any) -> bool:
     if not (isinstance(budget, tuple | list) and len(budget) == 2):
         return False
     epsilon, delta = budget
-    return _is_a(Real, epsilon) and _is_a(Real, delta) and 0 < epsilon < math.inf and 0 < delta < 1
-
-
-def _is_a(kind: type, value: Any) -> bool:
-    return isinstance(value, kind) and not isinstance(value, bool)
+    return (
+        is_number(epsilon, Real)
+        and is_number(delta, Real)
+        and 0 < epsilon < math.inf
+        and 0 < delta < 1
+    )
 
 
 def _collusion_problem(collusion: int, ranks: int) -> str:

@@ -119,6 +119,11 @@ def shown(value: object) -> str:
     return f"the class {value.__name__}" if isinstance(value, type) else f"a {type(value).__name__}"
 
 
+def is_number(value: object, kind: type) -> bool:
+    """Whether an argument is a number of this kind of the tower of :mod:`numbers`, and no flag."""
+    return isinstance(value, kind) and not isinstance(value, bool)
+
+
 def did_you_mean(name: str, known: Sequence[str]) -> str:
     """The end of a sentence about an unknown name: the nearest of ``known``, or nothing."""
     near = difflib.get_close_matches(name, known, n=1, cutoff=0.5)

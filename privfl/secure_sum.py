@@ -7,7 +7,6 @@ from __future__ import annotations
 import json
 import math
 from numbers import Integral, Real
-from types import TracebackType
 from typing import Any, Self
 
 import numpy as np
@@ -15,7 +14,7 @@ from numpy.typing import ArrayLike, NDArray
 
 from privfl._group_sum import GroupSum
 from privfl._rank_group import TIMEOUT, RankGroup, refuse, transport_of
-from privfl.errors import PrivflError, shown, words_checked
+from privfl.errors import PrivflError, is_number, shown, words_checked
 from privfl.secagg import BoundedIntegers, FixedPoint, Parameters
 from privfl.secagg.parameters import LEAST_BITS, MOST_BITS, SumPath, parameters_for
 from privfl.secagg.quantise import Quantiser, Rounding
@@ -138,12 +137,7 @@ class SecureSum:
     def __enter__(self) -> Self:
         return self
 
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
+    def __exit__(self, *_: object) -> None:
         self.close()
 
     def __repr__(self) -> str:
@@ -162,7 +156,7 @@ def _argument_problem(
 ) -> str:
     """What is wrong with the arguments of a :class:`SecureSum`, or nothing."""
     if value_bits is not None and not (
-        _is_a(Integral, value_bits) and LEAST_BITS <= value_bits <= MOST_BITS
+        is_number(value_bits, Integral) and LEAST_BITS <= value_bits <= MOST_BITS
     ):
         return f"value_bits must be between {LEAST_BITS} and {MOST_BITS}, got {shown(value_bits)}"
     words = isinstance(rounding, str) and isinstance(path, str)
@@ -171,18 +165,14 @@ def _argument_problem(
             "SecureSum takes rounding nearest or stochastic and path star or reduce, got "
             f"{shown(rounding)} and {shown(path)}"
         )
-    if value_range is not None and not _is_a(Real, value_range):
+    if value_range is not None and not is_number(value_range, Real):
         return (
             "SecureSum takes a number as the public range, or none for integers, got "
             f"{shown(value_range)}"
         )
-    if not (_is_a(Real, timeout) and 0.0 < _float_of(timeout) < math.inf):
+    if not (is_number(timeout, Real) and 0.0 < _float_of(timeout) < math.inf):
         return f"timeout must be a number of seconds above 0, got {shown(timeout)}"
     return ""
-
-
-def _is_a(kind: type, value: Any) -> bool:
-    return isinstance(value, kind) and not isinstance(value, bool)
 
 
 def _float_of(number: Real | float) -> float:

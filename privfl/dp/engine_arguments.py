@@ -17,7 +17,7 @@ from privfl.accounting import LARGEST_NOISE_MULTIPLIER, LEAST_NOISE_MULTIPLIER
 from privfl.dp.checks import check_model, check_neighbours, constants, digest_of
 from privfl.dp.engine_backend import LoopFacts
 from privfl.dp.sampling import rate_of
-from privfl.errors import PrivflError, shown
+from privfl.errors import PrivflError, is_number, shown
 
 Criterion = Callable[..., torch.Tensor]
 _MODES = ("hooks", "functorch", "ghost")
@@ -40,7 +40,7 @@ def real_number(name: str, value: Any) -> float:
         PrivflError: If ``value`` is not one real number; the sentence calls it ``name``.
     """
     scalar = isinstance(value, torch.Tensor | np.ndarray) and value.ndim == 0
-    if not isinstance(value, bool) and (scalar or isinstance(value, numbers.Real)):
+    if scalar or is_number(value, numbers.Real):
         try:
             return float(value)
         except OverflowError:
@@ -99,7 +99,7 @@ def epochs_of(epochs: Any) -> int:
     Raises:
         PrivflError: If it is no whole number above 0.
     """
-    if isinstance(epochs, bool) or not isinstance(epochs, numbers.Integral) or epochs < 1:
+    if not is_number(epochs, numbers.Integral) or epochs < 1:
         raise PrivflError(f"epochs must be a whole number above 0, got {shown(epochs)}")
     return int(epochs)
 

@@ -28,7 +28,8 @@ MECHANISMS: Final = {
 ACCOUNTANTS: Final = {"filter": "filter", "rdp": "RDP"}
 # What would garble a page or turn the direction of the text after it.
 _UNPRINTABLE: Final = re.compile(
-    "[\x00-\x08\x0b-\x1f\x7f-\x9f\u061c\u200e\u200f\u2028-\u202e\u2066-\u2069\ud800-\udfff\ufffe\uffff]"
+    "[\x00-\x08\x0b-\x1f\x7f-\x9f\u061c\u200e\u200f\u2028-\u202e"
+    "\u2066-\u2069\ud800-\udfff\ufffe\uffff]"
 )
 _MILLION, _SEPARATED = 1e6, 1e4
 # Runs that a sentence can name.
