@@ -79,7 +79,7 @@ ARROWS = {
     "trainer": {"config", "dp", "noise"},
     "dp": {"accounting", "noise"},
     "admission": {"accounting", "config", "ledger", "noise", "secagg"},
-    "reporting": {"accounting", "config", "federation", "identity", "ledger"},
+    "reporting": {"accounting", "admission", "config", "federation", "identity", "ledger"},
     "ledger": {"accounting"},
     "secagg.session": {"identity", "secagg"},
     "secagg": set(),

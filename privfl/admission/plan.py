@@ -6,7 +6,7 @@ Policy is not looked at here, and no record is read.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Literal, TypeVar
@@ -29,7 +29,7 @@ from privfl.accounting import (
 )
 from privfl.config import Budget, Experiment, SiteFile
 from privfl.errors import InternalError, PrivflError, ProtocolError
-from privfl.ledger import Head, Ledger
+from privfl.ledger import Head, Ledger, RunFacts
 from privfl.noise.distributed import SENSITIVITY
 from privfl.secagg import FixedPoint, Parameters
 from privfl.secagg.parameters import parameters_for
@@ -301,6 +301,51 @@ def _alone(plan: Event, delta: float) -> RenyiFilter:
     """The limit of a ledger for one run: the plan, fixed in advance, and nothing more."""
     epsilon = epsilon_of([plan], delta).upper
     return RenyiFilter.single(max(epsilon * (1.0 + ROUNDING), ROUNDING), delta, plan)
+
+
+def run_facts(
+    experiment: Experiment,
+    plans: Mapping[Account, Event],
+    *,
+    kept: bool,
+    outside: Sequence[str],
+    members: Mapping[str, str],
+    records_per_person: int = 1,
+    identity: str = "",
+    pinned: bool = False,
+) -> RunFacts:
+    """What a ledger or a report says of a run of ``experiment``.
+
+    Args:
+        experiment: what the sites have agreed to do.
+        plans: what the whole run is to be charged, by account.
+        kept: whether a ledger is kept across runs.
+        outside: what data() says that no epsilon covers.
+        members: the public identity of every site, by site; empty where it is not known.
+        records_per_person: how many records one person has at most.
+        identity: the public identity of the site that says so; empty for rank 0.
+        pinned: whether that site has pinned the identities of all others.
+    """
+    exact = experiment.evaluation.metrics if experiment.evaluation.records == "public" else ()
+    return RunFacts(
+        experiment=experiment.digest(),
+        model=experiment.model,
+        data=experiment.data,
+        rounds=experiment.rounds,
+        noise=experiment.privacy.noise,
+        collusion=experiment.collusion,
+        delta=experiment.privacy.delta,
+        target_epsilon=experiment.privacy.target_epsilon,
+        private=experiment.private,
+        plans=dict(plans),
+        exact_metrics=tuple(sorted(exact)),
+        outside=tuple(outside),
+        records_per_person=records_per_person,
+        identity=identity,
+        pinned=pinned,
+        kept=kept,
+        members=dict(members),
+    )
 
 
 def parameters_of(experiment: Experiment) -> Parameters:

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from privfl.accounting import ORDERS, Event, NonPrivate, divergences, event_from_dict
-from privfl.ledger import RunFacts
+from privfl.admission.plan import run_facts
 
 if TYPE_CHECKING:
     from privfl.config import Experiment
@@ -82,43 +82,28 @@ def _history(
         "this report was made from the round log of the run; what the site itself wrote down is in "
         "its ledger"
     )
+    kept = ready.ledger != "none"
+    # The identities of the sites are in their own ledgers; rank 0 keeps none.
+    facts = run_facts(
+        experiment,
+        plans,
+        kept=kept,
+        outside=ready.outside,
+        members=dict.fromkeys(experiment.sites, ""),
+    )
     return History(
         site=site,
         source=str(folder / "rounds.jsonl"),
         ledger=head["ledger"],
         rows=head["rows"],
         head=head["hash"],
-        kept=ready.ledger != "none",
+        kept=kept,
         limits={},
         orders=ORDERS,
         mechanisms=mechanisms,
         vectors=[divergences(event) for event in mechanisms],
         charges=charges,
-        runs=[ReportedRun(run, rounds[0]["time"], trust, _facts(experiment, ready, plans))],
+        runs=[ReportedRun(run, rounds[0]["time"], trust, facts)],
         checks=[Check(what="ledger", ok=None, detail=note)],
         filter_epsilons=filter_epsilons,
-    )
-
-
-def _facts(experiment: Experiment, ready: ReadySite, plans: dict[Any, Event]) -> RunFacts:
-    """What rank 0 knows of a run; identities of sites are in their own ledgers."""
-    public = experiment.evaluation.records == "public"
-    return RunFacts(
-        experiment=experiment.digest(),
-        model=experiment.model,
-        data=experiment.data,
-        rounds=experiment.rounds,
-        noise=experiment.privacy.noise,
-        collusion=experiment.collusion,
-        delta=experiment.privacy.delta,
-        target_epsilon=experiment.privacy.target_epsilon,
-        private=experiment.private,
-        plans=plans,
-        exact_metrics=tuple(sorted(experiment.evaluation.metrics)) if public else (),
-        outside=ready.outside,
-        records_per_person=1,
-        identity="",
-        pinned=False,
-        kept=ready.ledger != "none",
-        members=dict.fromkeys(experiment.sites, ""),
     )

@@ -8,10 +8,11 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from privfl.accounting import Account, Event, NonPrivate
+from privfl.admission.plan import run_facts
 from privfl.admission.policy import check_members
 from privfl.errors import InternalError, PrivflError
 from privfl.federation.messages import SignedHead
-from privfl.ledger import Ledger, Row, RunFacts, head_bytes
+from privfl.ledger import Ledger, Row, head_bytes
 from privfl.secagg.session.roster import Roster
 from privfl.site.observer import Observer
 from privfl.site.setup import SiteSetup
@@ -77,31 +78,18 @@ class RunLedger:
         """
         self._plan = self._plan.with_noise(noise_multiplier)
         self._plans = self._plan.plans()
-        experiment, public = (
+        facts = run_facts(
             self._setup.experiment,
-            self._setup.experiment.evaluation.records == "public",
-        )
-        facts = RunFacts(
-            experiment=experiment.digest(),
-            model=experiment.model,
-            data=experiment.data,
-            rounds=experiment.rounds,
-            noise=experiment.privacy.noise,
-            collusion=experiment.collusion,
-            delta=self._plan.delta,
-            target_epsilon=experiment.privacy.target_epsilon,
-            private=experiment.private,
-            plans=self._plans,
-            exact_metrics=tuple(sorted(experiment.evaluation.metrics)) if public else (),
-            outside=tuple(outside),
+            self._plans,
+            kept=self._plan.kept,
+            outside=outside,
+            members={member.site: member.identity for member in self._roster.members},
             records_per_person=self._setup.file.records_per_person,
             identity=self._setup.identity.public,
             pinned=self._setup.pinned,
-            kept=self._plan.kept,
-            members={member.site: member.identity for member in self._roster.members},
         )
         self._ledger.begin_run(self._run, facts.to_dict())
-        if not experiment.private:
+        if not self._setup.experiment.private:
             for account in self._plans:
                 self._ledger.charge(account, NonPrivate(what="insecure_test_seed"), self._run, 0)
 
