@@ -128,6 +128,14 @@ class _Run:
     def _started(self, news: Started) -> None:
         experiment = self._experiment
         self._sites = news.sites
+        # What a site announced is what it charges, all steps of the run as one event.
+        self._plans = {
+            name: training_steps(name, experiment)(ready.noise_multiplier)
+            for name, ready in news.sites.items()
+        }
+        self._everybody = adversaries(
+            experiment.privacy.noise, len(experiment.sites), experiment.collusion
+        )
         everybody = len(news.pinned) == len(experiment.sites)
         self._trust = PINNED if everybody and news.separate_users else SINGLE
         self._aggregation = self._aggregation_of(news)
@@ -198,8 +206,7 @@ class _Run:
         """A site charges what it said before the first round; a report about anything else would
         be false.
         """
-        step = training_steps(name, self._experiment)(self._sites[name].noise_multiplier)
-        if site.event != step.times(self._experiment.local_steps).to_dict():
+        if site.event != self._plans[name].times(self._experiment.local_steps).to_dict():
             raise ProtocolError(f"site {name} reports another mechanism than it announced")
 
     def _epsilons_of_adversaries(self, name: str, site: SiteRound) -> list[float]:
@@ -209,15 +216,12 @@ class _Run:
         experiment = self._experiment
         if not experiment.private:
             return []
-        so_far = training_steps(name, experiment)(self._sites[name].noise_multiplier).times(
-            site.steps
-        )
-        everybody = adversaries(
-            experiment.privacy.noise, len(experiment.sites), experiment.collusion
-        )
+        so_far = self._plans[name].times(site.steps)
         if experiment.privacy.noise == "site":
-            return [site.epsilon for _ in everybody]
-        return [adversary.epsilon([so_far], experiment.privacy.delta) for adversary in everybody]
+            return [site.epsilon for _ in self._everybody]
+        return [
+            adversary.epsilon([so_far], experiment.privacy.delta) for adversary in self._everybody
+        ]
 
     # -- the end -----------------------------------------------------------------------------------
 
@@ -270,14 +274,8 @@ class _Run:
             "outside": list(ready.outside),
         }
         if experiment.private:
-            everybody = adversaries(
-                experiment.privacy.noise, len(experiment.sites), experiment.collusion
-            )
-            epsilons = dict(
-                zip(
-                    (adversary.who for adversary in everybody), self._adversaries[name], strict=True
-                )
-            )
+            who = (adversary.who for adversary in self._everybody)
+            epsilons = dict(zip(who, self._adversaries[name], strict=True))
             by = ready.accountant if experiment.privacy.noise == "site" else "rdp"
             facts["adversaries"] = {"accountant": by, "epsilon": epsilons}
         if last.evaluation is not None:
