@@ -21,7 +21,7 @@ from pathlib import Path
 from statistics import median
 
 from privfl.accounting import Account, Gaussian, PoissonGaussian, RenyiFilter
-from privfl.ledger import Ledger
+from privfl.ledger import Ledger, RunFacts
 
 SITES, ROUNDS, MECHANISMS, ROUNDS_OF_A_RUN = 10, 10_000, 200, 500
 PLAN = PoissonGaussian(sampling_rate=0.01, noise_multiplier=4.0)
@@ -37,23 +37,25 @@ def filters(epsilon: float = 300.0) -> dict[Account, RenyiFilter]:
 
 def make_ledgers(folder: Path) -> None:
     """The ledgers in ``folder``; they do not wait for the disk, which no figure here needs."""
-    facts = {
-        "experiment": "d",
-        "model": "m.py:model",
-        "data": "m.py:data",
-        "rounds": ROUNDS_OF_A_RUN,
-        "noise": "site",
-        "delta": 1e-5,
-        "target_epsilon": None,
-        "private": True,
-        "exact_metrics": [],
-        "records_per_person": 1,
-        "identity": "",
-        "pinned": True,
-        "kept": True,
-        "members": {f"site{i}": "" for i in range(SITES)},
-        "plans": {"training": PLAN.to_dict()},
-    }
+    facts = RunFacts(
+        experiment="d",
+        model="m.py:model",
+        data="m.py:data",
+        rounds=ROUNDS_OF_A_RUN,
+        noise="site",
+        collusion=0,
+        delta=1e-5,
+        target_epsilon=None,
+        private=True,
+        plans={"training": PLAN},
+        exact_metrics=(),
+        outside=(),
+        records_per_person=1,
+        identity="",
+        pinned=True,
+        kept=True,
+        members={f"site{i}": "" for i in range(SITES)},
+    ).to_dict()
     limits = filters()
     for number in range(SITES):
         with Ledger.write(folder / f"site{number}.ledger", f"site{number}", limits) as opened:

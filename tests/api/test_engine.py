@@ -93,7 +93,7 @@ def flat(model: nn.Module) -> torch.Tensor:
 # -- alone -----------------------------------------------------------------------------------------
 
 
-def test_every_step_is_in_the_ledger_before_it_is_private(
+def test_every_step_is_in_the_ledger_before_it_is_made(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ):
     path, seen = tmp_path / "zurich.ledger", []
@@ -126,7 +126,7 @@ def test_a_new_engine_goes_on_with_the_ledger(tmp_path: Path):
         assert sum(row.kind == "run" for row in ledger.rows) == 2
 
 
-def test_a_budget_ends_the_loop_and_the_step_is_not_private(tmp_path: Path):
+def test_a_budget_ends_the_loop_and_the_step_is_not_made(tmp_path: Path):
     engine = privfl.PrivacyEngine(site="zurich", ledger=tmp_path / "l", budget=(8.0, 1e-5))
     model, optimizer, loader = made(engine, records())
     models = []
@@ -165,9 +165,7 @@ def test_a_loop_that_was_left_early_leaves_nothing_to_the_next_step():
         data_loader=loader, max_physical_batch_size=20, optimizer=optimizer
     ) as pieces:
         for x, y in pieces:
-            optimizer.zero_grad()
-            nn.functional.cross_entropy(model(x), y).backward()
-            optimizer.step()
+            step(model, optimizer, x, y)
             break
         assert optimizer.params[0].summed_grad is not None
         iterator = iter(pieces)
@@ -183,9 +181,7 @@ def test_a_batch_in_pieces_is_one_step():
         data_loader=loader, max_physical_batch_size=20, optimizer=optimizer
     ) as pieces:
         for x, y in pieces:
-            optimizer.zero_grad()
-            nn.functional.cross_entropy(model(x), y).backward()
-            optimizer.step()
+            step(model, optimizer, x, y)
     assert len(engine.accountant) == 1
     assert not torch.equal(flat(model), flat(linear()))
 
@@ -215,9 +211,7 @@ def test_epsilon_is_reached_and_not_passed():
     )
     for _ in range(3):
         for x, y in loader:
-            optimizer.zero_grad()
-            nn.functional.cross_entropy(model(x), y).backward()
-            optimizer.step()
+            step(model, optimizer, x, y)
     assert 1.99 < engine.get_epsilon(1e-4) <= 2.0
 
 

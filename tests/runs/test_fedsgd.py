@@ -185,9 +185,7 @@ def test_adversaries_rise_whatever_admits_the_run(steps: Path, tmp_path: Path):
 @pytest.mark.parametrize(
     "optimizer", ["{name: sgd, lr: 0.1, momentum: 0.9}", "{name: adam, lr: 0.01}"]
 )
-def test_replicas_stay_one_over_500_steps(
-    steps: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, optimizer: str
-):
+def test_replicas_stay_one_over_500_steps(steps: Path, tmp_path: Path, optimizer: str):
     seen = Seen()
     twin = run_twin(
         steps,
@@ -267,9 +265,7 @@ def test_without_noise_it_is_sgd_over_all_records_in_one_place(
 
 
 @pytest.mark.usefixtures("trainers_as_threads")
-def test_a_step_is_divided_by_the_expected_batch_of_all_sites(
-    steps: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-):
+def test_a_step_is_divided_by_the_expected_batch_of_all_sites(steps: Path, tmp_path: Path):
     """Rates of their own, and never the batch that was drawn: that is private."""
     seen = Seen()
     rates = "sampling_rate={aa: 0.1, bbb: 0.2, cccc: 0.35}"

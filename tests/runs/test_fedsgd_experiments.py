@@ -75,9 +75,7 @@ def test_batch_norm_is_refused(steps: Path, tmp_path: Path):
 
 
 @pytest.mark.usefixtures("trainers_as_threads")
-def test_values_of_few_bits_are_refused_for_their_grid(
-    steps: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-):
+def test_values_of_few_bits_are_refused_for_their_grid(steps: Path, tmp_path: Path):
     seen = Seen()
     twin = run_twin(
         steps,
@@ -153,9 +151,7 @@ def model():
     [(TIED, 24), (GROUPS, 82), (FROZEN, 14)],
     ids=["tied", "GroupNorm", "frozen"],
 )
-def test_models_that_train(
-    steps: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, model: str, parameters: int
-):
+def test_models_that_train(steps: Path, tmp_path: Path, model: str, parameters: int):
     (tmp_path / "task.py").write_text(TASK + model)
     seen = Seen()
     twin = run_twin(
@@ -184,9 +180,7 @@ def test_models_that_train(
 
 
 @pytest.mark.usefixtures("trainers_as_threads")
-def test_a_batch_without_records_is_a_step_like_any_other(
-    steps: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-):
+def test_a_batch_without_records_is_a_step_like_any_other(steps: Path, tmp_path: Path):
     seen = Seen()
     twin = run_twin(
         steps,
@@ -209,9 +203,7 @@ def test_a_batch_without_records_is_a_step_like_any_other(
 
 
 @pytest.mark.usefixtures("trainers_as_threads")
-def test_a_target_epsilon_gives_noise_that_keeps_to_it(
-    steps: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-):
+def test_a_target_epsilon_gives_noise_that_keeps_to_it(steps: Path, tmp_path: Path):
     seen = Seen()
     target = "privacy={noise: distributed, target_epsilon: 2.0, delta: 1.0e-5, max_grad_norm: 1.0}"
     twin = run_twin(steps, "rounds=5", target, output=tmp_path / "runs", ranks=RANKS, observer=seen)

@@ -315,9 +315,7 @@ def test_that_search_finds_what_is_sent_in_the_clear(
 
 
 @pytest.mark.usefixtures("trainers_as_threads")
-def test_the_decrypted_mean_is_the_plain_mean(
-    small: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-):
+def test_the_decrypted_mean_is_the_plain_mean(small: Path, tmp_path: Path):
     """Every site's true update is caught where it enters the encryption, the mean where it
     leaves the decryption.
     """
