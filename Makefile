@@ -3,7 +3,8 @@ PYTHON ?= python3
 PIP_ARGS ?=
 # The cache of pip lies in the home directory; a clone must leave no trace there.
 PIP := .venv/bin/python -m pip install --no-cache-dir --disable-pip-version-check -c constraints.txt $(PIP_ARGS)
-PYTEST := .venv/bin/python -m pytest
+# Two files of tests at a time, in the order of collection: whole runs last.
+PYTEST := .venv/bin/python -m pytest -n 2 --dist loadscope --no-loadscope-reorder
 # matplotlib keeps a list of the machine's fonts, by default in the home directory too.
 export MPLCONFIGDIR := $(CURDIR)/.venv/matplotlib
 

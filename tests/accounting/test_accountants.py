@@ -325,7 +325,12 @@ def test_very_many_steps_have_an_answer(row: tuple[float, float, int]):
 
 @pytest.mark.parametrize(
     ("records", "text"),
-    [(1, "1.83"), (2, "3.98"), (5, "11.6"), pytest.param(10, "27.9", marks=pytest.mark.long)],
+    [
+        (1, "1.83"),
+        (2, "3.98"),
+        pytest.param(5, "11.6", marks=pytest.mark.long),
+        pytest.param(10, "27.9", marks=pytest.mark.long),
+    ],
 )
 def test_a_person_with_several_records(records: int, text: str):
     assert person_epsilon([steps_of(0.01, 1.0, 1000)], 1e-5, records) == pytest.approx(

@@ -134,7 +134,8 @@ def test_norms_of_large_gradients_are_not_understated(row: torch.Tensor):
 def test_a_broken_record_does_not_touch_the_others(make: Any):
     good = torch.randn(10, 3)
     poisoned = torch.cat([good, torch.tensor([[math.inf, 0, 0]])])
-    assert torch.allclose(_clipped(make, good), _clipped(make, poisoned))
+    # The order of a sum of 11 may differ from that of 10, and an element may come out near 0.
+    assert torch.allclose(_clipped(make, good), _clipped(make, poisoned), atol=1e-6)
     assert not torch.isfinite(_clipped(_opacus_optimizer, poisoned)).all(), (
         "Opacus now guards by itself; this guard may be superfluous"
     )

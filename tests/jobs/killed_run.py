@@ -92,7 +92,7 @@ def main(experiment: str, sites: str, output: str, left: str, last: str) -> None
 
     Storage.add = watched
     # They die with the process, as trainers do with their agents.
-    agent.Trainer = ThreadTrainer
+    agent.TrainerProcess = ThreadTrainer  # type: ignore[misc]
     settings = (
         "evaluation={metrics: {accuracy: 'task.py:accuracy'}, target_epsilon: 1, every: 1}",
         "secure_aggregation.range=4",

@@ -161,8 +161,9 @@ def test_a_metric_that_raises_in_the_middle_of_a_sum_hangs_nobody(
         small.parent / "task.py",
         "    return (output.argmax(dim=1) == target).sum(), len(target)",
         "    import sys, threading; thread = threading.current_thread().name\n"
-        "    calls.append(sys.argv[1] if thread == 'MainThread' else thread)\n"
-        "    assert calls.count('bbb') < 2\n"
+        "    site = sys.argv[1] if thread == 'MainThread' else thread\n"
+        "    calls.append(site)\n"
+        "    assert site != 'bbb' or calls.count(site) < 2\n"
         "    return (output.argmax(dim=1) == target).sum(), len(target)",
     )
     edit(small.parent / "task.py", "def model():", "calls = []\n\n\ndef model():")
