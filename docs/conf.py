@@ -69,6 +69,7 @@ docs/choosing-a-mode
 docs/choosing-epsilon
 docs/budget
 docs/reading-a-budget-report
+docs/audits
 docs/sharp-edges
 ```
 

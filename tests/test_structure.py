@@ -6,6 +6,7 @@ from __future__ import annotations
 
 import ast
 import functools
+import importlib
 import json
 import subprocess
 import sys
@@ -297,3 +298,20 @@ def test_files_stay_short():
         if (n := len(p.read_text().splitlines())) > 450
     }
     assert long == {}
+
+
+@pytest.mark.parametrize("folder", ["benchmarks", "privacy_audits", "tests"])
+def test_what_others_import_of_privfl_is_there(folder: str):
+    """Also in functions that no test calls, as those of benchmarks are."""
+    for path in sorted((PACKAGE.parent / folder).rglob("*.py")):
+        for name, line in _imports(path):
+            module, _, member = name.rpartition(".")
+            if not name.startswith("privfl."):
+                continue
+            there = name in FILES or hasattr(importlib.import_module(module), member)
+            assert there, f"{path}:{line} imports {name}, which does not exist"
+
+
+def test_the_library_never_imports_its_audits():
+    for path in FILES.values():
+        assert not [name for name, _ in _imports(path) if name.startswith("privacy_audits")], path

@@ -86,7 +86,7 @@ def _privfl(transport: Any, sites: int, parameters: int, way: str) -> Callable[[
     from privfl.secagg.session.keys import RunKeys
     from privfl.secagg.session.roster import Member, Roster
     from privfl.secagg.session.sums import SumSession
-    from privfl.site.upload import Outbox
+    from privfl.site.upload import Upload
 
     p = derive(sites, usual_value_bits(sites))
     layout, path = Layout(parameters, p), "reduce" if way == "privfl-reduce" else "star"
@@ -125,7 +125,7 @@ def _privfl(transport: Any, sites: int, parameters: int, way: str) -> Callable[[
 
     def contribute(number: int) -> None:
         one = sums.open(number, 1, parameters, grid, [])
-        Outbox(transport, ranks, path, Message(Kind.CONTRIBUTION, parts=layout.blocks)).send(
+        Upload(transport, ranks, path, Message(Kind.CONTRIBUTION, parts=layout.blocks)).send(
             one.contribution(vector)
         )
         for _ in range(layout.blocks):

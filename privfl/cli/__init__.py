@@ -8,7 +8,7 @@ from __future__ import annotations
 import importlib
 import sys
 from collections.abc import Sequence
-from typing import NoReturn
+from typing import TYPE_CHECKING, NoReturn
 
 import click
 
@@ -16,6 +16,9 @@ from privfl import environment
 from privfl._version import __version__
 from privfl.cli.help import example
 from privfl.errors import EXIT_USER, PrivflError
+
+if TYPE_CHECKING:
+    from importlib.metadata import EntryPoint
 
 _COMMANDS = {
     "train": "Train one model at all sites of an experiment.",
@@ -27,19 +30,32 @@ _COMMANDS = {
 }
 
 
+# Commands that other packages bring: the audits, which privfl itself never imports.
+_ENTRY_POINTS = "privfl.commands"
+
+
+def _brought() -> dict[str, EntryPoint]:
+    from importlib.metadata import entry_points
+
+    return {point.name: point for point in entry_points(group=_ENTRY_POINTS)}
+
+
 class _Lazy(click.Group):
     def list_commands(self, context: click.Context) -> list[str]:
-        return list(_COMMANDS)
+        return [*_COMMANDS, *_brought()]
 
     def get_command(self, context: click.Context, name: str) -> click.Command | None:
-        if name not in _COMMANDS:
-            return None
-        command: click.Command = importlib.import_module(f"privfl.cli.{name}").command
+        command: click.Command | None = None
+        if name in _COMMANDS:
+            command = importlib.import_module(f"privfl.cli.{name}").command
+        elif (point := _brought().get(name)) is not None:
+            command = point.load()
         return command
 
     def format_commands(self, context: click.Context, formatter: click.HelpFormatter) -> None:
+        brought = {name: point.load().short_help for name, point in _brought().items()}
         with formatter.section("Commands"):
-            formatter.write_dl(list(_COMMANDS.items()))
+            formatter.write_dl([*_COMMANDS.items(), *brought.items()])
 
 
 @click.group(

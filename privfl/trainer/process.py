@@ -36,6 +36,8 @@ _LAUNCHER_PREFIXES = (
     "SLURM_PMI",
 )
 _GRACE_SECONDS = 5.0
+# What starts a trainer; the site and the numbers of its descriptors follow.
+COMMAND: tuple[str, ...] = (sys.executable, "-m", "privfl.trainer.main")
 
 
 def trainer_environment(environment: dict[str, str], threads: int) -> dict[str, str]:
@@ -74,7 +76,7 @@ class TrainerProcess:
         passed = (trainer_end.fileno(), alive, self.replica.descriptor, self.update.descriptor)
         # A fresh interpreter and never a fork: MPI and TenSEAL do not survive one.
         self._process = subprocess.Popen(
-            [sys.executable, "-m", "privfl.trainer.main", site, *map(str, passed)],
+            [*COMMAND, site, *map(str, passed)],
             pass_fds=passed,
             stdin=subprocess.DEVNULL,
             stdout=log,

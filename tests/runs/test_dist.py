@@ -14,7 +14,7 @@ import pytest
 
 from tests.conftest import MPIEXEC, ROOT, Job
 
-PARTS = ("privfl", "pyproject.toml", "README.md", "LICENSE")
+PARTS = ("privfl", "privacy_audits", "pyproject.toml", "README.md", "LICENSE")
 
 
 @pytest.fixture(scope="module")
@@ -87,10 +87,11 @@ def _run(folder: Path, *command: str | Path) -> Job:
     return Job(done.returncode, done.stdout, done.stderr)
 
 
-def test_the_wheel_holds_every_file_of_the_package_and_nothing_else(wheel: Path):
+def test_the_wheel_holds_every_file_of_both_packages_and_nothing_else(wheel: Path):
     files = {
         path.relative_to(ROOT).as_posix()
-        for path in (ROOT / "privfl").rglob("*")
+        for package in ("privfl", "privacy_audits")
+        for path in (ROOT / package).rglob("*")
         if path.is_file() and "__pycache__" not in path.parts
     }
     with zipfile.ZipFile(wheel) as archive:
@@ -102,6 +103,8 @@ def test_the_wheel_alone_runs_from_an_empty_folder(fresh: Path, tmp_path: Path):
     assert Path(where.out.strip()).is_relative_to(fresh.parent), where
     doctor = _run(tmp_path, fresh / "privfl", "doctor")
     assert (doctor.code, doctor.out.splitlines()[-1:]) == (0, ["all well"]), doctor
+    audits = _run(tmp_path, fresh / "privfl", "audit", "list")
+    assert (audits.code, audits.err) == (0, "")
     init = _run(tmp_path, fresh / "privfl", "init", "mine")
     assert init.code == 0, init.err
     assert (tmp_path / "mine" / "experiment.yaml").exists()

@@ -1,0 +1,1 @@
+"""Defects that are planted on purpose, to see which audits notice them."""

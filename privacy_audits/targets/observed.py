@@ -1,0 +1,188 @@
+"""One rank of a recorded run: `mpiexec -n 4 python -m privacy_audits.targets.observed FOLDER`.
+
+It runs `privfl train FOLDER/experiment.yaml` and leaves what it observed in ``FOLDER/rank-K.npz``.
+Sites see their own sums, shares and totals through privfl's observer; rank 0 keeps every byte that
+it received.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import ctypes
+import itertools
+import json
+import os
+import subprocess
+import sys
+import threading
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from privfl.accounting import Account, Event
+from privfl.errors import PrivflError
+from privfl.site.observer import Observer
+from privfl.transport import Recorded, Recording
+
+# PR_SET_PTRACER of Linux's Yama.
+_SET_PTRACER = 0x59616D61
+# After how many frames the memory of rank 0 is searched: early, and in the middle of the run.
+_LOOKS = (20, 200)
+
+
+class Recorder(Observer):
+    """Keeps, in order, what an agent tells."""
+
+    def __init__(self) -> None:
+        self._lock, self._clock = threading.Lock(), itertools.count()
+        self.arrays: dict[str, list[NDArray[Any]]] = {}
+        # What happened when: ("charged", round, ...) and ("contributed", round, ...), in order.
+        self.happened: list[dict[str, Any]] = []
+        self.site = ""
+        self.facts: dict[str, Any] = {}
+
+    def keep(self, name: str, *vectors: NDArray[Any]) -> None:
+        """Keep copies of ``vectors`` under one name."""
+        with self._lock:
+            self.arrays.setdefault(name, []).append(np.stack(vectors).copy())
+
+    def note(self, what: str, **facts: Any) -> None:
+        """Keep that something happened."""
+        with self._lock:
+            self.happened.append({"what": what, "order": next(self._clock), **facts})
+
+    def began(self, site: str, algorithm: Any) -> None:
+        self.site = site
+        grid = getattr(algorithm, "grid", None)
+        if grid is not None:
+            self.facts |= {"step": grid.step, "sensitivity": grid.sensitivity}
+
+    def charged(self, site: str, account: Account, event: Event, round_: int) -> None:
+        self.note("charged", account=account, event=event.to_dict(), round=round_)
+
+    def share_added(
+        self,
+        site: str,
+        total: NDArray[np.float64],
+        share: NDArray[np.int64],
+        integers: NDArray[np.int64],
+    ) -> None:
+        self.keep("total", total)
+        self.keep("share", share)
+        self.keep("integers", integers)
+
+    def contributed(self, site: str, round_: int, attempt: int, vector: NDArray[Any]) -> None:
+        self.note("contributed", round=round_, attempt=attempt)
+        self.keep("contributed", vector)
+
+    def summed(self, site: str, round_: int, attempt: int, total: NDArray[Any]) -> None:
+        self.keep("summed", total)
+
+    def replica(self, site: str, round_: int, replica: NDArray[np.float32]) -> None:
+        self.keep("replica", replica)
+
+    def save(self, path: Path, exit_code: int) -> None:
+        """Write everything into one file, without pickles."""
+        facts = {"site": self.site, "happened": self.happened, "exit_code": exit_code, **self.facts}
+        arrays = {name: np.concatenate(pieces) for name, pieces in self.arrays.items()}
+        text = np.frombuffer(json.dumps(facts).encode(), dtype=np.uint8)
+        np.savez(path, facts=text, **arrays)  # type: ignore[arg-type]
+
+
+class Wire:
+    """Keeps what rank 0 received, and lets its memory be searched for the sites' key.
+
+    Args:
+        recorder: keeps heads, and the bulks in one long buffer.
+        secret: the file into which the site that makes the key writes it.
+    """
+
+    def __init__(self, recorder: Recorder, secret: Path) -> None:
+        self._recorder, self._secret = recorder, secret
+        self._frames, self._looks = 0, list(_LOOKS)
+
+    def keep(self, frame: Recorded) -> None:
+        """Keep one frame."""
+        if frame.sent:
+            return
+        self._recorder.note(
+            "received", peer=frame.peer, head=frame.head.hex(), bytes=len(frame.bulk)
+        )
+        self._recorder.arrays.setdefault("bulk", []).append(np.frombuffer(frame.bulk, np.uint8))
+        self._frames += 1
+        if self._looks and self._frames >= self._looks[0] and self._secret.exists():
+            self._looks.pop(0)
+            self.look()
+
+    def look(self) -> None:
+        """Have another process search the memory of this one."""
+        # Where only a process's ancestors may read it, the kernel has to be told who else may.
+        with contextlib.suppress(OSError, AttributeError):
+            ctypes.CDLL(None).prctl(_SET_PTRACER, ctypes.c_ulong(-1), 0, 0, 0)
+        command = [sys.executable, "-m", "privacy_audits.targets.memory", str(os.getpid())]
+        done = subprocess.run(
+            [*command, str(self._secret)], capture_output=True, text=True, check=False
+        )
+        if done.returncode == 0:
+            self._recorder.facts.setdefault("memory", []).append(json.loads(done.stdout))
+
+
+def _leave_key(path: Path) -> None:
+    """Have the site that makes the run's key leave it in a file, for the audits that need it.
+
+    The key is of this one run, on made-up records.
+    """
+    from privfl.secagg.session.keys import RunKeys
+
+    make = RunKeys.make.__func__  # type: ignore[attr-defined]
+
+    def leaving(cls: type[RunKeys], parameters: Any) -> RunKeys:
+        keys: RunKeys = make(cls, parameters)
+        unfinished = path.with_suffix(".part")
+        unfinished.write_bytes(keys.sums.secret_bytes())
+        os.replace(unfinished, path)
+        return keys
+
+    RunKeys.make = classmethod(leaving)  # type: ignore[method-assign, assignment]
+
+
+def main(arguments: Sequence[str]) -> None:
+    """Run one rank, and leave what it saw."""
+    from privfl.cli.train import run
+    from privfl.transport import mpi
+
+    folder = Path(arguments[0])
+    recorder, code = Recorder(), 1
+    transport: Any = mpi.start()
+    rank = transport.rank
+    wire = Wire(recorder, folder / "secret.bin")
+    if rank == 0:
+        transport = Recording(transport, wire.keep)
+    else:
+        _leave_key(folder / "secret.bin")
+    sites = folder / "sites"
+    try:
+        code = run(
+            transport,
+            folder / "experiment.yaml",
+            sites=sites if sites.exists() else None,
+            output=folder / "runs",
+            observer=recorder,
+        )
+    except PrivflError as error:
+        code = error.exit_code
+        sys.stderr.write(f"privfl: {error}\n")
+    finally:
+        if rank == 0 and (folder / "secret.bin").exists():
+            wire.look()
+        unfinished = folder / f".rank-{rank}.npz"
+        recorder.save(unfinished, code)
+        os.replace(unfinished, folder / f"rank-{rank}.npz")
+    sys.exit(code)
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:])
