@@ -263,7 +263,7 @@ def test_documented_commands_exist():
 
 
 def test_code_that_documents_name_exists():
-    folders = ("privfl", "tests", "benchmarks", "examples")
+    folders = ("privfl", "privacy_audits", "tests", "benchmarks", "examples")
     files = [path.as_posix() for folder in folders for path in (ROOT / folder).rglob("*")]
     yours = {"file.py", "mine/digits.py"}
     for page in DOCUMENTS:
