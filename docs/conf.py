@@ -45,6 +45,7 @@ html_theme_options = {
     "description": "Differentially private federated learning over MPI",
     "fixed_sidebar": True,
     "page_width": "1240px",
+    "body_max_width": "960px",
     "sidebar_width": "250px",
     "show_powered_by": False,
 }

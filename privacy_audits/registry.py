@@ -93,6 +93,32 @@ def _transcript(shop: Workshop) -> Iterator[AuditResult]:
         yield from Transcript(shop.run("fedsgd")).results()
 
 
+def _distinguisher(shop: Workshop) -> Iterator[AuditResult]:
+    from privacy_audits.audits import distinguisher
+
+    shop.say(f"training {2 * distinguisher.RUNS} times ...")
+    yield from distinguisher.results()
+
+
+def _membership(shop: Workshop) -> Iterator[AuditResult]:
+    from privacy_audits.audits import membership
+
+    shop.say(f"training {2 * (membership.SHADOWS + 1)} models ...")
+    yield from membership.results()
+
+
+def _protocol(shop: Workshop) -> Iterator[AuditResult]:
+    from privacy_audits.audits import protocol
+
+    yield from protocol.results(shop.folder, shop.say)
+
+
+def _inversion(shop: Workshop) -> Iterator[AuditResult]:
+    from privacy_audits.audits import inversion
+
+    yield from inversion.results()
+
+
 AUDITS = (
     Audit(
         "conformance",
@@ -111,6 +137,30 @@ AUDITS = (
         "Does anything that the coordinator receives, or holds, tell what a site sent?",
         True,
         _transcript,
+    ),
+    Audit(
+        "distinguisher",
+        "Can many runs with one record be told from many without it?",
+        False,
+        _distinguisher,
+    ),
+    Audit(
+        "membership",
+        "Can members be told from others by the finished model, as a measure of risk?",
+        False,
+        _membership,
+    ),
+    Audit(
+        "protocol",
+        "What does a coordinator get that cheats with keys, members, sums or attempts?",
+        False,
+        _protocol,
+    ),
+    Audit(
+        "inversion",
+        "Can a picture be read back from what each party sees?",
+        False,
+        _inversion,
     ),
 )
 _BY_NAME = {audit.name: audit for audit in AUDITS}

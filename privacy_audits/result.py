@@ -84,6 +84,13 @@ class Statistic(_Part):
         return cls(name=name, value=finite, expected=expected, p_value=1.0 if holds else 0.0)
 
 
+class Picture(_Part):
+    """Something to look at."""
+
+    caption: str = Field(description="What is shown.")
+    png: str = Field(description="The picture, as a PNG file in base64.")
+
+
 class AuditResult(_Part):
     """One attack on one claim."""
 
@@ -104,6 +111,7 @@ class AuditResult(_Part):
     )
     power_against: str = Field(description="The fault for which the power is stated.")
     seconds: float = Field(ge=0.0, description="How long the attack took.")
+    pictures: tuple[Picture, ...] = Field(default=(), description="What the attack made visible.")
 
     @computed_field(description="Against whom the claim should hold.")  # type: ignore[prop-decorator]
     @property

@@ -53,7 +53,7 @@ def test_the_page(tmp_path: Path):
     text = page.read_text()
     assert "No claim was refuted" in text
     assert good.claim.statement in text
-    for loads in ("<script", "<link", "src=", "url("):
+    for loads in ("<script", "<link", "http", "url("):
         assert loads not in text
     bad = result(p_value=0.0, attack="looks & finds <b>")
     path.write_text(Results(results=(good, bad)).model_dump_json())
