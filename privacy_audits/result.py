@@ -11,6 +11,7 @@ from typing import Annotated, Any
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, PlainSerializer, computed_field
 
+from privacy_audits.bounds.tests import Outcome
 from privfl.accounting import Event, event_from_dict
 from privfl.accounting.adversaries import Adversary
 
@@ -78,10 +79,15 @@ class Statistic(_Part):
     )
 
     @classmethod
+    def tested(cls, name: str, outcome: Outcome, expected: str) -> Statistic:
+        """What a test gave."""
+        value = outcome.value if math.isfinite(outcome.value) else None
+        return cls(name=name, value=value, expected=expected, p_value=outcome.p_value)
+
+    @classmethod
     def exact(cls, name: str, value: float, expected: str, *, holds: bool) -> Statistic:
         """A statistic in which chance plays no part."""
-        finite = value if math.isfinite(value) else None
-        return cls(name=name, value=finite, expected=expected, p_value=1.0 if holds else 0.0)
+        return cls.tested(name, Outcome(value, 1.0 if holds else 0.0), expected)
 
 
 class Picture(_Part):
@@ -113,7 +119,9 @@ class AuditResult(_Part):
     seconds: float = Field(ge=0.0, description="How long the attack took.")
     pictures: tuple[Picture, ...] = Field(default=(), description="What the attack made visible.")
 
-    @computed_field(description="Against whom the claim should hold.")  # type: ignore[prop-decorator]
+    @computed_field(  # type: ignore[prop-decorator]
+        description="Against whom the claim should hold."
+    )
     @property
     def adversary(self) -> str:
         """The adversary in plain words."""

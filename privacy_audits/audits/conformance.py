@@ -380,8 +380,7 @@ class Conformance:
         name: str,
         colluders: int | None = None,
     ) -> AuditResult:
-        value = outcome.value if math.isfinite(outcome.value) else None
-        statistic = Statistic(name=name, value=value, expected=expected, p_value=outcome.p_value)
+        statistic = Statistic.tested(name, outcome, expected)
         return self._result(what, statement, attack, statistic, power, against, colluders)
 
     def _result(

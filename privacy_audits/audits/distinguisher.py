@@ -22,20 +22,10 @@ from privacy_audits.bounds import clopper_pearson, gaussian
 from privacy_audits.levels import LEVEL
 from privacy_audits.result import AuditResult, Claim, Statistic
 from privacy_audits.targets import training
-from privfl.accounting import Event, PoissonGaussian, adversaries, epsilon_of
+from privfl.accounting import Event, PoissonGaussian, adversaries
 
 EPSILON, DELTA, STEPS = 2.0, 1e-5, 4
 RECORDS, RUNS = 4, 4000
-
-
-def _noise() -> float:
-    """The noise multiplier at which the steps cost EPSILON, by privfl's own accountant."""
-    low, high = 0.1, 100.0
-    while high - low > 1e-4 * low:
-        middle = math.sqrt(low * high)
-        events = [PoissonGaussian(sampling_rate=1.0, noise_multiplier=middle, steps=STEPS)]
-        low, high = (middle, high) if epsilon_of(events, DELTA).upper > EPSILON else (low, middle)
-    return high
 
 
 def _scores(
@@ -64,7 +54,7 @@ def _scores(
 def results(runs: int = RUNS) -> Iterator[AuditResult]:
     """The two bounds of ``runs`` runs with the record, and as many without."""
     began = time.perf_counter()
-    sigma = _noise()
+    sigma = training.noise_for(EPSILON, DELTA, 1.0, STEPS)
     events: tuple[Event, ...] = (
         PoissonGaussian(sampling_rate=1.0, noise_multiplier=sigma, steps=STEPS),
     )

@@ -8,7 +8,6 @@ notice forgotten noise. So it is shown beside the same training without protecti
 
 from __future__ import annotations
 
-import math
 import time
 from collections.abc import Iterator
 
@@ -22,7 +21,7 @@ from privacy_audits.bounds import one_run, roc
 from privacy_audits.levels import LEVEL
 from privacy_audits.result import AuditResult, Claim, Statistic
 from privacy_audits.targets import training
-from privfl.accounting import PoissonGaussian, adversaries, epsilon_of
+from privfl.accounting import PoissonGaussian, adversaries
 
 RECORDS, SHADOWS, HIDDEN, CLASSES = 1000, 16, 128, 10
 # A part of the labels is wrong, so that a model must remember them.
@@ -32,16 +31,6 @@ RATE, STEPS, EPSILON, DELTA = 0.1, 1000, 2.0, 1e-5
 _PLAIN, _PRIVATE = 1.0, 0.5
 
 Scores = NDArray[np.float64]
-
-
-def _noise() -> float:
-    """The noise multiplier at which the training costs EPSILON."""
-    low, high = 0.3, 50.0
-    while high - low > 1e-3 * low:
-        middle = math.sqrt(low * high)
-        event = PoissonGaussian(sampling_rate=RATE, noise_multiplier=middle, steps=STEPS)
-        low, high = (middle, high) if epsilon_of([event], DELTA).upper > EPSILON else (low, middle)
-    return high
 
 
 def _logits(images: torch.Tensor, labels: torch.Tensor, sigma: float | None) -> Scores:
@@ -115,7 +104,7 @@ def _scores(sigma: float | None) -> tuple[Scores, NDArray[np.bool_]]:
 def results() -> Iterator[AuditResult]:
     """The attack on private training, and the control without protection."""
     rng = np.random.default_rng()
-    sigma = _noise()
+    sigma = training.noise_for(EPSILON, DELTA, RATE, STEPS)
     event = PoissonGaussian(sampling_rate=RATE, noise_multiplier=sigma, steps=STEPS)
     control: tuple[float, float] = (0.0, 1.0)
     adversary = adversaries("site", 2)[0]

@@ -103,7 +103,7 @@ class Transcript:
             "uniform",
             "The words of a contribution are uniform below the prime, whatever is in it.",
             f"compares the distribution of {fractions.size} words with the uniform one",
-            _statistic(
+            Statistic.tested(
                 "largest distance between distributions",
                 tests.uniformity(fractions),
                 "about 1 / sqrt(words)",
@@ -127,7 +127,9 @@ class Transcript:
             "no correlation",
             "The words of a contribution say nothing of the integers in it.",
             "correlates the words of every contribution with the integers that its site sent",
-            _statistic("largest correlation", tests.correlation(pairs), "about 1 / sqrt(words)"),
+            Statistic.tested(
+                "largest correlation", tests.correlation(pairs), "about 1 / sqrt(words)"
+            ),
             tests.power_of_correlation(least, len(pairs), 0.1, LEVEL),
             "a correlation of 0.1",
             began,
@@ -158,7 +160,7 @@ class Transcript:
         modulus = 1 << self._parameters.word_bits
         for site, words in self._contributions():
             integers = self._integers(site)
-            plain = np.stack([_decrypt(key, row) for row in words])[:, : integers.shape[1]]
+            plain = np.stack([key.decrypt(row) for row in words])[:, : integers.shape[1]]
             plain &= np.uint64(modulus - 1)
             opened.append(plain)
             pairs.append((plain / modulus, (integers % np.uint64(modulus)) / modulus))
@@ -176,7 +178,7 @@ class Transcript:
             "each.",
             "decrypts every contribution alone, and looks for what its site sent, also in the "
             "differences of two rounds",
-            _statistic(
+            Statistic.tested(
                 "largest correlation",
                 Outcome(correlated.value, min(1.0, 2 * worst.p_value)),
                 "about 1 / sqrt(integers)",
@@ -247,10 +249,6 @@ def _frames(run: RecordedRun) -> Iterator[tuple[dict[str, Any], bytes]]:
         start += event["bytes"]
 
 
-def _decrypt(key: SumKey, words: NDArray[np.uint64]) -> NDArray[np.uint64]:
-    return np.concatenate([key.decrypt(row) for row in words.reshape(-1, CIPHERTEXT_WORDS)])
-
-
 def _in_the_clear(vector: NDArray[np.generic], everything: bytes) -> bool:
     """Whether 16 bytes of neighbouring numbers occur, in either precision."""
     floats = vector.astype(np.float64)
@@ -262,8 +260,3 @@ def _in_the_clear(vector: NDArray[np.generic], everything: bytes) -> bool:
         forms.tobytes()[:16] in everything
         for forms in (floats[piece], floats[piece].astype(np.float32), vector[piece])
     )
-
-
-def _statistic(name: str, outcome: Outcome, expected: str) -> Statistic:
-    value = outcome.value if math.isfinite(outcome.value) else None
-    return Statistic(name=name, value=value, expected=expected, p_value=outcome.p_value)

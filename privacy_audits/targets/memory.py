@@ -52,8 +52,12 @@ def pieces(pid: int) -> Iterator[bytes]:
                 start += len(data) or end
 
 
-def count(pid: int, words: NDArray[np.uint64]) -> int:
-    """How many of ``words`` are in the memory of a process, as aligned numbers of 64 bits."""
+def present(pid: int, words: NDArray[np.uint64]) -> NDArray[np.uint64]:
+    """Which of ``words``, sorted, are in the memory of a process as aligned numbers of 64 bits.
+
+    Raises:
+        OSError: If this process may not read it.
+    """
     found = np.zeros(len(words), dtype=bool)
     # Most numbers are ruled out by their lowest bits, which is quicker than to search for them.
     low = np.zeros(1 << 20, dtype=bool)
@@ -64,14 +68,14 @@ def count(pid: int, words: NDArray[np.uint64]) -> int:
         positions = np.searchsorted(words, values)
         positions[positions == len(words)] = 0
         found[positions[words[positions] == values]] = True
-    return int(found.sum())
+    return words[found]
 
 
 def main(arguments: Sequence[str]) -> None:
     """Search, and print what was found."""
     words = key_words(Path(arguments[1]).read_bytes())
-    found = count(int(arguments[0]), words)
-    control = count(os.getpid(), words) == len(words) > 0
+    found = len(present(int(arguments[0]), words))
+    control = len(present(os.getpid(), words)) == len(words) > 0
     sys.stdout.write(json.dumps({"found": found, "control": control}))
 
 

@@ -10,12 +10,27 @@ from numpy.typing import NDArray
 from torch import nn
 from torch.utils.data import TensorDataset
 
+from privfl.accounting import PoissonGaussian, epsilon_of, least_noise_multiplier
 from privfl.dp.training import LocalTraining, Loss, Recipe
 from privfl.noise.randomness import SystemRandomness
 
 # Noise so small that it hides nothing: training as it would be without protection. Clipping is
 # switched off by a norm that no gradient reaches.
 NO_NOISE, NO_CLIPPING = 1e-12, 1e6
+
+
+def noise_for(epsilon: float, delta: float, sampling_rate: float, steps: int) -> float:
+    """The least noise multiplier with which so many steps cost at most ``epsilon``."""
+
+    def cost(noise_multiplier: float) -> float:
+        event = PoissonGaussian(
+            sampling_rate=sampling_rate, noise_multiplier=noise_multiplier, steps=steps
+        )
+        return epsilon_of([event], delta).upper
+
+    sigma = least_noise_multiplier(cost, epsilon)
+    assert sigma is not None, f"no noise reaches epsilon {epsilon}"
+    return sigma
 
 
 def local(

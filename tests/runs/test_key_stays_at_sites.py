@@ -11,35 +11,16 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
 import pytest
 
+from privacy_audits.targets import memory
 from tests.conftest import PRIVFL, edit, processes, start_job, without_ptrace
 
 pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="reads /proc/PID/mem")
-
-_LOW = np.uint64((1 << 20) - 1)
-
-
-def regions(pid: int) -> Iterator[bytes]:
-    """The readable memory of a process, in pieces of at most 64 MiB."""
-    with open(f"/proc/{pid}/maps") as maps, open(f"/proc/{pid}/mem", "rb", 0) as memory:
-        for line in maps:
-            region = re.match(r"([0-9a-f]+)-([0-9a-f]+) r\S+ \S+ \S+ \S+ *(.*)", line)
-            if region is None or region[3].startswith(("[vvar", "[vsyscall")):
-                continue
-            start, end = int(region[1], 16), int(region[2], 16)
-            while start < end:
-                try:
-                    memory.seek(start)
-                    data = memory.read(min(end - start, 64 << 20))
-                except OSError:
-                    break
-                yield data
-                start += len(data) or end
 
 
 class Search:
@@ -55,23 +36,13 @@ class Search:
         runs = [np.frombuffer(piece[k : k + 8], np.uint64)[0] for piece in pieces for k in range(8)]
         self._words, self._pieces = words, np.array(runs, np.uint64).reshape(-1, 8)
         self._sought = np.unique(np.concatenate([words, self._pieces.ravel()]))
-        # Most numbers are ruled out by their lowest 20 bits, which is quicker than to search.
-        self._low = np.zeros(1 << 20, dtype=bool)
-        self._low[self._sought & _LOW] = True
 
     def __call__(self, pid: int) -> tuple[int, int]:
         """(distinct words that occur, pieces that occur) in the memory of a process.
 
         Sites are not dumpable, so that only root finds something there.
         """
-        found = np.zeros(len(self._sought), dtype=bool)
-        for data in regions(pid):
-            values = np.frombuffer(data[: len(data) // 8 * 8], dtype=np.uint64)
-            values = values[self._low[values & _LOW]]
-            positions = np.searchsorted(self._sought, values)
-            positions[positions == len(self._sought)] = 0
-            found[positions[self._sought[positions] == values]] = True
-        present = self._sought[found]
+        present = memory.present(pid, self._sought)
         return (
             int(np.isin(self._words, present).sum()),
             int(np.isin(self._pieces, present).any(axis=1).sum()),
