@@ -14,6 +14,7 @@ from privfl.cli.help import example
 from privfl.errors import PrivflError
 
 if TYPE_CHECKING:
+    from privacy_audits.registry import Audit
     from privacy_audits.result import AuditResult, Results
 
 
@@ -62,9 +63,37 @@ def list_audits() -> None:
     type=click.Path(path_type=Path, dir_okay=False),
     help="Write all results into this file.",
 )
+@click.option(
+    "--experiment",
+    type=click.Path(path_type=Path, dir_okay=False),
+    help="With the audit canaries: insert canaries into this experiment, and attack that.",
+)
+@click.option(
+    "--sites",
+    type=click.Path(path_type=Path, file_okay=False),
+    help="With --experiment: folder with one file per site, of which data_options are used.",
+)
+@click.option(
+    "--set",
+    "settings",
+    multiple=True,
+    metavar="KEY.PATH=VALUE",
+    help="With --experiment: change one value of it; may be repeated.",
+)
 @click.option("--schema", is_flag=True, help="Print the JSON schema of the results instead.")
-def run(names: tuple[str, ...], quick: bool, json_file: Path | None, schema: bool) -> None:
+def run(
+    names: tuple[str, ...],
+    quick: bool,
+    json_file: Path | None,
+    experiment: Path | None,
+    sites: Path | None,
+    settings: tuple[str, ...],
+    schema: bool,
+) -> None:
     """Run audits: all of them, the quick ones, or those that are named.
+
+    With --experiment the audit canaries attacks a model of your own, in a run that claims epsilon 1
+    or less and charges nothing: what data() returns must be public or made up.
 
     Exit code 2 if a claim is refuted.
     """
@@ -74,7 +103,14 @@ def run(names: tuple[str, ...], quick: bool, json_file: Path | None, schema: boo
     if schema:
         click.echo(json.dumps(Results.model_json_schema(mode="serialization"), indent=2))
         return
-    chosen = named(names, quick)
+    if experiment is not None and names != ("canaries",):
+        raise PrivflError(
+            "--experiment is for the audit canaries alone: privfl audit run canaries --experiment "
+            f"{experiment}"
+        )
+    if experiment is None and (sites or settings):
+        raise PrivflError("--sites and --set change an experiment; name it with --experiment")
+    chosen = (_of(experiment, sites, settings),) if experiment else named(names, quick)
     if json_file is not None:
         # Before minutes of work, not after.
         _write(json_file, "")
@@ -98,6 +134,19 @@ def run(names: tuple[str, ...], quick: bool, json_file: Path | None, schema: boo
             + (f" (and {len(refuted) - 1} more)" if refuted[1:] else "")
             + "; do not use this installation with real records before you know why"
         )
+
+
+def _of(path: Path, sites: Path | None, settings: tuple[str, ...]) -> Audit:
+    """The audit of an experiment."""
+    from privacy_audits.audits import experiment
+    from privacy_audits.registry import Audit
+
+    return Audit(
+        "canaries",
+        f"How much of epsilon can be shown of {path}?",
+        False,
+        lambda shop: experiment.results(shop.folder, path, sites, settings, shop.through, shop.say),
+    )
 
 
 def _line(result: AuditResult) -> str:

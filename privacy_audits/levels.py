@@ -15,6 +15,8 @@ TOTAL = 0.01
 # counts.
 TESTS = 50
 LEVEL = TOTAL / TESTS
+# An audit of somebody's own model makes two tests and no others.
+OWN_LEVEL = TOTAL / 2
 
 
 def any_of(p_values: Iterable[float]) -> float:

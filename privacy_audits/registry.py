@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from privacy_audits.result import AuditResult
-from privacy_audits.targets.job import Mode, RecordedRun, record
+from privacy_audits.targets.job import Launch, Mode, RecordedRun, record
 from privfl.errors import PrivflError, did_you_mean
 
 
@@ -19,15 +19,15 @@ class Workshop:
     Args:
         folder: where recorded runs and pictures lie.
         quick: whether long attacks are made shorter.
-        command: what runs each rank of a recorded run; see
-            :func:`privacy_audits.targets.job.record`.
+        through: a module and its arguments that run each rank of a recorded run; see
+            :class:`privacy_audits.targets.job.Launch`.
         modes: the algorithms that are audited.
         say: told what is happening, for a person who waits.
     """
 
     folder: Path
     quick: bool = False
-    command: tuple[str, ...] = ()
+    through: tuple[str, ...] = ()
     modes: tuple[Mode, ...] = ("fedsgd", "fedavg")
     say: Callable[[str], None] = lambda text: None
     _runs: dict[Mode, RecordedRun] = field(default_factory=dict)
@@ -40,16 +40,11 @@ class Workshop:
         """
         if mode not in self._runs:
             self.say(f"recording a run of {mode} with 3 sites under mpiexec ...")
-            self._runs[mode] = record(
-                mode, Path(tempfile.mkdtemp(prefix=f"{mode}-", dir=self.folder)), self.command
-            )
+            folder = Path(tempfile.mkdtemp(prefix=f"{mode}-", dir=self.folder))
+            self._runs[mode] = record(mode, folder, Launch(through=self.through))
         run = self._runs[mode]
         if not run.complete:
-            said = [line for line in run.screen.splitlines() if line.startswith("privfl: ")]
-            raise PrivflError(
-                f"the run that was to be audited ended with exit code {run.exit_code}"
-                + (f": {said[0].removeprefix('privfl: ')}" if said else f"; see {run.folder}")
-            )
+            raise PrivflError(f"the run that was to be audited {run.problem}")
         return run
 
 
@@ -110,7 +105,13 @@ def _membership(shop: Workshop) -> Iterator[AuditResult]:
 def _protocol(shop: Workshop) -> Iterator[AuditResult]:
     from privacy_audits.audits import protocol
 
-    yield from protocol.results(shop.folder, shop.say)
+    yield from protocol.results(shop.folder, shop.through, shop.say)
+
+
+def _restarts(shop: Workshop) -> Iterator[AuditResult]:
+    from privacy_audits.audits import restarts
+
+    yield from restarts.results(shop.folder, shop.through, shop.say)
 
 
 def _inversion(shop: Workshop) -> Iterator[AuditResult]:
@@ -155,6 +156,12 @@ AUDITS = (
         "What does a coordinator get that cheats with keys, members, sums or attempts?",
         False,
         _protocol,
+    ),
+    Audit(
+        "restarts",
+        "Does a budget hold over runs, and against an old copy of a ledger?",
+        False,
+        _restarts,
     ),
     Audit(
         "inversion",

@@ -9,6 +9,7 @@ import os
 import re
 import warnings
 from numbers import Integral, Real
+from pathlib import Path
 from typing import Any, Self
 
 from privfl._engine_backends import CommBackend, EngineLedger, LocalBackend, join_steps
@@ -111,6 +112,11 @@ class PrivacyEngine(Engine):
             backend = CommBackend(self._ledger, group, sums, int(collusion))
             self._ranks = f"rank {group.rank} of {group.size}, collusion={collusion}, "
         super().__init__(backend, SystemRandomness())
+
+    @property
+    def ledger(self) -> Path | None:
+        """The file of this site's ledger; None without one."""
+        return self._ledger.path
 
     def close(self) -> None:
         """Close the ledger, for another engine or program to use; no step can be made any more."""

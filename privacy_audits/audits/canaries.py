@@ -19,9 +19,8 @@ import numpy as np
 from numpy.typing import NDArray
 from scipy import stats
 
-from privacy_audits.bounds import gaussian, one_run
-from privacy_audits.bounds.one_run import Guesses
-from privacy_audits.bounds.thresholds import Bonferroni
+from privacy_audits.audits import guesses
+from privacy_audits.bounds import gaussian
 from privacy_audits.levels import LEVEL
 from privacy_audits.result import AuditResult, Claim, Statistic
 from privacy_audits.targets import orthogonal
@@ -106,80 +105,18 @@ def results(run: RecordedRun) -> Iterator[AuditResult]:
             delta=DELTA,
         )
         name = f"canaries/{run.mode}/{view.adversary.colluders} colluders"
-        yield _bound(name, claim, view)
-        yield _gaussian_bound(name, claim, view)
+        yield from guesses.results(
+            name,
+            claim,
+            f"guesses which of {len(view.scores)} canaries took part, by how far the sums moved "
+            "along them",
+            view.scores,
+            # Without noise every guess is right.
+            view.took_part.astype(np.float64),
+            view.took_part,
+            LEVEL,
+        )
         yield _separation(name, claim, view, steps)
-
-
-def _bound(name: str, claim: Claim, view: View) -> AuditResult:
-    began = time.perf_counter()
-    canaries = len(view.scores)
-    thresholds = Bonferroni.halves(canaries, 3)
-    bound = thresholds.bound(
-        view.scores, view.took_part, lambda g, alpha: one_run.epsilon(g, DELTA, alpha), LEVEL
-    )
-    all_guessed = one_run.guess(view.scores, view.took_part, canaries)
-    # Without noise every guess is right.
-    share = LEVEL / len(thresholds.made)
-    perfect = one_run.epsilon(Guesses(canaries, canaries // 2 * 2, canaries // 2 * 2), DELTA, share)
-    claimed = claim.epsilon
-    assert claimed is not None
-    return AuditResult(
-        name=f"{name}/one-run bound",
-        claim=claim,
-        attack=f"guesses which of {canaries} canaries took part, by how far the sums moved along "
-        "them (arXiv:2305.08846)",
-        statistic=Statistic(
-            name="share of right guesses",
-            value=all_guessed.correct / all_guessed.made,
-            expected=f"at most {1.0 / (1.0 + math.exp(-claimed)):.2f} on average",
-            p_value=min(
-                1.0,
-                len(thresholds.made)
-                * min(
-                    one_run.p_value(
-                        one_run.guess(view.scores, view.took_part, made), claimed, DELTA
-                    )
-                    for made in thresholds.made
-                ),
-            ),
-        ),
-        lower_bound=bound,
-        confidence=1.0 - LEVEL,
-        power=1.0 if perfect > claimed else 0.0,
-        power_against="noise forgotten",
-        seconds=time.perf_counter() - began,
-    )
-
-
-def _gaussian_bound(name: str, claim: Claim, view: View) -> AuditResult:
-    began = time.perf_counter()
-    canaries, claimed = len(view.scores), claim.epsilon
-    assert claimed is not None
-    thresholds = Bonferroni.halves(canaries, 3)
-    share = LEVEL / len(thresholds.made)
-    guesses = [one_run.guess(view.scores, view.took_part, made) for made in thresholds.made]
-    mu = gaussian.mu_of(claimed, DELTA)
-    refuted = any(one_run.refutes_gaussian(g, mu, share) for g in guesses)
-    bound = max(one_run.gaussian_epsilon(g, DELTA, share) for g in guesses)
-    full = Guesses(canaries, canaries // 2 * 2, canaries // 2 * 2)
-    return AuditResult(
-        name=f"{name}/one-run bound, Gaussian",
-        claim=claim,
-        attack="the same guesses, held against the trade-off curve of a Gaussian mechanism "
-        "(arXiv:2410.22235)",
-        statistic=Statistic.exact(
-            "right guesses among the surest quarter",
-            guesses[-1].correct / guesses[-1].made,
-            "not more than the curve allows",
-            holds=not refuted,
-        ),
-        lower_bound=bound,
-        confidence=1.0 - LEVEL,
-        power=1.0 if one_run.refutes_gaussian(full, mu, share) else 0.0,
-        power_against="noise forgotten",
-        seconds=time.perf_counter() - began,
-    )
 
 
 def _separation(name: str, claim: Claim, view: View, steps: int) -> AuditResult:

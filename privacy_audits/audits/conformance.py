@@ -12,7 +12,6 @@ import itertools
 import math
 import time
 from collections.abc import Iterator, Sequence
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -325,13 +324,13 @@ class Conformance:
             name="contributions without a charge before them",
         )
         wrong = 0
-        for path in ledgers_of(self._run.folder):
+        for path in self._run.ledgers:
             with Ledger.read(path) as ledger:
                 wrong += len(ledger.problems())
                 charges = [c for c in ledger.charges() if c.account == "training"]
                 steps = sum(c.steps for c in charges if c.kind == "charge")
                 wrong += abs(steps - rounds * LOCAL_STEPS[self._mode])
-        wrong += abs(len(ledgers_of(self._run.folder)) - _N)
+        wrong += abs(len(self._run.ledgers) - _N)
         yield self._exact(
             "ledger",
             "The ledger on a site's disk holds every step of the run.",
@@ -411,11 +410,6 @@ def _pairs(numbers: list[NDArray[Any]]) -> list[tuple[NDArray[Any], NDArray[Any]
     """Those of all pairs of sites, and those of following steps of each site."""
     later = [(one[:-1], one[1:]) for one in numbers]
     return [*itertools.combinations(numbers, 2), *later]
-
-
-def ledgers_of(folder: Path) -> list[Path]:
-    """The ledgers that a run left."""
-    return sorted(folder.rglob("*.ledger"))
 
 
 def _worst(outcomes: list[Outcome]) -> Outcome:

@@ -7,7 +7,11 @@ as a coordinator and a colluding site can do together.
 
 from __future__ import annotations
 
+import base64
+import contextlib
+import json
 import math
+import re
 import time
 from collections.abc import Iterator
 from typing import Any
@@ -75,7 +79,10 @@ class Transcript:
             for _, m in self._received
             if m.body is None and m.kind not in (Kind.CONTRIBUTION, Kind.SEALED_KEY)
         ]
-        everything = b"\n".join(bytes(m.bulk) for _, m in self._received)
+        everything = b"\n".join(
+            bytes(m.bulk) if m.body is None else _spelled_out(m.body.model_dump(mode="json"))
+            for _, m in self._received
+        )
         clear = 0
         for site in self._run.sites:
             for name in ("total", "integers", "share", "replica"):
@@ -84,7 +91,8 @@ class Transcript:
         return self._result(
             "nothing in the clear",
             "No update, share, sum or model reaches the coordinator in the clear.",
-            "searches all that rank 0 received for the bytes of the sites' vectors",
+            "searches all that rank 0 received for the bytes of the sites' vectors, also for those "
+            "that are spelled as text",
             Statistic.exact(
                 "vectors found, and messages of an unknown kind",
                 clear + len(others),
@@ -201,6 +209,32 @@ class Transcript:
             began,
             coalition,
         )
+        yield self._wrapping(key, both[0].shape[1], coalition)
+
+    def _wrapping(self, key: SumKey, count: int, adversary: Adversary) -> AuditResult:
+        """The sum modulo 2^P is all that a key holder may learn of sites' integers, which are
+        uniform under their masks: so how often they wrap is chance.
+        """
+        began = time.perf_counter()
+        words = np.sum([words for _, words in self._contributions()], axis=0)
+        words %= np.uint64(self._parameters.prime)
+        sums = np.stack([key.coefficients(row)[:count] for row in words])
+        unit = 2.0 ** (self._parameters.delta_bits + self._parameters.word_bits)
+        return self._result(
+            "wrapping of the sum",
+            "A key holder learns the sum modulo 2^P, and not how often integers wrapped in it.",
+            "decrypts the sums of all contributions, and compares how often they wrapped with what "
+            "masks make of it",
+            Statistic.tested(
+                "measured over expected variance of wraps",
+                tests.wrapping(np.rint(sums / unit * 2.0**32) / 2.0**32, _N),
+                "1",
+            ),
+            1.0,
+            "masks that are added to the words of ciphertexts",
+            began,
+            adversary,
+        )
 
     def _contributions(self) -> Iterator[tuple[int, NDArray[np.uint64]]]:
         """For every site its contributions of the first rounds; shape (rounds, words)."""
@@ -249,14 +283,37 @@ def _frames(run: RecordedRun) -> Iterator[tuple[dict[str, Any], bytes]]:
         start += event["bytes"]
 
 
+def _spelled_out(value: Any) -> bytes:
+    """The bytes that a JSON value spells: text, also read as hexadecimal and in base64, and numbers
+    as float64.
+    """
+    if isinstance(value, dict):
+        return b"\n".join(_spelled_out(part) for pair in value.items() for part in pair)
+    if isinstance(value, list | tuple):
+        if value and all(isinstance(number, int | float) for number in value):
+            return np.asarray(value, dtype=np.float64).tobytes()
+        return b"\n".join(_spelled_out(part) for part in value)
+    text = value if isinstance(value, str) else json.dumps(value)
+    spelled = [text.encode()]
+    with contextlib.suppress(ValueError):
+        spelled.append(base64.b64decode(text, validate=True))
+    # A vector may follow other digits.
+    digits = re.findall(r"(?:[0-9a-f]{2}){16,}", text)
+    spelled += [bytes.fromhex(run) for run in digits]
+    return b"\n".join(spelled)
+
+
 def _in_the_clear(vector: NDArray[np.generic], everything: bytes) -> bool:
-    """Whether 16 bytes of neighbouring numbers occur, in either precision."""
+    """Whether four neighbouring numbers occur, two of which are not 0, in either precision."""
     floats = vector.astype(np.float64)
-    place = int(np.argmax(np.abs(floats) > 0))
-    piece = slice(place, place + 4)
-    if not (np.abs(floats[piece]) > 0).all():
+    pieces = floats[: len(floats) // 4 * 4].reshape(-1, 4)
+    places = np.flatnonzero((pieces != 0).sum(axis=1) >= 2)
+    if not len(places):
         return False
-    return any(
-        forms.tobytes()[:16] in everything
-        for forms in (floats[piece], floats[piece].astype(np.float32), vector[piece])
-    )
+    # From the start, where whoever sends a part begins, and spread over all.
+    for place in np.unique(places[np.linspace(0, len(places) - 1, 4, dtype=int)]):
+        piece = slice(4 * place, 4 * place + 4)
+        forms = (floats[piece], floats[piece].astype(np.float32), vector[piece])
+        if any(form.tobytes() in everything for form in forms):
+            return True
+    return False

@@ -87,11 +87,6 @@ def epsilon(guesses: Guesses, delta: float, alpha: float) -> float:
     )
 
 
-def ceiling(canaries: int, alpha: float) -> float:
-    """The largest lower bound that :func:`epsilon` can give at delta 0."""
-    return -math.log(alpha ** (-1.0 / canaries) - 1.0)
-
-
 def refutes_gaussian(guesses: Guesses, mu: float, alpha: float) -> bool:
     """Whether so many correct guesses refute, at level ``alpha``, that the run is mu-GDP
     (Mahloujifar, Melis, Chaudhuri 2024, arXiv:2410.22235, Algorithm 3 with the trade-off curve of a

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 
 import numpy as np
 from numpy.typing import NDArray
-from scipy import stats
+from scipy import interpolate, stats
 
 from privacy_audits.bounds.gaussian import power_of_shift, two_sided
 
@@ -89,6 +89,27 @@ def uniformity(fractions: Numbers) -> Outcome:
     """Whether numbers come from the uniform distribution on [0, 1] (Kolmogorov and Smirnov)."""
     found = stats.kstest(fractions.ravel(), "uniform")
     return Outcome(float(found.statistic), float(found.pvalue))
+
+
+def wrapping(sums: Numbers, members: int) -> Outcome:
+    """Whether sums of ``members`` numbers between -1/2 and 1/2, of which only the fractional part
+    is known, are otherwise those of independent uniform numbers; the statistic is the measured
+    variance of their whole part, given the fractional one, over the expected one.
+
+    Given the fractional part f of such a sum, its whole part is j with the probability that the
+    Irwin-Hall density has at f + j.
+    """
+    shifted = sums.ravel() + members / 2
+    whole = np.floor(shifted)
+    density = interpolate.BSpline.basis_element(np.arange(members + 1))
+    j = np.arange(members)[:, None]
+    weights = density(shifted - whole + j)
+    expected = (weights * j).sum(0)
+    second = (weights * (j - expected) ** 2).sum(0)
+    fourth = (weights * (j - expected) ** 4).sum(0)
+    squares = np.square(whole - expected)
+    z = float((squares - second).sum() / math.sqrt((fourth - np.square(second)).sum()))
+    return Outcome(float(squares.sum() / second.sum()), two_sided(z))
 
 
 def rate(successes: int, trials: int, expected: float) -> Outcome:

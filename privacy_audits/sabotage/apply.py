@@ -15,6 +15,8 @@ from privfl.errors import PrivflError
 # The folder in which a process notes which patches it reached.
 REACHED = "PRIVACY_AUDITS_REACHED"
 Process = Literal["agent", "trainer"]
+# From the original to what stands in its place.
+Replace = Callable[[Any], Any]
 
 
 @dataclass(frozen=True)
@@ -24,12 +26,12 @@ class Patch:
     Attributes:
         process: where it is planted; the coordinator is an agent's process too.
         target: the dotted name of what is replaced: a function, method or property.
-        replace: from the original to the replacement.
+        replace: makes the replacement of the original.
     """
 
     process: Process
     target: str
-    replace: Callable[[Any], Any]
+    replace: Replace
 
 
 @dataclass(frozen=True)

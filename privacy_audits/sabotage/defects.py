@@ -1,17 +1,9 @@
-"""The defects: faults that somebody could make, or has made, in code like this.
-
-A patch that looks at torch imports it when it is called: agents have no torch.
-"""
+"""The defects: faults that somebody could make, or has made, in code like this."""
 
 from __future__ import annotations
 
-import math
-from collections.abc import Callable
-from typing import Any
-
-import numpy as np
-
-from privacy_audits.sabotage.apply import Defect, Patch
+from privacy_audits.sabotage import patches
+from privacy_audits.sabotage.apply import Defect, Patch, Replace
 from privfl.errors import PrivflError, did_you_mean
 
 _DRAW = "privfl.noise.discrete_gaussian.DiscreteGaussian.draw"
@@ -20,253 +12,15 @@ _SAMPLE = "privfl.dp.training.poisson_sample"
 _CLIP = "privfl.dp.clipping.ExampleClipper.clip"
 
 
-def _times(factor: float) -> Callable[[Any], Any]:
-    """What returns an array, times ``factor`` in the array's own type."""
-
-    def replace(original: Any) -> Any:
-        def scaled(*arguments: Any, **words: Any) -> Any:
-            made = original(*arguments, **words)
-            return (made * factor).astype(made.dtype)
-
-        return scaled
-
-    return replace
-
-
-def _clipped_to(factor: float) -> Callable[[Any], Any]:
-    def replace(original: Any) -> Any:
-        def clip(self: Any, parameters: Any, max_grad_norm: float) -> Any:
-            return original(self, parameters, max_grad_norm * factor)
-
-        return clip
-
-    return replace
-
-
-def _per_layer(original: Any) -> Any:
-    """Every layer is cut to the whole clipping norm."""
-
-    def clip(self: Any, parameters: Any, max_grad_norm: float) -> Any:
-        from privfl.dp.clipping import ClippedSum
-
-        parts = [original(self, [p], max_grad_norm) for p in parameters]
-        totals = [total for part in parts for total in part.totals]
-        return ClippedSum(totals, parts[0].examples, max(part.dropped for part in parts))
-
-    return clip
-
-
-def _rate_times(factor: float) -> Callable[[Any], Any]:
-    def replace(original: Any) -> Any:
-        return lambda records, rate, randomness: original(
-            records, min(1.0, rate * factor), randomness
-        )
-
-    return replace
-
-
-def _shuffled(original: Any) -> Any:
-    """Batches of a fixed size, cut from a shuffled list."""
-    rng = np.random.default_rng()
-
-    def sample(records: int, rate: float, randomness: Any) -> Any:
-        return np.sort(rng.permutation(records)[: round(rate * records)])
-
-    return sample
-
-
-def _torch_generator(original: Any) -> Any:
-    """A generator of torch's that nobody seeded starts alike in every process."""
-    kept: list[Any] = []
-
-    def sample(records: int, rate: float, randomness: Any) -> Any:
-        import torch
-
-        if not kept:
-            kept.append(torch.Generator())
-        return (torch.rand(records, generator=kept[0]) < rate).nonzero().flatten().numpy()
-
-    return sample
-
-
-def _used_twice(original: Any) -> Any:
-    """Every sample serves two steps."""
-    kept: list[Any] = []
-
-    def sample(*arguments: Any) -> Any:
-        if not kept:
-            kept.append(original(*arguments))
-            return kept[0]
-        return kept.pop()
-
-    return sample
-
-
-def _one_seed(original: Any) -> Any:
-    """Every site's randomness from one public seed."""
-
-    def same(self: Any) -> Any:
-        from privfl.noise.randomness import SeededRandomness
-
-        return SeededRandomness(1, "all sites")
-
-    return same
-
-
-def _one_seed_in_trainers(original: Any) -> Any:
-    def same() -> Any:
-        from privfl.noise.randomness import SeededRandomness
-
-        return SeededRandomness(1, "all sites")
-
-    return same
-
-
-def _only_first(original: Any) -> Any:
-    """Noise at the site of rank 1 alone."""
-
-    def draw(self: Any, count: int) -> Any:
-        from privfl.environment import launcher_rank
-
-        noise = original(self, count)
-        return noise if launcher_rank() == 1 else np.zeros_like(noise)
-
-    return draw
-
-
-def _for_all_members(original: Any) -> Any:
-    """Shares sized as if nobody colluded."""
-    return property(
-        lambda self: self.noise_multiplier * self.max_grad_norm / math.sqrt(self.members)
-    )
-
-
-def _uniform_noise(original: Any) -> Any:
-    """Noise of the right variance and another distribution."""
-
-    def draw(self: Any, count: int) -> Any:
-        spread = float(np.std(original(self, 4096))) * math.sqrt(3.0)
-        rng = np.random.default_rng()
-        return np.rint(rng.uniform(-spread, spread, count)).astype(np.int64)
-
-    return draw
-
-
-def _repeated_noise(original: Any) -> Any:
-    """One share for all steps."""
-    kept: dict[int, Any] = {}
-
-    def draw(self: Any, count: int) -> Any:
-        if count not in kept:
-            kept[count] = original(self, count)
-        return kept[count].copy()
-
-    return draw
-
-
-def _charged_half(original: Any) -> Any:
-    """Every second round is not charged; what would notice believes that it was."""
-
-    def charge(self: Any, account: Any, steps: int, round_: int) -> Any:
-        if round_ % 2:
-            return original(self, account, steps, round_)
-        self._steps[account] += steps
-        return None
-
-    return charge
-
-
-def _nothing(original: Any) -> Any:
-    return lambda *arguments, **words: None
-
-
-def _true(original: Any) -> Any:
-    return lambda *arguments, **words: True
-
-
-def _no_masks(original: Any) -> Any:
-    return lambda self, integers: None
-
-
-def _no_blinds(original: Any) -> Any:
-    return lambda self, count, modulus: [0] * count
-
-
-def _one_stream(original: Any) -> Any:
-    """The masks of the first attempt serve all attempts."""
-
-    def masks(self: Any, round_: int, attempt: int, transcript: bytes) -> Any:
-        return original(self, round_, attempt, bytes(32))
-
-    return masks
-
-
-def _fixed_info(original: Any) -> Any:
-    return lambda self, public, salt, info: original(self, public, salt, b"privfl mask 1")
-
-
-def _without_zero(original: Any) -> Any:
-    """The integers as they are, with a second half of ones, in place of an encryption."""
-
-    def encrypt(self: Any, integers: Any, out: Any) -> None:
-        out[:] = 1
-        out[: len(integers)] = integers & np.uint64((1 << self.parameters.word_bits) - 1)
-
-    return encrypt
-
-
-def _without_decryption(original: Any) -> Any:
-    def decrypt(self: Any, words: Any) -> Any:
-        rows = words.reshape(-1, 2, words.size // 2 if words.size <= 8192 else 4096)
-        return rows[:, 0, :].reshape(-1).astype(np.uint64)
-
-    return decrypt
-
-
-def _unsealed(original: Any) -> Any:
-    """Keys to the other sites as they are, through the coordinator."""
-
-    def seal(keys: Any, exchange: Any, roster: Any) -> Any:
-        return [(index, keys.secret_bytes()) for index in range(1, len(roster.members))]
-
-    return seal
-
-
-def _opened(original: Any) -> Any:
-    def open_keys(sealed: bytes, exchange: Any, roster: Any, site: str, parameters: Any) -> Any:
-        from privfl.secagg.session.keys import RunKeys
-
-        return RunKeys.from_secret_bytes(bytes(sealed), parameters)
-
-    return open_keys
-
-
-def _in_the_clear(original: Any) -> Any:
-    """The sealed range also carries the update, for debugging."""
-
-    def trained(self: Any, state: Any, answer: Any) -> Any:
-        body = original(self, state, answer)
-        vector = (
-            self._contribution._update
-            if hasattr(self._contribution, "_update")
-            else (self._contribution._total)
-        )
-        return body.model_copy(
-            update={"sealed_range": body.sealed_range + vector[:64].tobytes().hex()}
-        )
-
-    return trained
-
-
-def _agent(target: str, replace: Callable[[Any], Any]) -> Patch:
+def _agent(target: str, replace: Replace) -> Patch:
     return Patch("agent", target, replace)
 
 
-def _trainer(target: str, replace: Callable[[Any], Any]) -> Patch:
+def _trainer(target: str, replace: Replace) -> Patch:
     return Patch("trainer", target, replace)
 
 
-_NO_PROBE = _agent("privfl.site.agent.prove", _true)
+_NO_PROBE = _agent("privfl.site.agent.prove", patches.always_true)
 
 DEFECTS = (
     Defect(
@@ -274,21 +28,21 @@ DEFECTS = (
         "The sums carry no noise at all.",
         ("conformance", "canaries"),
         "fedsgd",
-        (_agent(_DRAW, _times(0.0)),),
+        (_agent(_DRAW, patches.times(0.0)),),
     ),
     Defect(
         "noise-forgotten-fedavg",
         "The steps of a site carry no noise at all.",
         ("conformance", "canaries"),
         "fedavg",
-        (_trainer(_GAUSSIAN, _times(0.0)),),
+        (_trainer(_GAUSSIAN, patches.times(0.0)),),
     ),
     Defect(
         "noise-halved",
         "The noise has half the deviation that is charged.",
         ("conformance", "canaries"),
         "fedsgd",
-        (_agent(_DRAW, _times(0.5)),),
+        (_agent(_DRAW, patches.times(0.5)),),
         chance=True,
     ),
     Defect(
@@ -296,7 +50,7 @@ DEFECTS = (
         "The noise has half the deviation that is charged.",
         ("conformance",),
         "fedavg",
-        (_trainer(_GAUSSIAN, _times(0.5)),),
+        (_trainer(_GAUSSIAN, patches.times(0.5)),),
         chance=True,
     ),
     Defect(
@@ -304,7 +58,11 @@ DEFECTS = (
         "Shares are sized 1 / sqrt(n) instead of 1 / sqrt(n - t): colluders leave too little.",
         ("conformance",),
         "fedsgd",
-        (_agent("privfl.noise.distributed.DistributedNoise.share_deviation", _for_all_members),),
+        (
+            _agent(
+                "privfl.noise.distributed.DistributedNoise.share_deviation", patches.for_all_members
+            ),
+        ),
         chance=True,
     ),
     Defect(
@@ -312,35 +70,35 @@ DEFECTS = (
         "All sites draw the same noise, so that each can subtract the others'.",
         ("conformance",),
         "fedsgd",
-        (_agent("privfl.site.setup.SiteSetup.randomness", _one_seed),),
+        (_agent("privfl.site.setup.SiteSetup.randomness", patches.one_seed),),
     ),
     Defect(
         "same-seed-fedavg",
         "All trainers draw the same noise and samples.",
         ("conformance",),
         "fedavg",
-        (_trainer("privfl.noise.randomness.SystemRandomness", _one_seed_in_trainers),),
+        (_trainer("privfl.noise.randomness.SystemRandomness", patches.one_seed_in_trainers),),
     ),
     Defect(
         "torch-generator",
         "Samples come from a torch.Generator that nobody seeded: all sites choose alike.",
         ("conformance",),
         "fedsgd",
-        (_trainer(_SAMPLE, _torch_generator),),
+        (_trainer(_SAMPLE, patches.torch_generator),),
     ),
     Defect(
         "noise-at-one-site",
         "Only one site adds noise, and that site can subtract it.",
         ("conformance",),
         "fedsgd",
-        (_agent(_DRAW, _only_first),),
+        (_agent(_DRAW, patches.only_first),),
     ),
     Defect(
         "noise-uniform",
         "The noise has the right variance and is not Gaussian.",
         ("conformance",),
         "fedsgd",
-        (_agent(_DRAW, _uniform_noise),),
+        (_agent(_DRAW, patches.uniform_noise),),
         chance=True,
     ),
     Defect(
@@ -348,42 +106,42 @@ DEFECTS = (
         "Every step gets the same noise, which two sums subtract.",
         ("conformance",),
         "fedsgd",
-        (_agent(_DRAW, _repeated_noise),),
+        (_agent(_DRAW, patches.repeated_noise),),
     ),
     Defect(
         "clipping-off",
         "A record changes a sum by as much as its gradient is long.",
         ("conformance", "canaries"),
         "fedsgd",
-        (_trainer(_CLIP, _clipped_to(1e9)),),
+        (_trainer(_CLIP, patches.clipped_to(1e9)),),
     ),
     Defect(
         "clip-times-ten",
         "Gradients are cut to ten times the clipping norm.",
         ("conformance",),
         "fedsgd",
-        (_trainer(_CLIP, _clipped_to(10.0)),),
+        (_trainer(_CLIP, patches.clipped_to(10.0)),),
     ),
     Defect(
         "clip-times-ten-fedavg",
         "Gradients are cut to ten times the clipping norm.",
         ("conformance",),
         "fedavg",
-        (_trainer(_CLIP, _clipped_to(10.0)),),
+        (_trainer(_CLIP, patches.clipped_to(10.0)),),
     ),
     Defect(
         "clip-per-layer",
         "Every layer is cut to the whole clipping norm, so two layers make sqrt(2) of it.",
         ("conformance",),
         "fedsgd",
-        (_trainer(_CLIP, _per_layer),),
+        (_trainer(_CLIP, patches.per_layer),),
     ),
     Defect(
         "rate-times-four",
         "Records take part four times as often as is charged.",
         ("conformance", "canaries"),
         "fedsgd",
-        (_trainer(_SAMPLE, _rate_times(4.0)),),
+        (_trainer(_SAMPLE, patches.rate_times(4.0)),),
         chance=True,
     ),
     Defect(
@@ -391,14 +149,14 @@ DEFECTS = (
         "Batches of a fixed size are charged as Poisson samples.",
         ("conformance",),
         "fedsgd",
-        (_trainer(_SAMPLE, _shuffled),),
+        (_trainer(_SAMPLE, patches.shuffled),),
     ),
     Defect(
         "batch-twice",
         "One sample serves two steps.",
         ("conformance",),
         "fedsgd",
-        (_trainer(_SAMPLE, _used_twice),),
+        (_trainer(_SAMPLE, patches.used_twice),),
     ),
     Defect(
         "rounds-uncharged",
@@ -406,8 +164,8 @@ DEFECTS = (
         ("conformance",),
         "fedsgd",
         (
-            _agent("privfl.site.run_ledger.RunLedger._charge", _charged_half),
-            _agent("privfl.site.run_ledger.RunLedger.check_release", _nothing),
+            _agent("privfl.site.run_ledger.RunLedger._charge", patches.charged_half),
+            _agent("privfl.site.run_ledger.RunLedger.check_release", patches.nothing),
         ),
     ),
     Defect(
@@ -416,8 +174,8 @@ DEFECTS = (
         ("transcript",),
         "fedsgd",
         (
-            _agent("privfl.secagg.masks.Masks.apply", _no_masks),
-            _agent("privfl.secagg.masks.Masks.blinds", _no_blinds),
+            _agent("privfl.secagg.masks.Masks.apply", patches.no_masks),
+            _agent("privfl.secagg.masks.Masks.blinds", patches.no_blinds),
             _NO_PROBE,
         ),
     ),
@@ -427,8 +185,8 @@ DEFECTS = (
         ("transcript",),
         "fedsgd",
         (
-            _agent("privfl.secagg.masks.Pairs.masks", _one_stream),
-            _agent("privfl.secagg.key_exchange.ExchangeKey.pair_key", _fixed_info),
+            _agent("privfl.secagg.masks.Pairs.masks", patches.one_stream),
+            _agent("privfl.secagg.key_exchange.ExchangeKey.pair_key", patches.fixed_info),
         ),
     ),
     Defect(
@@ -437,8 +195,8 @@ DEFECTS = (
         ("transcript",),
         "fedsgd",
         (
-            _agent("privfl.secagg.ckks.SumKey.encrypt", _without_zero),
-            _agent("privfl.secagg.ckks.SumKey.decrypt", _without_decryption),
+            _agent("privfl.secagg.ckks.SumKey.encrypt", patches.without_zero),
+            _agent("privfl.secagg.ckks.SumKey.decrypt", patches.without_decryption),
             _NO_PROBE,
         ),
     ),
@@ -448,8 +206,8 @@ DEFECTS = (
         ("transcript",),
         "fedsgd",
         (
-            _agent("privfl.secagg.session.handshake.seal_keys", _unsealed),
-            _agent("privfl.secagg.session.handshake.open_keys", _opened),
+            _agent("privfl.secagg.session.handshake.seal_keys", patches.unsealed),
+            _agent("privfl.secagg.session.handshake.open_keys", patches.opened),
         ),
     ),
     Defect(
@@ -457,7 +215,76 @@ DEFECTS = (
         "A site's sum of gradients travels in a message, for debugging.",
         ("transcript",),
         "fedsgd",
-        (_agent("privfl.site.active_run.ActiveRun._trained", _in_the_clear),),
+        (_agent("privfl.site.active_run.ActiveRun._trained", patches.in_the_clear),),
+    ),
+    Defect(
+        "padding-unclipped",
+        "Batches are padded with a copy of their first record, which is not clipped.",
+        ("conformance",),
+        "fedsgd",
+        (_trainer(_CLIP, patches.padded),),
+    ),
+    Defect(
+        "debit-after-release",
+        "A round is charged when its sum is there: a crash in between is free.",
+        ("conformance",),
+        "fedsgd",
+        (
+            _agent("privfl.site.run_ledger.RunLedger._charge", patches.charged_later),
+            _agent("privfl.site.run_ledger.RunLedger.check_release", patches.nothing),
+            _agent("privfl.site.active_run.ActiveRun.combine", patches.charged_now),
+        ),
+    ),
+    Defect(
+        "reset-at-restart",
+        "What earlier runs spent is forgotten when a ledger is opened again.",
+        ("restarts",),
+        "fedsgd",
+        (_agent("privfl.ledger.ledger.Ledger.__init__", patches.starts_at_nothing),),
+    ),
+    Defect(
+        "ledger-cut",
+        "A site may go on with an old copy of its ledger, and the others do not mind.",
+        ("restarts",),
+        "fedsgd",
+        (_agent("privfl.site.peer_heads.PeerHeads.keep", patches.nothing),),
+    ),
+    Defect(
+        "refund-after-release",
+        "A round that left the site is refunded when another site ends the run.",
+        ("protocol",),
+        "fedsgd",
+        (_agent("privfl.site.run_ledger.RunLedger.make_final", patches.nothing),),
+    ),
+    Defect(
+        "retry-uncharged",
+        "A second attempt at a sum gets new noise and no charge: two looks for the price of one.",
+        ("protocol",),
+        "fedsgd",
+        (
+            _agent("privfl.federation.member._open_sum", patches.opened_again),
+            _agent("privfl.site.active_run.ActiveRun._trained", patches.answer_kept),
+            _agent("privfl.site.active_run.ActiveRun.contribute", patches.made_again),
+        ),
+    ),
+    Defect(
+        "key-substitution",
+        "Signatures under the roster are not checked: the coordinator can stand between sites.",
+        ("protocol",),
+        "fedsgd",
+        (
+            _agent(
+                "privfl.secagg.session.roster.Roster.check_signatures",
+                patches.nothing,
+            ),
+        ),
+    ),
+    Defect(
+        "masks-on-words",
+        "Masks are added to the words of ciphertexts: their sum also tells how often values wrap.",
+        ("transcript",),
+        "fedsgd",
+        (_agent("privfl.secagg.session.sums.encrypt", patches.masked_words), _NO_PROBE),
     ),
 )
 _BY_NAME = {defect.name: defect for defect in DEFECTS}

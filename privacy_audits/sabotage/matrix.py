@@ -74,7 +74,7 @@ class Row:
 
 
 def matrix(names: Sequence[str], repeat: int, say: Callable[[str], None]) -> Iterator[Row]:
-    """Plant each defect ``repeat`` times, and run every quick audit.
+    """Plant each defect ``repeat`` times, and run every quick audit and those that must notice it.
 
     Args:
         names: the defects; all of them if there are none.
@@ -109,7 +109,7 @@ def _once(defect: Defect, row: Row) -> None:
 
 
 def audited(folder: Path, planted: Sequence[Defect]) -> dict[str, list[AuditResult]]:
-    """What the quick audits find in a run with these defects, by audit.
+    """What the quick audits, and those that must notice them, find with these defects, by audit.
 
     Args:
         folder: an empty folder, in which the run leaves its files, and the patches their proof.
@@ -120,11 +120,16 @@ def audited(folder: Path, planted: Sequence[Defect]) -> dict[str, list[AuditResu
     """
     (mode,) = {defect.mode for defect in planted}
     names = ",".join(defect.name for defect in planted)
-    command = ("privacy_audits.sabotaged", names, "--", "privacy_audits.targets.observed")
-    shop = Workshop(folder, quick=True, command=command, modes=(mode,))
+    seen_by = {name for defect in planted for name in defect.seen_by}
+    through = ("privacy_audits.sabotaged", names, "--")
+    shop = Workshop(folder, quick=True, through=through, modes=(mode,))
     os.environ[REACHED] = str(folder)
     try:
         shop.run(mode)
-        return {audit.name: list(audit.run(shop)) for audit in AUDITS if audit.quick}
+        return {
+            audit.name: list(audit.run(shop))
+            for audit in AUDITS
+            if audit.quick or audit.name in seen_by
+        }
     finally:
         del os.environ[REACHED]

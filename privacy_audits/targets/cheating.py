@@ -1,5 +1,5 @@
-"""A recorded run whose coordinator cheats:
-`mpiexec -n 4 python -m privacy_audits.targets.cheating TRICK FOLDER`.
+"""A recorded run whose coordinator cheats, under mpiexec:
+`python -m privacy_audits.targets.cheating TRICK FOLDER EXPERIMENT`.
 
 Sites are as in :mod:`privacy_audits.targets.observed`. Rank 0 runs privfl too, but what it sends
 goes through a trick; the first message that the trick changes is noted in the recording.
@@ -10,26 +10,59 @@ from __future__ import annotations
 import sys
 from collections.abc import Callable, Sequence
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from privacy_audits.targets import observed
+from privfl.admission.plan import parameters_of
+from privfl.config import load_experiment
 from privfl.federation import messages
 from privfl.federation.messages import Kind, Message, decode
 from privfl.identity import Identity
 from privfl.secagg import ExchangeKey
+from privfl.secagg.session.keys import open_keys, seal_keys
+from privfl.secagg.session.roster import Member, Roster
 from privfl.transport import Transport
 
 # From the receiving rank and its message, and what it was sent before, to what it is sent instead.
 Trick = Callable[[int, Message, list[Message]], list[Message]]
+# The coordinator's keys by the index of the member in whose place they are told, to site 1 and to
+# the others; and what each site was told.
+_POSING = {1: {1: ExchangeKey(), 2: ExchangeKey()}, 2: {0: ExchangeKey()}}
+_TOLD: dict[int, Message] = {}
 
 
 def swapped_key(to: int, message: Message, earlier: list[Message]) -> list[Message]:
-    """Site 1 is told a key of the coordinator's in place of site 2's."""
-    if message.kind is not Kind.WELCOME or to != 1:
-        return [message]
-    return [_with_member(message, 1, exchange_key=ExchangeKey().public.hex())]
+    """Site 1 is told keys of the coordinator's in place of the others', and the others one in place
+    of site 1's; what site 1 seals is opened on the way and sealed anew.
+    """
+    if message.kind is Kind.WELCOME:
+        told = message
+        for index, key in _POSING[min(to, 2)].items():
+            told = _with_member(told, index, exchange_key=key.public.hex())
+        _TOLD[to] = told
+        return [told]
+    if message.kind is Kind.SEALED_KEY:
+        return [replace(message, bulk=_sealed_anew(to, bytes(message.bulk)))]
+    return [message]
+
+
+def _sealed_anew(to: int, sealed: bytes) -> bytes:
+    """The keys that site 1 sealed for a key of the coordinator's, sealed for another site."""
+    experiment = load_experiment(Path(sys.argv[-1]))
+    parameters = parameters_of(experiment)
+
+    def roster(site: int) -> Roster:
+        welcome = _TOLD[site].body
+        assert isinstance(welcome, messages.Welcome)
+        members = [Member.relayed(m.site, m.exchange_key, m.identity) for m in welcome.members]
+        return Roster.of(welcome.run, experiment.digest(), parameters, members)
+
+    site = experiment.sites[to - 1]
+    keys = open_keys(sealed, _POSING[1][to - 1], roster(1), site, parameters)
+    return dict(seal_keys(keys, _POSING[2][0], roster(to)))[to - 1]
 
 
 def swapped_identity(to: int, message: Message, earlier: list[Message]) -> list[Message]:
@@ -71,6 +104,11 @@ def altered_sum(to: int, message: Message, earlier: list[Message]) -> list[Messa
     return [replace(message, bulk=words.tobytes())]
 
 
+def two_sums(to: int, message: Message, earlier: list[Message]) -> list[Message]:
+    """Site 1 is given another sum than the others, who then go on or hear that it is over."""
+    return altered_sum(to, message, earlier) if to == 1 else [message]
+
+
 def old_sum(to: int, message: Message, earlier: list[Message]) -> list[Message]:
     """The sum of the round before, once more."""
     if message.kind is not Kind.TOTAL or message.round != 2:
@@ -87,6 +125,16 @@ def repeated_attempt(to: int, message: Message, earlier: list[Message]) -> list[
     return [opened, message]
 
 
+def second_attempt(to: int, message: Message, earlier: list[Message]) -> list[Message]:
+    """A sum is opened a second time under a new number before it is given out: new masks, and new
+    noise, if a site makes it.
+    """
+    if message.kind is not Kind.TOTAL or message.round != 2 or message.part:
+        return [message]
+    opened = next(m for m in reversed(earlier) if m.kind is Kind.SUM)
+    return [replace(opened, attempt=opened.attempt + 1), message]
+
+
 def _with_member(message: Message, index: int, **changes: Any) -> Message:
     assert isinstance(message.body, messages.Welcome)
     members = list(message.body.members)
@@ -100,8 +148,10 @@ TRICKS: dict[str, Trick] = {
     "invented-member": invented_member,
     "other-records": other_records,
     "altered-sum": altered_sum,
+    "two-sums": two_sums,
     "old-sum": old_sum,
     "repeated-attempt": repeated_attempt,
+    "second-attempt": second_attempt,
 }
 
 
@@ -129,8 +179,8 @@ class Cheating:
 
 def main(arguments: Sequence[str]) -> None:
     """Run one rank; rank 0 cheats."""
-    trick, folder = arguments
-    observed.main([folder], lambda inner, note: Cheating(inner, TRICKS[trick], note))
+    trick, *rest = arguments
+    observed.main(rest, lambda inner, note: Cheating(inner, TRICKS[trick], note))
 
 
 if __name__ == "__main__":

@@ -1,6 +1,7 @@
-"""One rank of a recorded run: `mpiexec -n 4 python -m privacy_audits.targets.observed FOLDER`.
+"""One rank of a recorded run, under mpiexec:
+`python -m privacy_audits.targets.observed FOLDER EXPERIMENT [KEY.PATH=VALUE]...`.
 
-It runs `privfl train FOLDER/experiment.yaml` and leaves what it observed in ``FOLDER/rank-K.npz``.
+It runs `privfl train EXPERIMENT` and leaves what it observed in ``FOLDER/rank-K.npz``.
 Sites see their own sums, shares and totals through privfl's observer; rank 0 keeps every byte that
 it received.
 """
@@ -156,14 +157,14 @@ def main(
     """Run one rank, and leave what it saw.
 
     Args:
-        arguments: the folder of the run.
+        arguments: the folder of the run, the experiment file, and settings that change it.
         cheat: puts something around the coordinator's transport, and is given what notes that it
             did something.
     """
     from privfl.cli.train import run
     from privfl.transport import mpi
 
-    folder = Path(arguments[0])
+    folder, experiment, *settings = Path(arguments[0]), Path(arguments[1]), *arguments[2:]
     recorder, code = Recorder(), 1
     transport: Any = mpi.start()
     rank = transport.rank
@@ -177,9 +178,10 @@ def main(
     try:
         code = run(
             transport,
-            folder / "experiment.yaml",
+            experiment,
             sites=sites if sites.exists() else None,
             output=folder / "runs",
+            settings=tuple(settings),
             observer=recorder,
         )
     except PrivflError as error:

@@ -18,6 +18,8 @@ from numpy.typing import NDArray
 from torch import nn
 from torch.utils.data import TensorDataset
 
+from privacy_audits.targets import truth
+
 SITES = ("aa", "bbb", "cccc")
 # Canaries of a site, each of which takes part in the run with probability 1/2.
 CANARIES = 600
@@ -103,18 +105,6 @@ def loss(output: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
     return (output.squeeze(1) * target).mean()
 
 
-def truth(folder: Path, site: str) -> NDArray[np.bool_]:
-    """Which canaries of a site take part, as the audit drew it; shape (CANARIES,)."""
-    drawn: NDArray[np.bool_] = np.load(folder / f"truth-{site}.npy", allow_pickle=False)
-    return drawn
-
-
-def draw_truth(folder: Path, rng: np.random.Generator) -> None:
-    """Decide for every canary whether it takes part, with probability 1/2."""
-    for site in SITES:
-        np.save(folder / f"truth-{site}.npy", rng.random(CANARIES) < 0.5)
-
-
 def data(site: str, folder: str) -> tuple[TensorDataset, None]:
     """The records of a site: its canaries, its witnesses, and four of a kind each.
 
@@ -124,7 +114,7 @@ def data(site: str, folder: str) -> tuple[TensorDataset, None]:
     where = places(site)
     inputs = torch.zeros(RECORDS, PARAMETERS)
     targets = torch.full((RECORDS,), LONG)
-    rows = np.flatnonzero(truth(Path(folder), site))
+    rows = np.flatnonzero(truth.read(Path(folder), site))
     inputs[rows, where.canaries[rows]] = 1.0
     inputs[CANARIES + np.arange(WITNESSES), where.witnesses] = 1.0
     inputs[-4, list(where.straddling)] = 1.0
