@@ -222,16 +222,27 @@ def sabotage(defects: tuple[str, ...], repeat: int, json_file: Path | None) -> N
 @click.option(
     "--output",
     type=click.Path(path_type=Path, dir_okay=False),
-    default=Path("audit-report.html"),
-    show_default=True,
-    help="The file to write.",
+    help="The file to write; audit-report.html by default.",
 )
-def report(results: Path, output: Path) -> None:
+@click.option(
+    "--run",
+    "run_folder",
+    type=click.Path(path_type=Path, file_okay=False),
+    help="Write it into this folder of a finished run instead, whose report then links to it.",
+)
+def report(results: Path, output: Path | None, run_folder: Path | None) -> None:
     """Write RESULTS, which `privfl audit run --json` made, as one page for screen and paper."""
-    from privacy_audits.report import read, to_html
+    from privacy_audits.report import add_to_run, read, to_html
 
-    _write(output, to_html(read(results)))
-    click.echo(f"wrote {output}")
+    if output is not None and run_folder is not None:
+        raise PrivflError("--output and --run both say where the page goes; leave one out")
+    made = read(results)
+    if run_folder is not None:
+        click.echo(f"wrote {add_to_run(made, run_folder)}")
+        return
+    path = output or Path("audit-report.html")
+    _write(path, to_html(made))
+    click.echo(f"wrote {path}")
 
 
 def _write(path: Path, text: str) -> None:

@@ -11,6 +11,9 @@ import pydantic
 from privacy_audits.registry import AUDITS
 from privacy_audits.result import AuditResult, Results, Verdict
 from privfl.errors import PrivflError, in_one_line
+from privfl.reporting import html
+from privfl.reporting.run_folder import RunFolder
+from privfl.reporting.schema import Report
 
 
 def read(path: Path) -> Results:
@@ -32,6 +35,33 @@ def read(path: Path) -> Results:
             f"{path} holds no results of `privfl audit run --json`: {where}: "
             f"{in_one_line(first['msg'])}"
         ) from None
+
+
+def add_to_run(results: Results, folder: Path) -> Path:
+    """Write the page into the folder of a run, whose budget report then links to it.
+
+    Returns:
+        The path of the page.
+
+    Raises:
+        PrivflError: If the folder has no report of a finished run, or cannot be written.
+    """
+    path = folder / "report.json"
+    try:
+        text = path.read_text(encoding="utf-8")
+        budget = Report.model_validate_json(text)
+    except (OSError, pydantic.ValidationError) as error:
+        problem = error.strerror if isinstance(error, OSError) else "it is no budget report"
+        raise PrivflError(
+            f"{folder} is not the folder of a finished run: cannot read {path}: {problem}"
+        ) from None
+    page = folder / html.AUDITS
+    try:
+        page.write_text(to_html(results), encoding="utf-8")
+    except OSError as error:
+        raise PrivflError(f"cannot write {page}: {error.strerror}") from error
+    RunFolder(folder).write_report(text, html.to_html(budget, folder))
+    return page
 
 
 def to_html(results: Results) -> str:

@@ -11,6 +11,7 @@ from __future__ import annotations
 import itertools
 import math
 import time
+from collections import Counter
 from collections.abc import Iterator, Sequence
 from typing import Any
 
@@ -37,6 +38,9 @@ from privfl.noise.distributed import CLIP_MARGIN
 
 _N = len(orthogonal.SITES)
 _FLOAT32 = 1e-5
+# Numbers of a share that follow each other. With a deviation of at least 100 grid steps, not even
+# one pair of 10^6 windows is alike by chance but with probability 10^-8.
+_WINDOW = 8
 
 
 class Conformance:
@@ -56,7 +60,7 @@ class Conformance:
     def results(self) -> list[AuditResult]:
         """Every check, in the order of a step: clip, sample, noise, sum, charge."""
         checks = self._fedsgd() if self._mode == "fedsgd" else self._fedavg()
-        return [*checks, *self._ledgers()]
+        return [*checks, self._mask_keys(), *self._ledgers()]
 
     # -- one noise for all sites -------------------------------------------------------------------
 
@@ -93,8 +97,28 @@ class Conformance:
             "uniform noise of the same variance",
             name="largest distance between distributions",
         )
+        yield self._fresh()
         yield self._sums(totals, step)
         yield self._residual(step, deviation)
+
+    def _fresh(self) -> AuditResult:
+        """Noise of which some was used before, anywhere and at any site."""
+        every = np.concatenate([site.arrays["share"] for site in self._run.sites])
+        windows = np.lib.stride_tricks.sliding_window_view(every, _WINDOW, axis=1)
+        # A digest of each window, modulo 2^64.
+        odd = np.random.default_rng().integers(2**62, size=_WINDOW, dtype=np.uint64) * 2 + 1
+        digests = (windows.astype(np.uint64) * odd).sum(axis=2, dtype=np.uint64)
+        again = digests.size - len(np.unique(digests))
+        return self._exact(
+            "fresh noise",
+            "No number of the noise is used a second time.",
+            f"looks for {_WINDOW} numbers of a share that follow each other and did so before, in "
+            "any step of any site",
+            again,
+            "0",
+            holds=again == 0,
+            name=f"repeated runs of {_WINDOW} numbers",
+        )
 
     def _clipping(self, totals: list[NDArray[np.float64]]) -> AuditResult:
         longest, right = 0.0, True
@@ -113,7 +137,7 @@ class Conformance:
         return self._exact(
             "clipping",
             "One record changes a site's sum by at most the clipping norm.",
-            "measures how long records of gradients 0.25, 5, 7 and 10^6 times the clipping norm, "
+            "measures how long records of gradients 0.25, 5, 9 and 10^6 times the clipping norm, "
             "and one that is infinite, are in the sums",
             longest,
             f"at most 1 + {CLIP_MARGIN:.4f}, the short one unchanged, the infinite one absent",
@@ -303,6 +327,26 @@ class Conformance:
             name="largest correlation",
         )
 
+    def _mask_keys(self) -> AuditResult:
+        sites = [site.facts for site in self._run.sites]
+        odd = 0
+        for facts in sites:
+            exchanged = set(facts.get("pair_keys", ()))
+            odd += sum(key not in exchanged for key in facts.get("mask_keys", ()))
+        known = Counter(key for facts in sites for key in set(facts.get("mask_keys", ())))
+        odd += sum(times != 2 for times in known.values())
+        expected = ROUNDS[self._mode] * math.comb(_N, 2)
+        return self._exact(
+            "mask keys",
+            "The masks of two sites come from a secret that these two exchange and nobody else "
+            "has, anew for every sum.",
+            "follows the keys of all masks back to the exchanges of pairs of sites",
+            odd + abs(len(known) - expected),
+            "0",
+            holds=odd == 0 and len(known) == expected,
+            name="keys of no exchange, of other than two sites, or too few",
+        )
+
     def _ledgers(self) -> Iterator[AuditResult]:
         late, differ, rounds = 0, 0, ROUNDS[self._mode]
         for rank in self._run.sites:
@@ -311,13 +355,15 @@ class Conformance:
                 if event["what"] == "charged":
                     charged[event["round"]] = charged.get(event["round"], 0) + 1
                 elif event["what"] == "contributed":
-                    late += charged.get(event["round"], 0) < 1
+                    due = event["round"] * LOCAL_STEPS[self._mode]
+                    late += charged.get(event["round"], 0) < 1 or event["on_disk"] < due
             differ += abs(len(rank.happened("contributed")) - rounds)
             differ += abs(sum(charged.values()) - rounds)
         yield self._exact(
             "charged before it leaves",
             "Nothing leaves a site before it is charged.",
-            "compares the order of charges and contributions at every site",
+            "compares the order of charges and contributions at every site, and reads the ledger "
+            "on the disk whenever something is about to leave",
             late + differ,
             "0",
             holds=late + differ == 0,

@@ -286,6 +286,44 @@ DEFECTS = (
         "fedsgd",
         (_agent("privfl.secagg.session.sums.encrypt", patches.masked_words), _NO_PROBE),
     ),
+    Defect(
+        "surplus-noise-kept",
+        "One number of the noise in sixteen was used in the step before.",
+        ("conformance",),
+        "fedsgd",
+        (_agent(_DRAW, patches.surplus_kept),),
+    ),
+    Defect(
+        "biases-outside-norm",
+        "The norm of a gradient leaves out biases, which are then as long as they are.",
+        ("conformance",),
+        "fedsgd",
+        (_trainer(_CLIP, patches.without_biases),),
+    ),
+    Defect(
+        "with-replacement",
+        "A record can be in a batch several times, each time with a whole clipping norm.",
+        ("conformance",),
+        "fedsgd",
+        (_trainer(_SAMPLE, patches.with_replacement),),
+    ),
+    Defect(
+        "masks-of-the-run",
+        "Masks come from the secret of the run: every site can take off those of two others.",
+        ("conformance",),
+        "fedsgd",
+        (_agent("privfl.secagg.session.sums.SumSession.open", patches.masks_of_the_run),),
+    ),
+    Defect(
+        "charges-in-memory",
+        "A charge reaches the disk with the next one: a crash in between is free.",
+        ("conformance",),
+        "fedavg",
+        (
+            _agent("privfl.ledger.storage.Storage.add", patches.added_later),
+            _agent("privfl.ledger.storage.Storage.close", patches.closed_later),
+        ),
+    ),
 )
 _BY_NAME = {defect.name: defect for defect in DEFECTS}
 

@@ -366,3 +366,93 @@ def masked_words(original: Any) -> Any:
             yield words
 
     return encrypt
+
+
+def surplus_kept(original: Any) -> Any:
+    """Candidates that a draw did not need serve the next one, but the wrong end of them is kept:
+    numbers that were handed out.
+    """
+
+    def draw(self: Any, count: int) -> Any:
+        from privfl.noise.discrete_gaussian import _PIECE
+
+        samples = np.empty(count, dtype=np.int64)
+        kept = self.__dict__.get("surplus", samples[:0])[:count]
+        done = len(kept)
+        samples[:done] = kept
+        while done < count:
+            missing = count - done
+            accepted = self._candidates(min(_PIECE, missing + missing // 16 + 16))
+            samples[done : done + len(accepted)] = accepted[:missing]
+            done += len(accepted[:missing])
+            self.surplus = accepted[:-missing]
+        return samples
+
+    return draw
+
+
+def without_biases(original: Any) -> Any:
+    """The norm of a gradient is taken over matrices only, and the factor applied to everything."""
+
+    def clip(self: Any, parameters: Any, max_grad_norm: float) -> Any:
+        from privfl.dp import clipping
+
+        recorded: list[Any] = [clipping.samples_of(p) for p in parameters]
+        for biases in (g for g in recorded if g.dim() <= 2):
+            biases.mul_(1e-9)
+        made = original(self, parameters, max_grad_norm)
+        totals = [t * 1e9 if t.dim() <= 1 else t for t in made.totals]
+        return clipping.ClippedSum(totals, made.examples, made.dropped)
+
+    return clip
+
+
+def with_replacement(original: Any) -> Any:
+    """A batch of the right size, whose records are drawn with replacement."""
+    rng = np.random.default_rng()
+
+    def sample(records: int, rate: float, randomness: Any) -> Any:
+        return np.sort(rng.choice(records, rng.binomial(records, rate)))
+
+    return sample
+
+
+def masks_of_the_run(original: Any) -> Any:
+    """The keys of masks come from the secret of the run, which every site has."""
+
+    def open_sum(self: Any, *arguments: Any, **words: Any) -> Any:
+        from privfl.secagg.keystream import derive_key
+        from privfl.secagg.masks import Masks
+
+        attempt, own = original(self, *arguments, **words), self._pairs._own.public
+
+        def stream(other: bytes) -> tuple[bytes, bool]:
+            info = b"privfl mask 2" + b"".join(sorted((own, other)))
+            return derive_key(attempt._checksum_key, b"", info), own < other
+
+        attempt._masks = Masks(stream(other) for other in self._pairs._others)
+        return attempt
+
+    return open_sum
+
+
+def added_later(original: Any) -> Any:
+    """Rows wait in memory until the next ones come."""
+
+    def add(self: Any, rows: Any) -> None:
+        waiting, self.waiting = self.__dict__.get("waiting", []), list(rows)
+        if waiting:
+            original(self, waiting)
+
+    return add
+
+
+def closed_later(original: Any) -> Any:
+    """What waits is written in the end."""
+
+    def close(self: Any) -> None:
+        if self.__dict__.get("waiting"):
+            self.add([])
+        original(self)
+
+    return close

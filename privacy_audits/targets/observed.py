@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import contextlib
 import ctypes
+import hashlib
 import itertools
 import json
 import os
@@ -25,6 +26,7 @@ from numpy.typing import NDArray
 
 from privfl.accounting import Account, Event
 from privfl.errors import PrivflError
+from privfl.ledger import Ledger
 from privfl.site.observer import Observer
 from privfl.transport import Recorded, Recording
 
@@ -35,9 +37,15 @@ _LOOKS = (20, 200)
 
 
 class Recorder(Observer):
-    """Keeps, in order, what an agent tells."""
+    """Keeps, in order, what an agent tells.
 
-    def __init__(self) -> None:
+    Args:
+        folder: of the run, in which the ledger is.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        self._folder = folder
+        self._ledger: Path | None = None
         self._lock, self._clock = threading.Lock(), itertools.count()
         self.arrays: dict[str, list[NDArray[Any]]] = {}
         # What happened when: ("charged", round, ...) and ("contributed", round, ...), in order.
@@ -76,8 +84,20 @@ class Recorder(Observer):
         self.keep("integers", integers)
 
     def contributed(self, site: str, round_: int, attempt: int, vector: NDArray[Any]) -> None:
-        self.note("contributed", round=round_, attempt=attempt)
+        on_disk = self._charged_on_disk(site)
+        self.note("contributed", round=round_, attempt=attempt, on_disk=on_disk)
         self.keep("contributed", vector)
+
+    def _charged_on_disk(self, site: str) -> int:
+        """The steps that another program finds in the ledger of ``site`` at this moment."""
+        paths = [self._ledger] if self._ledger else list(self._folder.rglob("*.ledger"))
+        for path in paths:
+            # Another site's may be about to begin.
+            with contextlib.suppress(PrivflError), Ledger.read(path) as ledger:
+                if ledger.site == site:
+                    self._ledger = path
+                    return sum(ledger.steps("training").values())
+        return 0
 
     def summed(self, site: str, round_: int, attempt: int, total: NDArray[Any]) -> None:
         self.keep("summed", total)
@@ -150,6 +170,30 @@ def _leave_key(path: Path) -> None:
     RunKeys.make = classmethod(leaving)  # type: ignore[method-assign, assignment]
 
 
+def _watch_mask_keys(recorder: Recorder) -> None:
+    """Keep digests of the secrets that pairs of sites exchange, and of the keys that masks use."""
+    from privfl.secagg import masks
+    from privfl.secagg.key_exchange import ExchangeKey
+    from privfl.secagg.keystream import Keystream
+
+    exchange = ExchangeKey.pair_key
+
+    def keep(what: str, key: bytes) -> bytes:
+        # Before the run has begun, privfl tries its masks on keys of its own.
+        if recorder.site:
+            recorder.facts.setdefault(what, []).append(hashlib.sha256(key).hexdigest())
+        return key
+
+    def exchanged(self: ExchangeKey, *arguments: Any) -> bytes:
+        return keep("pair_keys", exchange(self, *arguments))
+
+    def stream(key: bytes) -> Keystream:
+        return Keystream(keep("mask_keys", key))
+
+    ExchangeKey.pair_key = exchanged  # type: ignore[method-assign, assignment]
+    vars(masks)["Keystream"] = stream
+
+
 def main(
     arguments: Sequence[str],
     cheat: Callable[[Any, Callable[[], None]], Any] = lambda transport, note: transport,
@@ -165,7 +209,7 @@ def main(
     from privfl.transport import mpi
 
     folder, experiment, *settings = Path(arguments[0]), Path(arguments[1]), *arguments[2:]
-    recorder, code = Recorder(), 1
+    recorder, code = Recorder(folder), 1
     transport: Any = mpi.start()
     rank = transport.rank
     wire = Wire(recorder, folder / "secret.bin")
@@ -174,6 +218,7 @@ def main(
         transport = Recording(cheating, wire.keep)
     else:
         _leave_key(folder / "secret.bin")
+        _watch_mask_keys(recorder)
     sites = folder / "sites"
     try:
         code = run(

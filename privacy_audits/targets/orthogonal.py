@@ -2,9 +2,10 @@
 which records are in it and how long each one is. A task for an experiment file: model, data, loss.
 
 The loss is linear in the model, so a record's gradient never changes: its target times its input.
-Every site has the coordinates of :func:`places` to itself; the last ``BLANK`` coordinates are
-nobody's and hold noise alone. They are a layer of their own, but for one of each site's straddling
-record, which has another in the first layer: only a bound on both layers together cuts it right.
+Every site has the coordinates of :func:`places` to itself; those of :func:`blank` are nobody's and
+hold noise alone. They are a layer of their own, but for one of each site's straddling record, which
+has another in the first layer and a third among biases: only a bound on everything together cuts it
+right.
 """
 
 from __future__ import annotations
@@ -38,7 +39,7 @@ class Places:
     Attributes:
         canaries: those of its canaries, one each; shape (CANARIES,).
         witnesses: those of its witnesses, one each; shape (WITNESSES,).
-        straddling: the two of a record with a part in either layer.
+        straddling: the three of a record with a part in either layer and in a bias.
         huge: that of a record with a gradient far above the clipping norm.
         short: that of a record with a gradient below it.
         infinite: that of a record whose gradient is not finite.
@@ -46,7 +47,7 @@ class Places:
 
     canaries: NDArray[np.int64]
     witnesses: NDArray[np.int64]
-    straddling: tuple[int, int]
+    straddling: tuple[int, int, int]
     huge: int
     short: int
     infinite: int
@@ -55,9 +56,11 @@ class Places:
 # Records of a site.
 RECORDS = CANARIES + WITNESSES + 4
 _OWN = RECORDS + 1
-PARAMETERS = len(SITES) * _OWN + BLANK
-# The coordinates of the first layer; the second layer has the blank ones.
+# The coordinates of the first layer; the second layer has the blank ones, and one of each site.
 LEFT = len(SITES) * _OWN
+RIGHT = BLANK + len(SITES)
+# Then come weights that no record has a gradient of, and biases, one of each site.
+PARAMETERS = LEFT + RIGHT + 2 * len(SITES)
 
 
 def places(site: str) -> Places:
@@ -67,7 +70,7 @@ def places(site: str) -> Places:
     return Places(
         canaries=own[:CANARIES],
         witnesses=own[CANARIES : CANARIES + WITNESSES],
-        straddling=(int(own[-1]), PARAMETERS - 1 - number),
+        straddling=(int(own[-1]), LEFT + BLANK + number, PARAMETERS - len(SITES) + number),
         huge=int(own[-2]),
         short=int(own[-3]),
         infinite=int(own[-4]),
@@ -76,22 +79,27 @@ def places(site: str) -> Places:
 
 def blank() -> NDArray[np.int64]:
     """The coordinates that belong to no record."""
-    return np.arange(len(SITES) * _OWN, PARAMETERS - len(SITES))
+    return np.arange(LEFT, LEFT + BLANK)
 
 
 class Axes(nn.Module):
-    """Two layers side by side on two parts of the input, both without bias and zero."""
+    """Two layers side by side on two parts of the input, both without bias, and biases that the
+    third part chooses among. All parameters are zero.
+    """
 
     def __init__(self) -> None:
         super().__init__()
         self.left = nn.Linear(LEFT, 1, bias=False)
-        self.right = nn.Linear(PARAMETERS - LEFT, 1, bias=False)
-        for layer in (self.left, self.right):
-            nn.init.zeros_(layer.weight)
+        self.right = nn.Linear(RIGHT, 1, bias=False)
+        self.biases = nn.Linear(1, len(SITES))
+        for p in self.parameters():
+            nn.init.zeros_(p)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """The output; shape (batch, 1)."""
-        total: torch.Tensor = self.left(x[:, :LEFT]) + self.right(x[:, LEFT:])
+        left, right, chosen = x[:, :LEFT], x[:, LEFT : LEFT + RIGHT], x[:, LEFT + RIGHT :]
+        bias = (self.biases(torch.zeros_like(x[:, :1])) * chosen).sum(dim=1, keepdim=True)
+        total: torch.Tensor = self.left(left) + self.right(right) + bias
         return total
 
 
@@ -112,12 +120,14 @@ def data(site: str, folder: str) -> tuple[TensorDataset, None]:
     records, and the same source of randomness would choose the same ones at all of them.
     """
     where = places(site)
-    inputs = torch.zeros(RECORDS, PARAMETERS)
+    # An input for every parameter but the weights that no record has a gradient of.
+    inputs = torch.zeros(RECORDS, PARAMETERS - len(SITES))
     targets = torch.full((RECORDS,), LONG)
     rows = np.flatnonzero(truth.read(Path(folder), site))
     inputs[rows, where.canaries[rows]] = 1.0
     inputs[CANARIES + np.arange(WITNESSES), where.witnesses] = 1.0
-    inputs[-4, list(where.straddling)] = 1.0
+    left, right, bias = where.straddling
+    inputs[-4, [left, right, bias - len(SITES)]] = 1.0
     for row, (place, length) in enumerate(
         [(where.huge, HUGE), (where.short, SHORT), (where.infinite, float("inf"))],
         start=RECORDS - 3,

@@ -153,7 +153,7 @@ def report(ledgers: tuple[Path, ...], heads: tuple[Path, ...], output: Path) -> 
     from privfl.reporting.html import to_html
 
     page = compute("Privacy budget", _histories(ledgers, heads))
-    _write(output, to_html(page))
+    _write(output, to_html(page, output.parent))
     click.echo(f"wrote {output}")
 
 

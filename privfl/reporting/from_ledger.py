@@ -254,7 +254,7 @@ def write_page(path: Path) -> None:
     try:
         with Ledger.read(path) as ledger:
             page = report(f"Privacy budget of {ledger.site}", [history(ledger, checks(ledger, []))])
-        path.with_suffix(".report.html").write_text(to_html(page), encoding="utf-8")
+        path.with_suffix(".report.html").write_text(to_html(page, path.parent), encoding="utf-8")
     except (PrivflError, OSError) as error:
         sys.stderr.write(
             f"privfl: the report beside the ledger {path} could not be written: "

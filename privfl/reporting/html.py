@@ -8,6 +8,7 @@ import math
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import TYPE_CHECKING, Final
 
 from privfl.accounting import DiscreteGaussian
@@ -31,6 +32,8 @@ _UNPRINTABLE: Final = re.compile(
     "[\x00-\x08\x0b-\x1f\x7f-\x9f\u061c\u200e\u200f\u2028-\u202e"
     "\u2066-\u2069\ud800-\udfff\ufffe\uffff]"
 )
+# The page of `privfl audit report` in a folder with reports.
+AUDITS: Final = "audit-report.html"
 _MILLION, _SEPARATED = 1e6, 1e4
 # Runs that a sentence can name.
 _NAMED = 8
@@ -149,8 +152,14 @@ class Site:
         return [account for account in self.report.accounts if _infinite(account.spent)]
 
 
-def to_html(report: Report) -> str:
-    """The page; it holds everything it shows, and runs no script."""
+def to_html(report: Report, folder: Path | None = None) -> str:
+    """The page; it holds everything it shows, and runs no script.
+
+    Args:
+        report: what is shown.
+        folder: where the page goes; if a page of `privfl audit report` lies there, this one links
+            to it.
+    """
     import jinja2
     from markupsafe import Markup
 
@@ -188,7 +197,10 @@ def to_html(report: Report) -> str:
     }
     sites = [_site(site, number) for number, site in enumerate(report.sites, 1)]
     return environment.get_template("budget.html.j2").render(
-        report=report, sites=sites, deltas=_deltas(report)
+        report=report,
+        sites=sites,
+        deltas=_deltas(report),
+        audits=AUDITS if folder is not None and (folder / AUDITS).exists() else None,
     )
 
 
