@@ -141,11 +141,12 @@ def _of(path: Path, sites: Path | None, settings: tuple[str, ...]) -> Audit:
     from privacy_audits.audits import experiment
     from privacy_audits.registry import Audit
 
+    chosen = experiment.target(path, sites, settings)
     return Audit(
         "canaries",
         f"How much of epsilon can be shown of {path}?",
         False,
-        lambda shop: experiment.results(shop.folder, path, sites, settings, shop.through, shop.say),
+        lambda shop: experiment.results(chosen, shop.folder, shop.through, shop.say),
     )
 
 

@@ -38,23 +38,32 @@ _CONTROL = {
 
 
 @dataclass(frozen=True)
-class Inserted:
-    """An experiment with canaries.
+class Target:
+    """An experiment that may be audited.
 
     Attributes:
         path: the experiment file.
         settings: values that replace some of it, as "key.path=value".
         experiment: what both say.
         options: the arguments of data(), by site.
-        count: canaries of each site.
-        seed: what makes them.
-        drawn: the folder that says which of them take part.
     """
 
     path: Path
     settings: tuple[str, ...]
     experiment: Experiment
     options: dict[str, dict[str, Any]]
+
+
+@dataclass(frozen=True)
+class Inserted(Target):
+    """An experiment with canaries.
+
+    Attributes:
+        count: canaries of each site.
+        seed: what makes them.
+        drawn: the folder that says which of them take part.
+    """
+
     count: int
     seed: int
     drawn: Path
@@ -129,31 +138,37 @@ class Inserted:
         return attack.scores
 
 
+def target(path: Path, sites: Path | None, settings: tuple[str, ...]) -> Target:
+    """Read an experiment, and check that it may be audited.
+
+    Args:
+        path: the experiment file.
+        sites: the folder with site files, of which only ``data_options`` are used.
+        settings: values that replace some of the experiment, as "key.path=value".
+
+    Raises:
+        PrivflError: If it cannot be read or is not private, or a site keeps a ledger.
+    """
+    experiment = load_experiment(path, settings)
+    check_functions(experiment, path.parent)
+    return Target(path, settings, experiment, _options(path, experiment, sites))
+
+
 def results(
-    folder: Path,
-    path: Path,
-    sites: Path | None,
-    settings: tuple[str, ...],
-    through: tuple[str, ...],
-    say: Callable[[str], None],
+    chosen: Target, folder: Path, through: tuple[str, ...], say: Callable[[str], None]
 ) -> Iterator[AuditResult]:
     """Run the experiment with canaries, and guess which of them took part.
 
     Args:
+        chosen: the experiment.
         folder: where the runs leave their files.
-        path: the experiment file.
-        sites: the folder with site files, of which only ``data_options`` are used.
-        settings: values that replace some of the experiment, as "key.path=value".
         through: a module and its arguments that run each rank.
         say: told what is happening.
 
     Raises:
-        PrivflError: If the experiment is not private, a site keeps a ledger, the model is too small
-            to tell canaries apart, or the run fails.
+        PrivflError: If the model is too small to tell canaries apart, or the run fails.
     """
-    experiment = load_experiment(path, settings)
-    options = _options(path, experiment, sites)
-    check_functions(experiment, path.parent)
+    experiment, path = chosen.experiment, chosen.path
     count = _count(path, experiment)
     say(
         f"inserting {count} canaries at each of {len(experiment.sites)} sites; nothing is charged, "
@@ -162,7 +177,7 @@ def results(
     where = Path(tempfile.mkdtemp(prefix="experiment-", dir=folder))
     truth.draw(where, experiment.sites, count)
     seed = secrets.randbits(63)
-    audited = Inserted(path, settings, experiment, options, count, seed, where)
+    audited = Inserted(path, chosen.settings, experiment, chosen.options, count, seed, where)
     began = time.perf_counter()
     say("running the experiment ...")
     run = _run(audited, where / "audited", through)

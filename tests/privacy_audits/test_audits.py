@@ -4,6 +4,8 @@ does.
 
 from __future__ import annotations
 
+import base64
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -11,7 +13,7 @@ import pytest
 from torch import nn
 
 import privfl.dp.optimizer
-from privacy_audits.audits import distinguisher, inversion, membership, protocol
+from privacy_audits.audits import distinguisher, inversion, membership, protocol, transcript
 from privacy_audits.bounds.one_run import Guesses
 from privacy_audits.result import Verdict
 from privacy_audits.targets import training
@@ -94,3 +96,21 @@ def test_every_trick_has_a_claim():
 def test_no_trick_gets_anything(tmp_path: Path):
     results = list(protocol.results(tmp_path, lambda text: None))
     assert {r.name for r in results if r.verdict is not Verdict.CONSISTENT} == set()
+
+
+@pytest.mark.parametrize(
+    "spelled",
+    [
+        lambda v: v[8:72].tolist(),
+        lambda v: "ab12" + v[8:72].tobytes().hex(),
+        lambda v: base64.b64encode(v[8:72].tobytes()).decode(),
+    ],
+    ids=["numbers", "hexadecimal", "base64"],
+)
+def test_a_vector_that_is_spelled_in_a_message_is_found(spelled: Callable[[np.ndarray], object]):
+    vector = np.random.default_rng().normal(size=72)
+    vector[:8] = 0.0
+    message = {"site": "aa", "facts": [{"range": spelled(vector)}, 3, None]}
+    assert transcript._in_the_clear(vector, transcript._spelled_out(message))
+    assert not transcript._in_the_clear(vector[::-1], transcript._spelled_out(message))
+    assert not transcript._in_the_clear(np.zeros(72), transcript._spelled_out(message))

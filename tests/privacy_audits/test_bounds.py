@@ -155,6 +155,15 @@ def test_roc():
     assert low < exact < high
 
 
+def test_sums_of_masked_numbers_wrap_by_chance_and_others_do_not():
+    rng = np.random.default_rng(4)
+    for members in (2, 3, 5):
+        masked = rng.uniform(-0.5, 0.5, (members, 30_000)).sum(axis=0)
+        assert tests.wrapping(masked, members).p_value > 1e-4
+        plain = rng.normal(0.0, 0.05, (members, 30_000)).sum(axis=0)
+        assert tests.wrapping(plain, members).p_value < 1e-12
+
+
 # -- scores of membership --------------------------------------------------------------------------
 
 

@@ -9,8 +9,10 @@ import pytest
 
 from privacy_audits.registry import AUDITS
 from privacy_audits.result import Results
+from privfl.reporting.html import to_html
 from tests.conftest import call_cli, run_cli
 from tests.privacy_audits.test_result import result
+from tests.reporting.pages import report, site_report
 
 
 def test_the_list_names_every_audit():
@@ -30,6 +32,12 @@ def test_the_list_names_every_audit():
         (("run", "--json", "/nowhere/a.json"), "cannot write /nowhere/a.json"),
         (("sabotage", "--defect", "noise-halfed"), "did you mean 'noise-halved'?"),
         (("report", "/nowhere/a.json"), "cannot read /nowhere/a.json"),
+        (
+            ("run", "inversion", "--experiment", "mine.yaml"),
+            "privfl audit run canaries --experiment mine.yaml",
+        ),
+        (("run", "canaries", "--experiment", "/nowhere.yaml"), "cannot read the experiment file"),
+        (("run", "canaries", "--set", "rounds=2"), "name it with --experiment"),
     ],
 )
 def test_a_mistake_is_one_sentence(arguments: tuple[str, ...], sentence: str):
@@ -61,6 +69,20 @@ def test_the_page(tmp_path: Path):
     text = page.read_text()
     assert "1 of 2 claims is refuted" in text
     assert "looks &amp; finds &lt;b&gt;" in text
+
+
+def test_the_page_in_a_run_folder_is_linked_to_from_the_budget_report(tmp_path: Path):
+    path = tmp_path / "audits.json"
+    path.write_text(Results(results=(result(),)).model_dump_json())
+    job = call_cli("audit", "report", path, "--run", tmp_path)
+    assert job.code == 2
+    assert f"{tmp_path} is not the folder of a finished run" in job.err
+    budget = report(site_report())
+    (tmp_path / "report.json").write_text(budget.model_dump_json())
+    assert call_cli("audit", "report", path, "--run", tmp_path).code == 0
+    assert "No claim was refuted" in (tmp_path / "audit-report.html").read_text()
+    assert 'href="audit-report.html"' in (tmp_path / "report.html").read_text()
+    assert "audit-report" not in to_html(budget)
 
 
 @pytest.mark.parametrize("text", ["", "{}", '{"results": [{"name": "x"}]}', "[]"])

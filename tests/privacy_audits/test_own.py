@@ -128,11 +128,9 @@ def test_gradients_are_those_of_autograd_and_clipped():
         ("model=digits.py:nothing", "defines no 'nothing'"),
     ],
 )
-def test_an_experiment_that_cannot_be_audited_is_refused(
-    tmp_path: Path, setting: str, sentence: str
-):
+def test_an_experiment_that_cannot_be_audited_is_refused(setting: str, sentence: str):
     with pytest.raises(PrivflError, match=sentence):
-        list(experiment.results(tmp_path, demo_path(), None, (setting,), (), lambda text: None))
+        experiment.target(demo_path(), None, (setting,))
 
 
 def test_records_with_a_ledger_are_refused(tmp_path: Path):
@@ -140,7 +138,7 @@ def test_records_with_a_ledger_are_refused(tmp_path: Path):
         budget = "ledger: north.ledger\nbudget: {epsilon: 2, delta: 1.0e-5}\n"
         (tmp_path / f"{site}.yaml").write_text(budget if site == "north" else "")
     with pytest.raises(PrivflError, match=r"north.yaml: site north keeps a ledger"):
-        list(experiment.results(tmp_path, demo_path(), tmp_path, (), (), lambda text: None))
+        experiment.target(demo_path(), tmp_path, ())
 
 
 @pytest.mark.slow
@@ -149,11 +147,8 @@ def test_an_experiment_is_consistent_and_one_without_noise_is_refuted(tmp_path: 
     through = ("privacy_audits.sabotaged", planted, "--") if planted else ()
     settings = ("sites=[north, east, south]", "rounds=15", "local_steps=1", "algorithm=fedsgd")
     noise = "privacy.noise=distributed"
-    results = list(
-        experiment.results(
-            tmp_path, demo_path(), None, (*settings, noise), through, lambda text: None
-        )
-    )
+    target = experiment.target(demo_path(), None, (*settings, noise))
+    results = list(experiment.results(target, tmp_path, through, lambda text: None))
     assert len(results) == 2
     expected = Verdict.REFUTED if planted else Verdict.CONSISTENT
     assert {result.verdict for result in results} == {expected}
