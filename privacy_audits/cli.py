@@ -176,7 +176,7 @@ def _counts(results: Results) -> str:
 @audit.command(
     short_help="Show which planted defects which audits notice.",
     epilog=example(
-        "privfl audit sabotage --defect noise-forgotten --repeat 1",
+        "privfl audit sabotage --defect noise-halved --repeat 20",
         "docs/audits.md, for the whole matrix with its rates",
     ),
 )
@@ -186,7 +186,7 @@ def _counts(results: Results) -> str:
     type=click.IntRange(min=1),
     default=1,
     show_default=True,
-    help="How often each defect is planted.",
+    help="How often a defect is planted that is noticed with a probability only.",
 )
 @click.option(
     "--json",

@@ -74,11 +74,11 @@ class Row:
 
 
 def matrix(names: Sequence[str], repeat: int, say: Callable[[str], None]) -> Iterator[Row]:
-    """Plant each defect ``repeat`` times, and run every quick audit and those that must notice it.
+    """Plant each defect, and run every quick audit and those that must notice it.
 
     Args:
         names: the defects; all of them if there are none.
-        repeat: how often each is planted.
+        repeat: how often each is planted that is noticed with a probability only.
         say: told what is happening.
 
     Raises:
@@ -88,7 +88,7 @@ def matrix(names: Sequence[str], repeat: int, say: Callable[[str], None]) -> Ite
     for defect in chosen:
         say(f"{defect.name}: {defect.breaks}")
         row = Row(defect.name, defect.seen_by)
-        for _ in range(repeat):
+        for _ in range(repeat if defect.chance else 1):
             _once(defect, row)
         yield row
 
