@@ -16,8 +16,9 @@ from privfl.errors import PrivflError
 Metric = Callable[[torch.Tensor, torch.Tensor], tuple[Any, Any]]
 Sums = dict[str, tuple[list[float], list[float]]]
 
-# Size of each of the two groups of records on which it is tried whether a metric adds up.
-_TRIED = 8
+# On so many groups of so many records each it is tried whether a metric adds up. Two that say
+# something are enough.
+_GROUPS, _TRIED = 16, 8
 
 
 def measure(metrics: Mapping[str, Metric], output: torch.Tensor, target: torch.Tensor) -> Sums:
@@ -56,8 +57,9 @@ def measure_each(metrics: Mapping[str, Metric], output: torch.Tensor, target: to
         number of ratios than most, counts as zero: a single record must not be able to stop a run.
 
     Raises:
-        PrivflError: If a metric returns no pair of one length, or if its value for several records
-            is not the sum over them (as AUC, which is about pairs of records).
+        PrivflError: If a metric returns no pair of one length, if its value for several records is
+            not the sum over them (as AUC, which is about pairs of records), or if it is not finite
+            for most of the records alone.
     """
     measured = {}
     for name, metric in metrics.items():
@@ -65,6 +67,12 @@ def measure_each(metrics: Mapping[str, Metric], output: torch.Tensor, target: to
         rows = [
             _pair(name, metric(output[i : i + 1], target[i : i + 1])) for i in range(len(output))
         ]
+        if sum(bool(np.isfinite(row).all()) for row in rows) < len(rows) / 2:
+            raise PrivflError(
+                f"evaluation.metrics.{name} is NaN or infinite for most records alone; metrics of "
+                "private evaluation records are taken record by record, so return the sum over "
+                "records of a number that each has by itself, as accuracy does, or remove it"
+            )
         ratios = Counter(len(sums) for sums, _ in rows).most_common(1)[0][0]
         alike = [row if len(row[0]) == ratios else ([0.0] * ratios, [0.0] * ratios) for row in rows]
         sums, counts = (
@@ -101,11 +109,18 @@ def _cut(rows: np.ndarray[Any, np.dtype[np.float64]]) -> np.ndarray[Any, np.dtyp
 
 def _check_adds_up(name: str, metric: Metric, output: torch.Tensor, target: torch.Tensor) -> None:
     """Refuse a metric that does not add up in two groups of records. In one group alone a single
-    record may be at fault.
+    record may be at fault; a group for which the metric is not finite says nothing.
     """
-    half = min(_TRIED, len(output) // 2)
-    groups = [slice(0, half), slice(half, 2 * half)] if half > 1 else []
-    if groups and not any(_adds_up(name, metric, output[group], target[group]) for group in groups):
+    # Records from all over the data set, which may be sorted by class.
+    apart = max(2, len(output) // _TRIED)
+    verdicts: list[bool] = []
+    for start in range(min(apart, _GROUPS) if len(output) >= 4 else 0):
+        rows = slice(start, None, apart)
+        verdict = _adds_up(name, metric, output[rows], target[rows])
+        verdicts += [] if verdict is None else [verdict]
+        if len(verdicts) == 2:
+            break
+    if verdicts and not any(verdicts):
         raise PrivflError(
             f"evaluation.metrics.{name} of several records is not the sum over them, so one "
             "record's part cannot be bounded; metrics of private evaluation records must add up "
@@ -113,14 +128,15 @@ def _check_adds_up(name: str, metric: Metric, output: torch.Tensor, target: torc
         )
 
 
-def _adds_up(name: str, metric: Metric, output: torch.Tensor, target: torch.Tensor) -> bool:
+def _adds_up(name: str, metric: Metric, output: torch.Tensor, target: torch.Tensor) -> bool | None:
+    """Whether the metric of these records is the sum over them; None where it is not finite."""
     together = np.array(_pair(name, metric(output, target)))
+    if not np.isfinite(together).all():
+        return None
     each = [
         np.array(_pair(name, metric(output[i : i + 1], target[i : i + 1])))
         for i in range(len(output))
     ]
     if any(part.shape != together.shape for part in each):
         return False
-    return not np.isfinite(together).all() or np.allclose(
-        np.sum(each, axis=0), together, rtol=1e-4, atol=1e-6
-    )
+    return bool(np.allclose(np.sum(each, axis=0), together, rtol=1e-4, atol=1e-6))

@@ -93,6 +93,34 @@ def test_pairs_of_records_are_refused():
         measure_each({"auc": auc}, OUTPUT, TARGET)
 
 
+@pytest.mark.parametrize("rare", [0.15, 0.02])
+def test_a_mean_over_pairs_times_the_number_of_records_is_refused(rare: float):
+    """AUC as everybody writes it: NaN for a group of one class, and for every record alone."""
+
+    def scaled(output: torch.Tensor, target: torch.Tensor) -> tuple[Any, Any]:
+        one, other = output[target == 1, 0], output[target != 1, 0]
+        return (one[:, None] > other[None]).double().mean() * len(target), len(target)
+
+    output = torch.randn(849, 1)
+    target = (torch.arange(849) < 849 * rare).long()  # sorted by class
+    with pytest.raises(PrivflError, match=r"evaluation.metrics.auc"):
+        measure_each({"auc": scaled}, output, target)
+    only = torch.zeros(849, dtype=torch.long)
+    with pytest.raises(PrivflError, match=r"evaluation.metrics.auc is NaN or infinite for most"):
+        measure_each({"auc": scaled}, output, only)
+
+
+def test_a_metric_that_some_records_do_not_have_is_taken():
+    """Of a class that is rare, as sensitivity is."""
+
+    def sensitivity(output: torch.Tensor, target: torch.Tensor) -> tuple[Any, Any]:
+        return ((output[:, 0] > 0) & (target == 1)).sum(), (target == 1).sum()
+
+    target = (torch.arange(200) < 10).long()
+    sums, counts = measure_each({"m": sensitivity}, torch.ones(200, 1), target)["m"]
+    assert (sums, counts) == ([10.0], [10.0])
+
+
 def test_a_metric_that_returns_no_pair_is_refused():
     with pytest.raises(PrivflError, match=r"evaluation.metrics.m must return a pair"):
         measure_each({"m": lambda o, t: 1.0}, OUTPUT, TARGET)
