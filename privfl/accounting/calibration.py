@@ -17,8 +17,8 @@ _Curve = Callable[[int], float]
 
 
 def least_noise_multiplier(epsilon: Callable[[float], float], target: float) -> float | None:
-    """The smallest noise multiplier, a multiple of 10^-4, with which ``epsilon`` is at most
-    ``target``.
+    """The smallest noise multiplier, a multiple of 10^-4 and at least ``LEAST_NOISE_MULTIPLIER``,
+    with which ``epsilon`` is at most ``target``.
 
     Args:
         epsilon: from a noise multiplier to an epsilon, which never rises with more noise.
@@ -38,7 +38,7 @@ def least_noise_multiplier(epsilon: Callable[[float], float], target: float) -> 
 
     @functools.cache
     def curve(point: int) -> float:
-        return epsilon(point / _GRID)
+        return epsilon(point / _GRID) if point >= LEAST_NOISE_MULTIPLIER * _GRID else math.inf
 
     high = _first_power_that_reaches(curve, target)
     if high is None:

@@ -21,9 +21,11 @@ from privfl.config.values import (
     Options,
     Positive,
     Probability,
+    Range,
     Rate,
     Section,
     SiteName,
+    ValueBits,
 )
 
 
@@ -173,14 +175,14 @@ class Privacy(Section):
 class SecureAggregation(Section):
     """How updates become integers that add up under masks and encryption."""
 
-    value_bits: Count | None = Field(
+    value_bits: ValueBits | None = Field(
         default=None,
-        description="Bits of one value in a contribution, from 12 to 28. "
+        description="Bits of one value in a contribution. "
         "More bits make a finer grid. "
         "By default it is as many as let two values share a word (16 to 24, fewer with more "
         "sites); beyond that every contribution has twice the bytes.",
     )
-    range: Positive | Literal["agreed", "derived"] | None = Field(
+    range: Range | Literal["agreed", "derived"] | None = Field(
         default=None,
         description="Bound on the absolute value of an element; a larger one ends the run. "
         "With `fedavg` it bounds each element of a site's update: a public number, or `agreed` "

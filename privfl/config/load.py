@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Hashable, Mapping, Sequence
 from importlib import resources
 from pathlib import Path
@@ -22,10 +23,13 @@ _MOST_REPEATED: Final = 100_000
 
 
 class _Loader(yaml.SafeLoader):
-    """YAML without what PyYAML lets pass and later stages cannot take.
+    """YAML whose plain values are those of version 1.2 (its core schema), and without what PyYAML
+    lets pass and later stages cannot take.
 
-    These are a key given twice, of which PyYAML silently keeps the last, aliases that stand for
-    very many values, and texts that cannot be written as UTF-8.
+    PyYAML reads version 1.1, in which 010 is eight, 1:30 is ninety, 2026-11-28 is a date, no is
+    false, and 1e5 is a text. Later stages cannot take a key given twice, of which PyYAML silently
+    keeps the last, aliases that stand for very many values, and texts that cannot be written as
+    UTF-8.
     """
 
     def __init__(self, text: str) -> None:
@@ -67,6 +71,35 @@ class _Loader(yaml.SafeLoader):
                 "a text has half of a character, a lone surrogate; write the whole one", node
             )
         return value
+
+
+def _int(loader: _Loader, node: yaml.ScalarNode) -> int:
+    text = loader.construct_scalar(node)
+    base = {"0o": 8, "0x": 16}.get(text[:2], 10)
+    return int(text if base == 10 else text[2:], base)
+
+
+def _float(loader: _Loader, node: yaml.ScalarNode) -> float:
+    return float(
+        loader.construct_scalar(node).lower().replace(".inf", "inf").replace(".nan", "nan")
+    )
+
+
+_Loader.yaml_implicit_resolvers = {}
+for _kind, _pattern, _first in (
+    ("null", r"(~|null|Null|NULL|)$", ["~", "n", "N", ""]),
+    ("bool", r"(true|True|TRUE|false|False|FALSE)$", list("tTfF")),
+    ("int", r"([-+]?[0-9]+|0o[0-7]+|0x[0-9a-fA-F]+)$", list("-+0123456789")),
+    (
+        "float",
+        r"([-+]?(\.[0-9]+|[0-9]+(\.[0-9]*)?)([eE][-+]?[0-9]+)?|[-+]?\.(inf|Inf|INF)"
+        r"|\.(nan|NaN|NAN))$",
+        list("-+.0123456789"),
+    ),
+):
+    _Loader.add_implicit_resolver(f"tag:yaml.org,2002:{_kind}", re.compile(_pattern), _first)
+_Loader.add_constructor("tag:yaml.org,2002:int", _int)
+_Loader.add_constructor("tag:yaml.org,2002:float", _float)
 
 
 def _error(problem: str, node: yaml.Node) -> yaml.MarkedYAMLError:

@@ -65,6 +65,10 @@ Positive = Annotated[float, BeforeValidator(_no_bool), Field(gt=0, allow_inf_nan
 NotNegative = Annotated[float, BeforeValidator(_no_bool), Field(ge=0, allow_inf_nan=False)]
 # Less noise than this bounds nothing, more leaves nothing to learn.
 Noise = Annotated[float, BeforeValidator(_no_bool), Field(ge=0.01, le=2**14)]
+# What the encrypted sums hold.
+ValueBits = Annotated[int, BeforeValidator(_no_bool), Field(ge=12, le=28)]
+# Wider than any update, and narrower than what float32 tells from 0.
+Range = Annotated[float, BeforeValidator(_no_bool), Field(ge=1e-6, le=1e9)]
 Options = dict[str, JsonValue]
 Below1 = Annotated[float, BeforeValidator(_no_bool), Field(ge=0, lt=1)]
 Probability = Annotated[float, BeforeValidator(_no_bool), Field(gt=0, lt=1)]

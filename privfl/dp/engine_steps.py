@@ -12,7 +12,6 @@ from numpy.typing import NDArray
 from torch import nn
 
 from privfl.accounting import (
-    LEAST_NOISE_MULTIPLIER,
     DiscreteGaussian,
     PoissonGaussian,
     epsilon_of,
@@ -56,8 +55,6 @@ def least_noise(
     admits = backend.admits_plan(delta)
 
     def spent(sigma: float) -> float:
-        if sigma < LEAST_NOISE_MULTIPLIER:
-            return math.inf
         plan = step_event(loop, sigma, shared=backend.shared).times(epochs * loop.steps)
         return epsilon_of([plan], delta).upper if admits(plan) else math.inf
 

@@ -8,7 +8,12 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from privfl.accounting import LARGEST_NOISE_MULTIPLIER, epsilon_of, least_noise_multiplier
+from privfl.accounting import (
+    LARGEST_NOISE_MULTIPLIER,
+    LEAST_NOISE_MULTIPLIER,
+    epsilon_of,
+    least_noise_multiplier,
+)
 from tests.accounting.histories import steps_of
 
 
@@ -57,7 +62,18 @@ def test_an_unreachable_target_is_none():
 
 
 @pytest.mark.parametrize(
-    "answer", [0.0001, 0.0002, 0.5, 0.9999, 1.0, 1.0001, 2.0, 1000.1234, LARGEST_NOISE_MULTIPLIER]
+    "answer",
+    [
+        LEAST_NOISE_MULTIPLIER,
+        0.0101,
+        0.5,
+        0.9999,
+        1.0,
+        1.0001,
+        2.0,
+        1000.1234,
+        LARGEST_NOISE_MULTIPLIER,
+    ],
 )
 def test_every_answer_can_be_found(answer: float):
     assert least_noise_multiplier(lambda noise: 2.0 if noise < answer else 1.0, 1.0) == answer
@@ -75,4 +91,4 @@ def test_it_is_the_least_on_the_grid(scale: float, power: float, target: float, 
     noise = least_noise_multiplier(epsilon, target)
     assert noise is not None
     assert epsilon(noise) <= target
-    assert noise == 1e-4 or epsilon(round(noise * 1e4 - 1) / 1e4) > target
+    assert noise == LEAST_NOISE_MULTIPLIER or epsilon(round(noise * 1e4 - 1) / 1e4) > target

@@ -17,8 +17,9 @@ from privfl.config import (
     load_function,
     load_site,
 )
-from privfl.config.values import Noise
+from privfl.config.values import Noise, ValueBits
 from privfl.errors import PrivflError
+from privfl.secagg.parameters import LEAST_BITS, MOST_BITS
 from tests.conftest import edit
 
 
@@ -45,15 +46,19 @@ def refused(path: Path, *settings: str) -> str:
             "rounds=many",
             "rounds must be a valid integer, unable to parse string as an integer, got 'many'",
         ),
-        ("rounds=yes", "rounds must be a number, got true"),
+        ("rounds=true", "rounds must be a number, got true"),
+        ("rounds=yes", "unable to parse string as an integer, got 'yes'"),
+        ("rounds=1:30", "unable to parse string as an integer, got '1:30'"),
+        ("secure_aggregation.value_bits=10000000", "value_bits must be less than or equal to 28"),
+        ("secure_aggregation.range=1e-320", "range must be greater than or equal to 0.000001, got"),
         ("sampling_rate=1.5", "sampling_rate must be less than or equal to 1, got 1.5"),
         ("sampling_rate=0", "sampling_rate must be greater than 0, got 0"),
-        ("sampling_rate=on", "sampling_rate must be a number, got true"),
+        ("sampling_rate=true", "sampling_rate must be a number, got true"),
         ("sampling_rate={aa: 0.1}", "sampling_rate must name each of the sites once; check bbb"),
         ("sites=[aa, aa]", "sites names aa more than once"),
         ("sites=[aa]", "sites must name at least two sites"),
         ("sites=[aa, 'b c']", "sites.1 must be a name"),
-        ("sites=[aa, no]", "sites.1 must be a valid string, got False"),
+        ("sites=[aa, false]", "sites.1 must be a valid string, got False"),
         ("privacy.delta=1", "privacy.delta must be less than 1, got 1"),
         ("privacy.delta=0", "privacy.delta must be greater than 0, got 0"),
         (
@@ -86,7 +91,6 @@ def refused(path: Path, *settings: str) -> str:
             "evaluation.metrics={x_mean_over_sites: 'task.py:accuracy'}",
             "must not end in _mean_over_sites",
         ),
-        ("data_options={day: 2020-02-03}", "data_options.day"),
         ("data_options={labels: {0: absent}}", "data_options.labels"),
         ("rounds", "--set rounds: write it as key.path=value"),
         ("rounds.x=1", "--set rounds.x=1: 'rounds' is not a section"),
@@ -299,6 +303,37 @@ def test_loading_functions(small: Path):
     ]:
         with pytest.raises(PrivflError, match=sentence):
             load_function("loss", reference, small.parent)
+
+
+@pytest.mark.parametrize(
+    ("text", "value"),
+    [
+        ("010", 10),
+        ("0o17", 15),
+        ("0x1F", 31),
+        ("-3", -3),
+        ("1e-5", 1e-5),
+        ("1.5E3", 1500.0),
+        (".inf", float("inf")),
+        ("1:30", "1:30"),
+        ("1_000", "1_000"),
+        ("2026-13-45", "2026-13-45"),
+        ("no", "no"),
+        ("on", "on"),
+        ("true", True),
+        ("~", None),
+        ("", None),
+    ],
+)
+def test_plain_values_are_those_of_yaml_1_2(small: Path, text: str, value: object):
+    loaded = load_experiment(small, [f"data_options.x={text}"]).data_options["x"]
+    assert loaded == value
+    assert type(loaded) is type(value)
+
+
+def test_bits_have_the_limits_of_the_sums():
+    schema = TypeAdapter(ValueBits).json_schema()
+    assert (schema["ge"], schema["le"]) == (LEAST_BITS, MOST_BITS)
 
 
 def test_noise_has_the_limits_of_the_accountants():
