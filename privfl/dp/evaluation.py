@@ -124,8 +124,18 @@ def _check_adds_up(name: str, metric: Metric, output: torch.Tensor, target: torc
         raise PrivflError(
             f"evaluation.metrics.{name} of several records is not the sum over them, so one "
             "record's part cannot be bounded; metrics of private evaluation records must add up "
-            "record by record, as accuracy does"
+            f"record by record, as accuracy does{_shapes(output, target)}"
         )
+
+
+def _shapes(output: torch.Tensor, target: torch.Tensor) -> str:
+    """What to do about outputs and targets that are compared in different shapes."""
+    if output.shape[1:] != (1,) or target.ndim != 1:
+        return ""
+    return (
+        "; outputs have the shape (records, 1) and targets (records,), and comparing them compares "
+        "every record with every other: use output.squeeze(1)"
+    )
 
 
 def _adds_up(name: str, metric: Metric, output: torch.Tensor, target: torch.Tensor) -> bool | None:

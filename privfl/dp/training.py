@@ -288,8 +288,9 @@ class LocalTraining:
             if len(gradient) != records:
                 raise PrivflError(
                     f"parameter '{name}' of model() saw {len(gradient)} rows for {records} "
-                    "records: parts of a record are folded into the batch, and each would be "
-                    "clipped by itself; keep the records in the first dimension"
+                    "records, so none has a gradient of its own: keep the records in the first "
+                    "dimension of every layer's input, and give a layer that is used without them, "
+                    "as for positions, a row for each (positions.expand(len(x), -1))"
                 )
             if not torch.equal(p.detach().nan_to_num(), value.nan_to_num()):
                 raise PrivflError(

@@ -110,6 +110,16 @@ def test_a_mean_over_pairs_times_the_number_of_records_is_refused(rare: float):
         measure_each({"auc": scaled}, output, only)
 
 
+def test_outputs_and_targets_of_different_shapes_are_named():
+    def right(output: torch.Tensor, target: torch.Tensor) -> tuple[Any, Any]:
+        return ((output > 0) == target).sum(), len(target)
+
+    target = torch.arange(40) % 2
+    assert measure_each({"right": right}, OUTPUT[:, 0], target)["right"][1] == [40.0]
+    with pytest.raises(PrivflError, match=r"shape \(records, 1\) .* use output.squeeze\(1\)"):
+        measure_each({"right": right}, OUTPUT[:, :1], target)
+
+
 def test_a_metric_that_some_records_do_not_have_is_taken():
     """Of a class that is rare, as sensitivity is."""
 
