@@ -108,7 +108,7 @@ class PrivateSteps:
         )
         self.loader = poisson_loader(arguments.data_loader, self._batches, arguments.batch_first)
         self.optimizer = self._optimizer(wrapped, randomness)
-        self._batches.begun = self.forget_unfinished_step
+        self._batches.begun = self.begin_batch
 
     def _optimizer(self, wrapped: Any, randomness: Randomness) -> SumOptimizer:
         arguments, loop, shared = self._arguments, self._loop, self._backend.shared
@@ -153,12 +153,27 @@ class PrivateSteps:
         mean = self._arguments.loss_reduction == "mean"
         return summed / self._loop.expected if mean else summed
 
-    def forget_unfinished_step(self) -> None:
-        """Drop what an earlier batch left behind, with a warning if no step used its gradients."""
+    def begin_batch(self, number: int) -> None:
+        """Drop what an interrupted pass left behind, with a warning if no step used its gradients.
+
+        Args:
+            number: of the batch that comes next, in its pass.
+
+        Raises:
+            PrivflError: If the batch before it in the same pass was not used; at all sites.
+        """
         if self.optimizer.has_unused_gradients():
+            if number > 0:
+                error = PrivflError(
+                    "Poisson sampling is not compatible with gradient accumulation over batches: "
+                    "call optimizer.step() after every backward pass, or give the loader the "
+                    "larger batch size and split its batches with Opacus' BatchMemoryManager"
+                )
+                self._backend.abort_peers(error)
+                raise error
             warnings.warn(
-                "gradients of a batch that no optimizer.step() used were dropped; step once for "
-                "each batch",
+                "gradients of a batch that no optimizer.step() used were dropped, as a new pass "
+                "begins",
                 stacklevel=2,
             )
         self.optimizer.forget_unfinished_step()

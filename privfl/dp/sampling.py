@@ -31,8 +31,9 @@ class PoissonBatches(UniformWithReplacementSampler):  # type: ignore[misc]
 
     Attributes:
         loop: (records, sampling rate, steps in a pass), as they are charged.
-        begun: called when what was left unfinished is to be forgotten: whenever a new pass begins,
-            and, unless batches are drawn ahead, before every batch.
+        begun: called before a batch with its number in the pass, after which the one before cannot
+            be used any more: before the first of a pass and, unless batches are drawn ahead, before
+            every one.
     """
 
     def __init__(
@@ -50,14 +51,14 @@ class PoissonBatches(UniformWithReplacementSampler):  # type: ignore[misc]
         self.loop = (records, sampling_rate, steps)
         self._randomness, self._ahead = randomness, ahead
         self._sizes: deque[int] = deque()
-        self.begun: Callable[[], None] = lambda: None
+        self.begun: Callable[[int], None] = lambda number: None
 
     def __iter__(self) -> Iterator[list[int]]:
         records, rate, steps = self.loop
         for number in range(steps):
             if number == 0 or not self._ahead:
                 self._sizes.clear()
-                self.begun()
+                self.begun(number)
             sample = poisson_sample(records, rate, self._randomness).tolist()
             self._sizes.append(len(sample))
             yield sample
