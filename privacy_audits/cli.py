@@ -71,8 +71,10 @@ def list_audits() -> None:
 @click.option(
     "--sites",
     type=click.Path(path_type=Path, file_okay=False),
-    help="With --experiment: folder with one file per site, of which data_options are used.",
+    help="With --experiment: folder with one file per site, of which data_options are used; by "
+    "default sites/ beside it.",
 )
+@click.option("--no-sites", is_flag=True, help="With --experiment: use no site files.")
 @click.option(
     "--set",
     "settings",
@@ -87,6 +89,7 @@ def run(
     json_file: Path | None,
     experiment: Path | None,
     sites: Path | None,
+    no_sites: bool,
     settings: tuple[str, ...],
     schema: bool,
 ) -> None:
@@ -99,6 +102,7 @@ def run(
     """
     from privacy_audits.registry import Workshop, named
     from privacy_audits.result import Results, Verdict
+    from privfl.config import sites_folder
 
     if schema:
         click.echo(json.dumps(Results.model_json_schema(mode="serialization"), indent=2))
@@ -108,8 +112,11 @@ def run(
             "--experiment is for the audit canaries alone: privfl audit run canaries --experiment "
             f"{experiment}"
         )
-    if experiment is None and (sites or settings):
-        raise PrivflError("--sites and --set change an experiment; name it with --experiment")
+    if experiment is None and (sites or no_sites or settings):
+        raise PrivflError(
+            "--sites, --no-sites and --set are about an experiment; name it with --experiment"
+        )
+    sites = sites_folder(experiment, sites, no_sites)
     chosen = (_of(experiment, sites, settings),) if experiment else named(names, quick)
     if json_file is not None:
         # Before minutes of work, not after.

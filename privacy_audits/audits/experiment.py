@@ -223,7 +223,7 @@ def _options(path: Path, experiment: Experiment, sites: Path | None) -> dict[str
             raise PrivflError(
                 f"{sites}/{site}.yaml: site {site} keeps a ledger, so its records are real, and an "
                 "audit would show parts of them uncharged; audit with public or made-up records, "
-                "and without --sites or with site files that have no ledger"
+                "and with --no-sites or with site files that have no ledger"
             )
         options[site] = experiment.data_options | file.data_options
     return options

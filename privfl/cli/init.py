@@ -15,7 +15,7 @@ from privfl.errors import PrivflError
     short_help="Write a commented starter experiment that runs as it stands.",
     epilog=example(
         "privfl init mine",
-        "try it: mpiexec -n 5 privfl train mine/experiment.yaml --sites mine/sites",
+        "try it: mpiexec -n 5 privfl train mine/experiment.yaml",
     ),
 )
 @click.argument("directory", type=click.Path(path_type=Path))
@@ -45,7 +45,4 @@ def command(directory: Path) -> None:
         raise PrivflError(f"cannot write {error.filename}: {error.strerror}") from error
     for name in files:
         click.echo(f"wrote {directory / name}")
-    click.echo(
-        f"try it:  mpiexec -n 5 privfl train {directory / 'experiment.yaml'} --sites "
-        f"{directory / 'sites'}"
-    )
+    click.echo(f"try it:  mpiexec -n 5 privfl train {directory / 'experiment.yaml'}")

@@ -23,16 +23,18 @@ if TYPE_CHECKING:
     name="plan",
     short_help="Say what an experiment would cost in privacy, before anything runs.",
     epilog=example(
-        "privfl plan mine/experiment.yaml --sites mine/sites",
-        "mpiexec -n 5 privfl train mine/experiment.yaml --sites mine/sites, when all plans fit",
+        "privfl plan mine/experiment.yaml",
+        "mpiexec -n 5 privfl train mine/experiment.yaml, when all plans fit",
     ),
 )
 @click.argument("experiment", required=False, type=click.Path(path_type=Path))
 @click.option(
     "--sites",
     type=click.Path(path_type=Path, file_okay=False),
-    help="Folder with site files; sites that have none there are planned without.",
+    help="Folder with site files, by default sites/ beside EXPERIMENT; sites that have none there "
+    "are planned without.",
 )
+@click.option("--no-sites", is_flag=True, help="Plan without site files.")
 @click.option(
     "--set",
     "settings",
@@ -42,7 +44,11 @@ if TYPE_CHECKING:
 )
 @click.option("--json", "as_json", is_flag=True, help="Print everything as JSON.")
 def command(
-    experiment: Path | None, sites: Path | None, settings: tuple[str, ...], as_json: bool
+    experiment: Path | None,
+    sites: Path | None,
+    no_sites: bool,
+    settings: tuple[str, ...],
+    as_json: bool,
 ) -> None:
     """Say what EXPERIMENT would cost each site in privacy, before anything runs.
 
@@ -50,8 +56,9 @@ def command(
     noise it needs, what that costs, and whether it fits its budget. Nothing is trained and nothing
     is charged. Ends with exit code 2 if a site would refuse, and says what would pass.
     """
-    from privfl.config import demo_path, load_experiment
+    from privfl.config import demo_path, load_experiment, sites_folder
 
+    sites = sites_folder(experiment, sites, no_sites)
     path = (experiment or demo_path()).resolve()
     proposal = load_experiment(path, settings)
     plans, refusals = _plans(proposal, sites)

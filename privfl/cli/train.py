@@ -25,7 +25,7 @@ if TYPE_CHECKING:
     name="train",
     short_help="Train one model at all sites of an experiment.",
     epilog=example(
-        "mpiexec -n 5 privfl train mine/experiment.yaml --sites mine/sites",
+        "mpiexec -n 5 privfl train mine/experiment.yaml",
         "open report.html in the run folder, which the last line names; see also: privfl budget",
     ),
 )
@@ -33,8 +33,9 @@ if TYPE_CHECKING:
 @click.option(
     "--sites",
     type=click.Path(path_type=Path),
-    help="Folder with one file per site, DIR/<site>.yaml.",
+    help="Folder with one file per site, DIR/<site>.yaml; by default sites/ beside EXPERIMENT.",
 )
+@click.option("--no-sites", is_flag=True, help="Run without site files, also where there are some.")
 @click.option(
     "--output", type=click.Path(path_type=Path), help="Folder in which the run folder is made."
 )
@@ -53,6 +54,7 @@ if TYPE_CHECKING:
 def command(
     experiment: Path | None,
     sites: Path | None,
+    no_sites: bool,
     output: Path | None,
     settings: tuple[str, ...],
     ranks: int | None,
@@ -62,6 +64,9 @@ def command(
     EXPERIMENT is a YAML file; the built-in demo if none is given. One coordinator and N sites are
     N + 1 MPI ranks. What it would cost says `privfl plan`, which trains nothing.
     """
+    from privfl.config import sites_folder
+
+    sites = sites_folder(experiment, sites, no_sites)
     if ranks is not None:
         _launch(ranks, experiment, sites, output, settings)
     from privfl.transport import mpi
@@ -90,8 +95,8 @@ def _launch(
         raise PrivflError("--ranks starts mpiexec itself; leave it out under mpiexec or srun")
     arguments = [*launcher.mpiexec_command(ranks), sys.executable, "-m", "privfl.cli", "train"]
     arguments += [str(experiment)] if experiment else []
-    for option, value in (("--sites", sites), ("--output", output)):
-        arguments += [option, str(value)] if value else []
+    arguments += ["--sites", str(sites)] if sites else ["--no-sites"]
+    arguments += ["--output", str(output)] if output else []
     for setting in settings:
         arguments += ["--set", setting]
     os.execv(arguments[0], arguments)  # noqa: S606  (an argument list of our own)
@@ -167,7 +172,8 @@ def _serve(
         site = _site_of(transport.rank, experiment)
         check_functions(experiment, path.parent)
         file = load_site(sites, site)
-        setup = prepare_site(site, experiment, path.parent, file)
+        rules = None if sites is None else str(sites / f"{site}.yaml")
+        setup = prepare_site(site, experiment, path.parent, file, rules)
         if file.ledger is not None:
             ledgers.append(Path(file.ledger.file))
         return setup

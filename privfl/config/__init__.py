@@ -2,7 +2,7 @@
 
 from privfl.config.experiment import Experiment, Optimizer
 from privfl.config.functions import check_functions, load_function
-from privfl.config.load import demo_path, load_experiment, load_site
+from privfl.config.load import demo_path, load_experiment, load_site, sites_folder, to_yaml
 from privfl.config.site import Budget, SiteFile
 
 __all__ = [
@@ -15,4 +15,6 @@ __all__ = [
     "load_experiment",
     "load_function",
     "load_site",
+    "sites_folder",
+    "to_yaml",
 ]

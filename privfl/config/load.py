@@ -102,6 +102,13 @@ _Loader.add_constructor("tag:yaml.org,2002:int", _int)
 _Loader.add_constructor("tag:yaml.org,2002:float", _float)
 
 
+class _Dumper(yaml.SafeDumper):
+    """Quotes the texts that :class:`_Loader` would take for anything else."""
+
+
+_Dumper.yaml_implicit_resolvers = _Loader.yaml_implicit_resolvers
+
+
 def _error(problem: str, node: yaml.Node) -> yaml.MarkedYAMLError:
     return yaml.MarkedYAMLError(None, None, problem, node.start_mark)
 
@@ -139,6 +146,31 @@ def load_experiment(path: Path, settings: Sequence[str] = ()) -> Experiment:
     for setting in settings:
         _apply(values, setting)
     return _validate(Experiment, values, f"{path} with --set" if settings else str(path))
+
+
+def to_yaml(experiment: Experiment) -> str:
+    """The experiment as a file that :func:`load_experiment` reads back."""
+    return yaml.dump(experiment.model_dump(mode="json"), Dumper=_Dumper, sort_keys=False)
+
+
+def sites_folder(experiment: Path | None, folder: Path | None, without: bool) -> Path | None:
+    """The folder with site files: the one that was named, or else ``sites`` beside the experiment
+    if it has any.
+
+    Args:
+        experiment: the experiment file; None for the built-in demo.
+        folder: what ``--sites`` says.
+        without: whether ``--no-sites`` says that there are none.
+
+    Raises:
+        PrivflError: If both are said.
+    """
+    if folder is not None and without:
+        raise PrivflError("--sites and --no-sites contradict each other; leave one out")
+    if folder is not None or without or experiment is None:
+        return folder
+    beside = experiment.parent / "sites"
+    return beside if any(beside.glob("*.yaml")) else None
 
 
 def load_site(folder: Path | None, site: str) -> SiteFile:

@@ -56,7 +56,8 @@ def _file_alone(value: Any) -> Any:
 
 
 class SiteFile(Section):
-    """`DIR/<site>.yaml` of `--sites DIR`, read on the machine of that site only.
+    """`sites/<site>.yaml` beside the experiment, or `DIR/<site>.yaml` of `--sites DIR`, read on the
+    machine of that site only.
 
     Relative paths count from the folder of this file, except those in `data_options`, which start
     where the command is typed.

@@ -10,11 +10,9 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any, Literal
 
-import yaml
-
 from privfl.accounting import ADJACENCY, adversaries
 from privfl.admission.plan import parameters_of, training_steps
-from privfl.config import Experiment
+from privfl.config import Experiment, to_yaml
 from privfl.coordinator import driver
 from privfl.environment import user_id, versions
 from privfl.errors import EXIT_OURS, PrivflError, ProtocolError, in_one_line
@@ -123,7 +121,7 @@ class _Run:
 
     def _resolved(self) -> str:
         head = f"# Resolved experiment of run {self._run.hex()}\n"
-        return head + yaml.safe_dump(self._experiment.model_dump(mode="json"), sort_keys=False)
+        return head + to_yaml(self._experiment)
 
     def _started(self, news: Started) -> None:
         experiment = self._experiment

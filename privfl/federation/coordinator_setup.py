@@ -165,5 +165,6 @@ def _ready(prepared: Prepared, weight: float, begin: Begin) -> ReadySite:
         metrics_noise=prepared.metrics_noise,
         accountant=prepared.accountant,
         ledger=prepared.ledger,
+        rules=prepared.rules,
         outside=prepared.outside,
     )

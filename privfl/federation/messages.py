@@ -109,6 +109,9 @@ class Prepared(Body):
     ledger: Literal["none", "new", "kept"] = Field(
         description="Whether a ledger is kept across runs, and whether it begins with this one."
     )
+    rules: str | None = Field(
+        description="Path of the site file, as the site names it; none without one."
+    )
     tag: str = Field(description="Keyed digest of the replica.")
     pinned: bool = Field(description="Whether this site has pinned the keys of all others.")
     words_add: bool = Field(

@@ -30,6 +30,7 @@ class ReadySite:
             noise.
         accountant: the one by which its epsilons are meant.
         ledger: whether it keeps a ledger across runs, and whether that begins with this run.
+        rules: its site file, as it names it; None without one.
         outside: what its data() says that no epsilon covers.
     """
 
@@ -42,6 +43,7 @@ class ReadySite:
     metrics_noise: float
     accountant: Literal["rdp", "filter"]
     ledger: Literal["none", "new", "kept"]
+    rules: str | None
     outside: tuple[str, ...]
 
 

@@ -64,6 +64,7 @@ class Terminal:
         )
         self._aggregation(aggregation)
         self.line(f"trust: {trust}: {_trust(news)}")
+        self._rules(sites)
         self._ledgers(sites)
         if metrics == "exact":
             self.line(
@@ -110,6 +111,15 @@ class Terminal:
         for text in sorted({text for site in sites.values() for text in site.outside}):
             who = ", ".join(name for name, site in sites.items() if text in site.outside)
             self.line(f"WARNING: outside the guarantee at {who}: {text}")
+
+    def _rules(self, sites: Mapping[str, ReadySite]) -> None:
+        given = [f"{site.rules} ({name})" for name, site in sites.items() if site.rules is not None]
+        without = [name for name, site in sites.items() if site.rules is None]
+        if given:
+            self.line(f"site files: {', '.join(given)}")
+        if without:
+            who = "" if not given else f" at {', '.join(without)}"
+            self.line(f"no site file{who}: no rules of a data owner, and no budget, bind this run")
 
     def _ledgers(self, sites: Mapping[str, ReadySite]) -> None:
         keepers = {name: site.ledger for name, site in sites.items() if site.ledger != "none"}

@@ -30,6 +30,7 @@ class SiteSetup:
         plan: what the run will need and cost here.
         parameters: those of the run's encrypted sums.
         identity: the key that this site signs with.
+        rules: the path of the site file, as it is shown; None without one.
     """
 
     site: str
@@ -39,6 +40,7 @@ class SiteSetup:
     plan: RunPlan
     parameters: Parameters
     identity: Identity
+    rules: str | None
 
     @property
     def noise_multiplier(self) -> float:
@@ -88,6 +90,7 @@ class SiteSetup:
             metrics_noise=0.0 if release is None else release.noise_multiplier,
             accountant=plan.accountant,
             ledger="none" if not plan.kept else "new" if plan.new else "kept",
+            rules=self.rules,
             tag=tag,
             pinned=self.pinned,
             words_add=words_add,
@@ -95,7 +98,9 @@ class SiteSetup:
         )
 
 
-def prepare_site(site: str, experiment: Experiment, folder: Path, file: SiteFile) -> SiteSetup:
+def prepare_site(
+    site: str, experiment: Experiment, folder: Path, file: SiteFile, rules: str | None = None
+) -> SiteSetup:
     """Everything a site can decide by itself before the run.
 
     Above all that is how much noise its records need, and whether its policy lets the run happen.
@@ -113,6 +118,7 @@ def prepare_site(site: str, experiment: Experiment, folder: Path, file: SiteFile
         plan,
         parameters_of(experiment),
         _identity_of(site, experiment, file),
+        rules,
     )
 
 

@@ -16,6 +16,8 @@ from privfl.config import (
     load_experiment,
     load_function,
     load_site,
+    sites_folder,
+    to_yaml,
 )
 from privfl.config.values import Noise, ValueBits
 from privfl.errors import PrivflError
@@ -257,6 +259,28 @@ def test_broken_site_files(tmp_path: Path, text: str, sentence: str):
         load_site(tmp_path, "aa")
     assert sentence in str(caught.value)
     assert str(tmp_path / "aa.yaml") in str(caught.value)
+
+
+def test_site_files_are_beside_the_experiment_or_where_one_says(tmp_path: Path):
+    experiment, beside = tmp_path / "experiment.yaml", tmp_path / "sites"
+    assert sites_folder(experiment, None, without=False) is None
+    beside.mkdir()
+    assert sites_folder(experiment, None, without=False) is None
+    (beside / "aa.yaml").touch()
+    assert sites_folder(experiment, None, without=False) == beside
+    assert sites_folder(experiment, None, without=True) is None
+    assert sites_folder(experiment, tmp_path, without=False) == tmp_path
+    assert sites_folder(None, None, without=False) is None
+    with pytest.raises(PrivflError, match="leave one out"):
+        sites_folder(experiment, tmp_path, without=True)
+
+
+@pytest.mark.parametrize("text", ["1e5", "12e03", "no", "010", "~", "true", "2026-01-01", "0x10"])
+def test_what_is_written_is_read_back(small: Path, tmp_path: Path, text: str):
+    experiment = load_experiment(small).model_copy(update={"data_options": {"x": text}})
+    again = tmp_path / "again.yaml"
+    again.write_text(to_yaml(experiment))
+    assert load_experiment(again) == experiment
 
 
 def test_a_missing_site_file_is_an_error(tmp_path: Path):

@@ -58,6 +58,7 @@ def prepared(**changes: Any) -> messages.Prepared:
         "metrics_noise": 0.0,
         "accountant": "rdp",
         "ledger": "none",
+        "rules": None,
         "tag": "t",
         "pinned": False,
         "words_add": True,

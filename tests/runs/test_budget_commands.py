@@ -127,6 +127,34 @@ def test_the_plan_says_what_the_run_will_cost(small: Path, tmp_path: Path, sites
     assert "of 100000" in refused.out, "the table is there all the same"
 
 
+@pytest.mark.parametrize("command", ["plan", "train"])
+def test_site_files_beside_the_experiment_bind_unless_they_are_left_out(small: Path, command: str):
+    folder = small.parent / "sites"
+    folder.mkdir(exist_ok=True)
+    for site in ("aa", "bbb"):
+        (folder / f"{site}.yaml").write_text("least_sites: 9\n")
+    both = call_cli(command, small, "--sites", folder, "--no-sites")
+    assert (both.code, both.err.count("leave one out")) == (2, 1)
+    if command == "plan":
+        refused = call_cli("plan", small)
+        assert refused.code == 2
+        assert "least_sites" in refused.err
+        assert call_cli("plan", small, "--no-sites").code == 0
+        assert (
+            call_cli("plan", small, "--no-sites").out
+            == call_cli("plan", small, "--sites", _none(folder)).out
+        )
+
+
+def _none(folder: Path) -> Path:
+    """A folder with site files that say nothing."""
+    empty = folder.parent / "empty"
+    empty.mkdir()
+    for site in ("aa", "bbb"):
+        (empty / f"{site}.yaml").write_text("")
+    return empty
+
+
 def test_the_plan_needs_no_torch_and_no_experiment():
     code = """
 import sys

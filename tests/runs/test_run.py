@@ -67,6 +67,7 @@ def test_the_screen(demo: Job):
     assert len(re.findall(r"^epsilon of \w+: \d\.\d+ at delta 1e-05", demo.out, re.M)) == 4
     for label in (
         "single trust domain",
+        "no site file: no rules of a data owner",
         "no ledger is kept across runs",
         "metrics are exact",
         "epsilon protects one record",
