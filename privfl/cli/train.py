@@ -151,7 +151,9 @@ def _lead(
             )
     except Exception as error:
         return refuse(transport, error)
-    return lead(transport, experiment, output or Path(experiment.output))
+    if output is not None:
+        experiment = experiment.model_copy(update={"output": str(output)})
+    return lead(transport, experiment)
 
 
 def _serve(

@@ -35,14 +35,14 @@ from privfl.transport import Transport
 PINNED, SINGLE = "pinned keys", "single trust domain"
 
 
-def lead(transport: Transport, experiment: Experiment, output: Path) -> int:
-    """Lead one run of ``experiment`` as rank 0, with its run folder in ``output``; the exit code
-    of the job.
+def lead(transport: Transport, experiment: Experiment) -> int:
+    """Lead one run of ``experiment`` as rank 0, with its run folder in the experiment's ``output``;
+    the exit code of the job.
 
     Whatever is wrong is said in one sentence on standard error, and every rank is told to end.
     """
     try:
-        run = _Run(transport, experiment, output)
+        run = _Run(transport, experiment)
     except Exception as error:
         return refuse(transport, error)
     return run.lead()
@@ -61,12 +61,14 @@ def refuse(transport: Transport, error: Exception) -> int:
 
 
 class _Run:
-    def __init__(self, transport: Transport, experiment: Experiment, output: Path) -> None:
+    def __init__(self, transport: Transport, experiment: Experiment) -> None:
         self._parameters = parameters_of(experiment)
         self._transport, self._experiment = transport, experiment
         self._run = os.urandom(16)
         stamp = time.strftime("%Y%m%d-%H%M%S")
-        self._folder = RunFolder((output / f"{stamp}-{self._run.hex()[:8]}").resolve())
+        self._folder = RunFolder(
+            (Path(experiment.output) / f"{stamp}-{self._run.hex()[:8]}").resolve()
+        )
         self._terminal = Terminal(sys.stdout)
         self._sites: Mapping[str, ReadySite] = {}
         self._last: RoundDone | None = None

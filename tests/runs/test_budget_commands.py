@@ -8,6 +8,7 @@ import sys
 from pathlib import Path
 
 import pytest
+import yaml
 
 from benchmarks import budget
 from privfl.accounting import PoissonGaussian, RenyiFilter
@@ -46,6 +47,8 @@ def test_export_and_its_schema(small: Path, tmp_path: Path):
     assert len(table) == 1 + 2 * 2
     assert table[0].startswith("site,ledger,time,run,round,records,mechanism")
     assert [line.split(",")[-1] for line in table[1:]] == ["3"] * 4
+    resolved = yaml.safe_load((twin.folder / "experiment.yaml").read_text())
+    assert resolved["output"] == str(tmp_path / "runs"), "what the command line says goes over it"
     page = call_cli("budget", "report", twin.folder, "--output", tmp_path / "page.html")
     assert page.code == 0
     assert (tmp_path / "page.html").read_text().startswith("<!DOCTYPE html>")

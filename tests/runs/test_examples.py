@@ -40,7 +40,7 @@ def test_what_the_starter_holds(tmp_path: Path):
     assert all(
         "#" in line or not line.strip() or line.rstrip().endswith(":") for line in text.splitlines()
     )
-    shown = "try it:  mpiexec -n 5 privfl train {0}/experiment.yaml --sites {0}/sites"
+    shown = "try it:  mpiexec -n 5 privfl train {0}/experiment.yaml"
     assert made.out.splitlines()[-1] == shown.format(tmp_path / "mine")
 
 
