@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -143,6 +144,14 @@ def _print(console: Console, experiment: Experiment, plans: dict[str, Any]) -> N
         _print_curve(console, sites, plan)
         if experiment.collusion:
             _print_adversaries(console, sites, plan)
+    from privfl.reporting.numbers import MEANINGLESS, meaningless
+
+    for site, plan in plans.items():
+        admitted = plan["epsilon"][plan["accountant"]]
+        # In JSON an infinite epsilon is a word.
+        epsilon = math.inf if isinstance(admitted, str) or admitted is None else admitted
+        if epsilon > MEANINGLESS:
+            console.print(meaningless(site, epsilon))
     if not all(plan["budget"] for plan in plans.values()):
         console.print(
             "sites without a budget: no ledger is kept across runs, and nothing is refused on "

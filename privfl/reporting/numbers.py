@@ -7,6 +7,17 @@ from decimal import ROUND_CEILING, Decimal
 
 from privfl.reporting.schema import Epsilon
 
+# An epsilon above this multiplies what is likely by more than e^100.
+MEANINGLESS = 100.0
+
+
+def meaningless(site: str, epsilon: float) -> str:
+    """What to say of an epsilon above :data:`MEANINGLESS`."""
+    return (
+        f"WARNING: epsilon {up(epsilon)} at {site} bounds nothing that a person would notice; "
+        "lower privacy.target_epsilon, or raise privacy.noise_multiplier"
+    )
+
 
 def decimals(epsilon: float, digits: int = 4) -> str:
     """An epsilon with so many decimals, for columns; what rounding left in the seventh digit

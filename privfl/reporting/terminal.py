@@ -10,7 +10,7 @@ from collections.abc import Mapping
 from typing import Any, Literal, TextIO
 
 from privfl.federation.news import Outputs, ReadySite, RoundDone, Started
-from privfl.reporting.numbers import decimals
+from privfl.reporting.numbers import MEANINGLESS, decimals, meaningless
 
 
 class Terminal:
@@ -102,6 +102,9 @@ class Terminal:
             )
 
     def _warnings(self, sites: Mapping[str, ReadySite], delta: float) -> None:
+        for name, site in sites.items():
+            if site.planned_epsilon > MEANINGLESS:
+                self.line(meaningless(name, site.planned_epsilon))
         for name, site in sites.items():
             if delta * site.records >= 1.0:
                 self.line(

@@ -149,6 +149,16 @@ def test_site_files_beside_the_experiment_bind_unless_they_are_left_out(small: P
         )
 
 
+def test_an_epsilon_that_protects_nobody_is_said_to(small: Path):
+    weak = ("--set", "privacy.noise_multiplier=null", "--set", "privacy.target_epsilon=1.0e+308")
+    plan = call_cli("plan", small, *weak)
+    assert plan.code == 0, plan.err
+    assert plan.out.count("bounds nothing that a person would notice") == 2
+    found = json.loads(call_cli("plan", small, *weak, "--json").out)["sites"]
+    assert {site["noise_multiplier"] for site in found.values()} == {0.01}
+    assert "would notice" not in call_cli("plan", small).out
+
+
 def _none(folder: Path) -> Path:
     """A folder with site files that say nothing."""
     empty = folder.parent / "empty"
