@@ -60,7 +60,7 @@ def from_batches(steps: int = STEPS, rate: float = RATE) -> NDArray[np.bool_]:
     passes, each = max(1, steps // 100), min(steps, 100)
     batches = PoissonBatches(RECORDS, rate, each, SystemRandomness(), ahead=True)
     begun: list[int] = []
-    batches.begun = lambda: begun.append(1)
+    batches.begun = lambda number: begun.append(number)
     taken = np.zeros((steps, RECORDS), dtype=np.int64)
     for number in range(passes):
         for step, batch in enumerate(batches, number * each):
