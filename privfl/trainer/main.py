@@ -318,7 +318,7 @@ def _check_arguments(
     except TypeError as error:
         raise PrivflError(
             f"data ({reference}) does not fit data_options: {error}; check data_options in the "
-            "experiment and in the site's file"
+            "experiment and in the site's file, and --sites"
         ) from None
     except ValueError:
         return  # a callable without a signature

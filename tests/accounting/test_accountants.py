@@ -161,8 +161,8 @@ def test_rdp_is_monotone(q: float, sigma: float, steps: int, delta: float):
 
 
 # What the default discretisation of losses may be off by, in either of two values that are
-# compared.
-ROUNDING = 2e-3
+# compared; of epsilons above 100 it is a part.
+ROUNDING, PART = 2e-3, 0.03
 
 
 @settings(max_examples=5, deadline=None)
@@ -172,9 +172,10 @@ def test_pld_is_monotone(q: float, sigma: float, steps: int, delta: float):
         return epsilon_of([steps_of(*row)], delta, "pld").upper
 
     bound = epsilon(q, sigma, steps)
-    assert epsilon(q, sigma, steps * 2) >= bound - ROUNDING
-    assert epsilon(q * 0.9, sigma, steps) <= bound + ROUNDING
-    assert epsilon(q, sigma * 1.1, steps) <= bound + ROUNDING
+    off = ROUNDING + (PART * bound if bound > 100.0 else 0.0)
+    assert epsilon(q, sigma, steps * 2) >= bound - off
+    assert epsilon(q * 0.9, sigma, steps) <= bound + off
+    assert epsilon(q, sigma * 1.1, steps) <= bound + off
     assert epsilon(q, sigma, steps, delta=delta * 2) <= bound
 
 

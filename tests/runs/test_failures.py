@@ -330,10 +330,8 @@ def test_odd_bytes_in_an_error_hang_nobody(small: Path, tmp_path: Path):
     one_sentence(refused(small, tmp_path), "no /M")
 
 
-def test_dates_and_odd_keys_in_options_are_refused(small: Path, tmp_path: Path):
-    for value in ("{day: 2020-02-03}", "{labels: {0: absent}}"):
-        one_sentence(refused(small, tmp_path, f"data_options={value}"), "data_options")
-    one_sentence(refused(small, tmp_path, "data_options={day: 2020-02-30}"), "not valid YAML")
+def test_odd_keys_in_options_are_refused(small: Path, tmp_path: Path):
+    one_sentence(refused(small, tmp_path, "data_options={labels: {0: absent}}"), "data_options")
 
 
 @pytest.mark.usefixtures("trainers_as_threads")

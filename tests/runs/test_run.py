@@ -247,6 +247,7 @@ def test_what_crosses_the_wire(small: Path, tmp_path: Path):
         "metrics_noise",
         "accountant",
         "ledger",
+        "rules",
         "head",
         "tag",
         "pinned",
